@@ -1,0 +1,61 @@
+"""Ray as we start it and as it fails: connect, and turn its errors into ours."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from journeyman.errors import ClusterError, JourneymanError
+from journeyman.recipe import Cluster
+
+_SOURCE_ROOT = Path(__file__).resolve().parent.parent
+
+
+def connect(settings: Cluster) -> None:
+    """Connect to the recipe's cluster, or start one on this machine; raises ClusterError."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    # Ray Train's and Ray Data's own lines would tear ours; their log files keep them.
+    for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    try:
+        ray.init(
+            address=settings.address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            include_dashboard=False if not settings.address else None,
+            # Workers import journeyman wherever it was imported from here.
+            runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"cannot connect to Ray at {settings.address or 'this machine'} ({error}); look at "
+            "cluster.address, RAY_ADDRESS, or `ray status`."
+        ) from error
+
+
+def python_path() -> str:
+    """PYTHONPATH with which a Ray worker finds this package."""
+    others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    return os.pathsep.join(dict.fromkeys([str(_SOURCE_ROOT), *others]))
+
+
+def reason_of(error: BaseException, doing: str) -> JourneymanError:
+    """The error of ours inside one of Ray's, or a ClusterError that names Ray's last words."""
+    seen: set[int] = set()
+    node: BaseException | None = error
+    while node is not None and id(node) not in seen:
+        if isinstance(node, JourneymanError):
+            return node
+        seen.add(id(node))
+        cause = getattr(node, "cause", None)
+        node = cause if isinstance(cause, BaseException) else node.__cause__ or node.__context__
+    last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    return ClusterError(
+        f"{doing} stopped: {last}. What was finished is kept: the same command goes on from there. "
+        "Ray's log files (/tmp/ray/session_latest/logs) say more."
+    )

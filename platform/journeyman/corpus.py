@@ -1,0 +1,371 @@
+"""Any source to canonical corpus shards: stable ids, splits, exact duplicates collapsed.
+
+Writes ``part-*.parquet``, ``quarantine.parquet`` (malformed rows) and ``manifest.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from journeyman import files, sources
+from journeyman.errors import DataError
+from journeyman.prompts import Prompt
+from journeyman.recipe import SPLITS, Corpus, Recipe, digest
+from journeyman.sources import Malformed
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA_VERSION = 1
+_LISTED = 20  # malformed rows that the manifest names
+_MIN_ROWS = 100  # below this many rows read, the share of malformed ones says nothing
+_PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One distinct row while the sources are read."""
+
+    text: str
+    split: str
+    meta: dict[str, Any]
+    gold: Counter[str] = field(default_factory=Counter)
+    count: int = 0
+
+
+@dataclass(slots=True)
+class _Tally:
+    read: int = 0
+    malformed: list[Malformed] = field(default_factory=list)
+    filtered: int = 0  # by corpus.where
+    unmapped: int = 0  # of a split that corpus.split_map leaves out
+    duplicates: int = 0
+    conflicts: int = 0  # distinct rows whose duplicates disagree on the gold label
+
+
+def schema() -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("text", pa.string(), nullable=False),
+            pa.field("label", pa.string()),
+            pa.field("split", pa.string(), nullable=False),
+            pa.field("meta", pa.string()),
+            pa.field("count", pa.int32(), nullable=False),
+        ]
+    )
+
+
+def inputs_digest(recipe: Recipe, urls: Sequence[str]) -> str:
+    """Digest of all that the corpus is made of: settings, templates' columns, source files."""
+    facts = []
+    for url in urls:
+        filesystem, path = sources._filesystem(url)
+        info = filesystem.info(path)
+        facts.append([url, info.get("size"), str(info.get("mtime") or info.get("ETag"))])
+    settings = recipe.corpus.model_dump(mode="json")
+    return digest(
+        [SCHEMA_VERSION, settings, id_columns(recipe), sorted(recipe.labels.classes), facts]
+    )
+
+
+def id_columns(recipe: Recipe) -> list[str]:
+    """Columns that the templates name, in a fixed order: what tells one row from another."""
+    prompts = (Prompt(recipe.labels.prompt, "labels.prompt"),
+               Prompt(recipe.labels.target, "labels.target"))  # fmt: skip
+    columns = ["text", *recipe.corpus.columns.meta]
+    for prompt in prompts:
+        prompt.check([*columns, "label"])
+    named = frozenset().union(*(p.variables for p in prompts)) - {"label"}
+    return sorted(named | {"text"})
+
+
+def prepare(recipe: Recipe, out_dir: Path) -> dict[str, Any]:
+    """Write the corpus and return its manifest; an older corpus there is replaced when done.
+
+    Raises DataError: unreadable source, missing column, no rows, too many malformed rows, a gold
+    label without label words. Nothing at ``out_dir`` has changed then.
+    """
+    started = time.monotonic()
+    urls = sources.expand(recipe.corpus.sources)
+    inputs = inputs_digest(recipe, urls)
+    tally = _Tally()
+    entries = _distinct(recipe, urls, tally)
+    _check_malformed(recipe.corpus, tally)
+    chosen = _limited(recipe.corpus, entries)
+    if not chosen:
+        raise DataError(_why_empty(recipe.corpus, tally))
+    tally.conflicts = sum(len(entry.gold) > 1 for _, entry in chosen)
+    _check_labels(recipe, chosen)
+    with files.replaced_directory(out_dir) as fresh:
+        shards = _write_shards(chosen, recipe.corpus.rows_per_shard, fresh)
+        _write_quarantine(tally.malformed, fresh)
+        manifest = {
+            "schema": SCHEMA_VERSION,
+            "step": "prepare",
+            "inputs": inputs,
+            "recipe": recipe.hash,
+            "digest": digest([(s["name"], s["sha256"]) for s in shards]),
+            "sources": urls,
+            "rows": len(chosen),
+            "splits": _by_split(chosen),
+            "labels": _label_histogram(chosen),
+            "text_characters": _length_percentiles([len(entry.text) for _, entry in chosen]),
+            "read": tally.read,
+            "filtered": tally.filtered,
+            "without_split": tally.unmapped,
+            "duplicates": tally.duplicates,
+            "conflicting_gold": tally.conflicts,
+            "over_limit": len(entries) - len(chosen),
+            "malformed": {
+                "rows": len(tally.malformed),
+                "first": [
+                    {"source": m.source, "line": m.line, "reason": m.reason}
+                    for m in tally.malformed[:_LISTED]
+                ],
+            },
+            "seconds": round(time.monotonic() - started, 3),
+            "shards": shards,
+        }
+        files.write_json(fresh / "manifest.json", manifest)
+    return manifest
+
+
+def read_manifest(corpus_dir: Path) -> dict[str, Any]:
+    manifest = files.read_json(corpus_dir / "manifest.json")
+    if manifest.get("schema") != SCHEMA_VERSION:
+        raise DataError(
+            f"{corpus_dir}: a corpus of schema {manifest.get('schema')}, this version reads "
+            f"{SCHEMA_VERSION}; run journeyman prepare again."
+        )
+    return manifest
+
+
+def read_shard(path: Path) -> pa.Table:
+    """One corpus shard; raises DataError if the file is missing, damaged or of another schema."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, schema=schema())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: the corpus shard is gone; run journeyman prepare.") from error
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: not a readable corpus shard ({str(error).splitlines()[0]}); "
+            "remove the corpus folder and run journeyman prepare."
+        ) from error
+
+
+def _distinct(recipe: Recipe, urls: Sequence[str], tally: _Tally) -> dict[str, _Entry]:
+    """Rows by id, in the order in which the sources have them."""
+    corpus = recipe.corpus
+    columns = corpus.columns
+    wanted = [columns.text, *(c for c in (columns.label, columns.split, columns.group) if c)]
+    wanted += [c for c in (*columns.meta, *corpus.where) if c not in wanted]
+    named = id_columns(recipe)
+    entries: dict[str, _Entry] = {}
+    for row, where in _clean_rows(corpus, urls, wanted, tally):
+        if any(str(row.get(c)) not in values for c, values in corpus.where.items()):
+            tally.filtered += 1
+            continue
+        text, meta = row[columns.text], {c: row.get(c) for c in columns.meta}
+        values = {"text": text, **meta}
+        row_id = digest([values[c] for c in named])
+        split = _split_of(corpus, row, row_id, where)
+        if split is None:
+            tally.unmapped += 1
+            continue
+        entry = entries.get(row_id)
+        if entry is None:
+            entry = entries[row_id] = _Entry(text=text, split=split, meta=meta)
+        else:
+            tally.duplicates += 1
+            # A row that stands in two splits is kept out of the one nearer to training.
+            entry.split = max(entry.split, split, key=SPLITS.index)
+        entry.count += 1
+        if columns.label and row.get(columns.label) is not None:
+            entry.gold[str(row[columns.label])] += 1
+    return entries
+
+
+def _clean_rows(
+    corpus: Corpus, urls: Sequence[str], wanted: Sequence[str], tally: _Tally
+) -> Iterator[tuple[sources.Row, str]]:
+    """Rows whose text is there and is text; counts the others. Checks that the columns exist."""
+    text_column = corpus.columns.text
+    for url in urls:
+        seen: set[str] = set()
+        n_rows = 0
+        for number, row in enumerate(sources.rows(url, corpus.format, wanted), 1):
+            tally.read += 1
+            if isinstance(row, Malformed):
+                tally.malformed.append(row)
+                continue
+            n_rows += 1
+            seen.update(row)
+            text = row.get(text_column)
+            if isinstance(text, str) and text.strip():
+                yield row, f"{url}: row {number}"
+                continue
+            reason = f"no text in column {text_column}"
+            content = json.dumps(row, default=str, ensure_ascii=False).encode()
+            tally.malformed.append(
+                Malformed(source=url, line=number, reason=reason, content=content)
+            )
+        missing = [c for c in wanted if c not in seen]
+        if n_rows and missing:
+            raise DataError(
+                f"{url}: no column {', '.join(missing)}; it has {', '.join(sorted(seen))}. "
+                "Name its columns in corpus.columns."
+            )
+
+
+def _split_of(corpus: Corpus, row: sources.Row, row_id: str, where: str) -> str | None:
+    columns = corpus.columns
+    key = str(row.get(columns.group)) if columns.group else row_id
+    if not columns.split:
+        return _draw(corpus.shares, key)
+    name = str(row.get(columns.split))
+    if not corpus.split_map:
+        if name not in SPLITS:
+            raise DataError(
+                f"{where}: split {name!r} is none of {', '.join(SPLITS)}; set corpus.split_map."
+            )
+        return name
+    target = corpus.split_map.get(name)
+    return _draw(target, key) if isinstance(target, dict) else target
+
+
+def _draw(shares: dict[Any, float], key: str) -> str:
+    """A split by the key's hash: the same for the same key, in the shares asked for."""
+    point = _hash01(key, b"split")
+    bounds = itertools.accumulate(shares.get(split, 0.0) for split in SPLITS)
+    return next((s for s, bound in zip(SPLITS, bounds, strict=True) if point < bound), SPLITS[-1])
+
+
+def _hash01(key: str, purpose: bytes) -> float:
+    raw = hashlib.blake2b(key.encode(), digest_size=8, key=purpose).digest()
+    return int.from_bytes(raw, "big") / 2**64
+
+
+def _limited(corpus: Corpus, entries: dict[str, _Entry]) -> list[tuple[str, _Entry]]:
+    """Rows to keep, split by split, each split in a stable random order.
+
+    Random, so that whatever has been labeled when a run stops is a fair sample.
+    """
+    by_split: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    for row_id, entry in entries.items():
+        by_split[entry.split].append((_hash01(row_id, b"order"), row_id))
+    return [
+        (row_id, entries[row_id])
+        for split in SPLITS
+        for _, row_id in sorted(by_split[split])[: corpus.limits.get(split)]
+    ]
+
+
+def _check_malformed(corpus: Corpus, tally: _Tally) -> None:
+    bad = tally.malformed
+    if len(bad) > corpus.max_malformed * max(tally.read, _MIN_ROWS):
+        first = bad[0]
+        raise DataError(
+            f"{len(bad)} of {tally.read} rows are malformed, more than corpus.max_malformed = "
+            f"{corpus.max_malformed:g} allows; the first: {first.source}, line {first.line}: "
+            f"{first.reason}."
+        )
+
+
+def _check_labels(recipe: Recipe, chosen: list[tuple[str, _Entry]]) -> None:
+    known = recipe.labels.classes
+    unknown = Counter(
+        label for _, entry in chosen if (label := _majority(entry.gold)) and label not in known
+    )
+    if unknown:
+        label, n = unknown.most_common(1)[0]
+        others = f" (and {len(unknown) - 1} other labels)" if len(unknown) > 1 else ""
+        raise DataError(
+            f"gold label {label!r} of {n} rows{others} has no label words; add it to "
+            "labels.classes, or leave its rows out with corpus.where."
+        )
+
+
+def _why_empty(corpus: Corpus, tally: _Tally) -> str:
+    if not tally.read:
+        return f"the corpus is empty: {', '.join(corpus.sources)} hold no rows."
+    return (
+        f"the corpus is empty: of {tally.read} rows read, {len(tally.malformed)} are malformed, "
+        f"{tally.filtered} are left out by corpus.where and {tally.unmapped} by corpus.split_map."
+    )
+
+
+def _majority(gold: Counter[str]) -> str | None:
+    """The most frequent label; of equally frequent ones the first in the alphabet."""
+    return min(gold, key=lambda label: (-gold[label], label)) if gold else None
+
+
+def _write_shards(
+    chosen: list[tuple[str, _Entry]], rows_per_shard: int, directory: Path
+) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shards = []
+    for number, start in enumerate(range(0, len(chosen), rows_per_shard)):
+        part = chosen[start : start + rows_per_shard]
+        table = pa.Table.from_pylist(
+            [
+                {
+                    "id": row_id,
+                    "text": entry.text,
+                    "label": _majority(entry.gold),
+                    "split": entry.split,
+                    "meta": json.dumps(entry.meta, ensure_ascii=False) if entry.meta else None,
+                    "count": entry.count,
+                }
+                for row_id, entry in part
+            ],
+            schema=schema(),
+        )
+        path = directory / f"part-{number:05d}.parquet"
+        pq.write_table(table, path, compression="zstd")
+        shards.append({"name": path.name, "rows": len(part), "sha256": files.file_digest(path)})
+    return shards
+
+
+def _write_quarantine(malformed: list[Malformed], directory: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if malformed:
+        rows = [{s: getattr(m, s) for s in Malformed.__slots__} for m in malformed]
+        pq.write_table(pa.Table.from_pylist(rows), directory / "quarantine.parquet")
+
+
+def _by_split(chosen: list[tuple[str, _Entry]]) -> dict[str, int]:
+    counts = Counter(entry.split for _, entry in chosen)
+    return {split: counts[split] for split in SPLITS}
+
+
+def _label_histogram(chosen: list[tuple[str, _Entry]]) -> dict[str, dict[str, int]]:
+    counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+    for _, entry in chosen:
+        if label := _majority(entry.gold):
+            counts[entry.split][label] += 1
+    return {split: dict(sorted(counter.items())) for split, counter in counts.items()}
+
+
+def _length_percentiles(lengths: list[int]) -> dict[str, float]:
+    import numpy as np
+
+    return {f"p{p}": float(v) for p, v in zip(_PERCENTILES, np.percentile(lengths, _PERCENTILES),
+                                              strict=True)}  # fmt: skip

@@ -1,0 +1,98 @@
+"""Files that are written whole or not at all, and digests of them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from journeyman.errors import ClusterError, DataError
+
+_CHUNK = 1 << 20
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full disk, a read-only folder or a missing right into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ClusterError(
+                f"{where}: the disk is full; free some space there and run the same command "
+                "again: it goes on where it stopped."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ClusterError(f"{where}: cannot be written ({error.strerror}).") from error
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write through a temporary file, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Raises DataError if the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: not found; run the step that writes it first.") from error
+    except ValueError as error:
+        raise DataError(f"{path}: damaged, not JSON ({error}); remove it and run again.") from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+@contextlib.contextmanager
+def replaced_directory(final: Path) -> Iterator[Path]:
+    """A fresh folder beside ``final`` that takes its place when the block ends well.
+
+    The folder it replaces is kept as ``NAME.old`` until the next time; after an error
+    ``final`` is as it was.
+    """
+    fresh = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    with disk_errors(final.parent):
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        try:
+            yield fresh
+            set_aside(final)
+            fresh.rename(final)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def set_aside(directory: Path) -> None:
+    """Move a folder, where there is one, to ``NAME.old``, in place of any older one."""
+    if directory.exists():
+        old = directory.with_name(directory.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)

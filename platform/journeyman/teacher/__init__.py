@@ -1,0 +1,1 @@
+"""The teacher: one vLLM engine, what is captured from it, and the tasks that it is asked."""

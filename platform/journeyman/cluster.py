@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 from journeyman.errors import ClusterError, JourneymanError
 from journeyman.recipe import Cluster
 
 _SOURCE_ROOT = Path(__file__).resolve().parent.parent
+_CHECKOUT = _SOURCE_ROOT.parent
 
 
 def connect(settings: Cluster) -> None:
@@ -39,9 +43,9 @@ def connect(settings: Cluster) -> None:
 
 
 def python_path() -> str:
-    """PYTHONPATH with which a Ray worker finds this package."""
+    """PYTHONPATH with which a Ray worker finds this package and the checkout's serve/."""
     others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-    return os.pathsep.join(dict.fromkeys([str(_SOURCE_ROOT), *others]))
+    return os.pathsep.join(dict.fromkeys([str(_SOURCE_ROOT), str(_CHECKOUT), *others]))
 
 
 def reason_of(error: BaseException, doing: str) -> JourneymanError:
@@ -59,3 +63,15 @@ def reason_of(error: BaseException, doing: str) -> JourneymanError:
         f"{doing} stopped: {last}. What was finished is kept: the same command goes on from there. "
         "Ray's log files (/tmp/ray/session_latest/logs) say more."
     )
+
+
+def serve_module(name: str) -> ModuleType:
+    """A module of the checkout's ``serve/`` folder, which lies beside the source root."""
+    if not (_CHECKOUT / "serve" / f"{name}.py").is_file():
+        raise ClusterError(
+            f"serve/{name}.py is not beside {_SOURCE_ROOT}: serving runs from a checkout of the "
+            "repository (pip install --editable .)."
+        )
+    if str(_CHECKOUT) not in sys.path:
+        sys.path.append(str(_CHECKOUT))
+    return importlib.import_module(f"serve.{name}")

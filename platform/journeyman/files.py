@@ -62,6 +62,14 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: damaged, not JSON ({error}); remove it and run again.") from error
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a file with one JSON object a line; raises DataError if it is missing."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: not found; run the step that writes it first.") from error
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     hasher = hashlib.sha256()

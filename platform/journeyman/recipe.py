@@ -226,11 +226,23 @@ class Certify(Section):
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="Chance that the promise is broken by bad luck in the draw of rows."
     )
+    max_delta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5,
+        description="Certify rows that are used again (for another student, say) spend delta each "
+        "time; once so much is spent they are refused.",
+    )
     scores: tuple[Literal["max_probability", "margin", "entropy"], ...] = Field(
         ("max_probability", "margin", "entropy"),
         min_length=1,
         description="Confidence scores to choose from, on calibrate rows.",
     )
+
+    @model_validator(mode="after")
+    def _delta_fits(self) -> Certify:
+        if self.delta > self.max_delta:
+            raise ValueError(f"delta ({self.delta:g}) must not exceed max_delta "
+                             f"({self.max_delta:g})")  # fmt: skip
+        return self
 
 
 class Cascade(Section):

@@ -25,8 +25,10 @@ from journeyman.teacher import capture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from vllm import SamplingParams
     from vllm.outputs import RequestOutput
 
+_WATCH_INTERVAL_S = 0.2
 _CPU_BLOCK_TOKENS = 32  # vLLM's CPU attention takes multiples of 32; small blocks waste least
 _PRELOADED = ("libiomp5.so", "libtcmalloc_minimal.so.4")  # both ask of vLLM; 17% on prefill
 
@@ -42,6 +44,8 @@ class Engine:
         self.settings = settings
         self.model = model
         self._llm: Any = None
+        self._died: asyncio.Future[None]  # of the engine that runs now
+        self._watcher: asyncio.Task[None]
         self._starting = asyncio.Lock()
         self._request_ids = itertools.count()
 
@@ -70,6 +74,8 @@ class Engine:
             try:
                 arguments = AsyncEngineArgs(**engine_arguments(self.settings, self.model.path))
                 self._llm = AsyncLLM.from_engine_args(arguments)
+                self._died = asyncio.get_running_loop().create_future()
+                self._watcher = asyncio.create_task(self._watch(self._llm, self._died))
             except (ValueError, RuntimeError, TypeError, OSError) as error:
                 raise ModelError(
                     f"{self.settings.model}: vLLM did not start with these settings "
@@ -80,6 +86,9 @@ class Engine:
 
     def close(self) -> None:
         if self._llm is not None:
+            self._watcher.cancel()
+            if not self._died.done():
+                self._died.set_result(None)  # or those that still wait would wait for ever
             self._llm.shutdown()
             self._llm = None
 
@@ -109,17 +118,34 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             **params,
         )
+        request = asyncio.ensure_future(self._finished(token_ids, sampling))
+        # vLLM 0.29 does not end the streams of an engine whose process was killed, so each
+        # request also waits for its engine's death.
+        died = self._died
+        try:
+            async with asyncio.timeout(self.settings.request_timeout_s):
+                await asyncio.wait({request, died}, return_when=asyncio.FIRST_COMPLETED)
+            if not request.done():
+                raise EngineDied
+            return request.result()
+        except EngineDeadError as error:
+            raise EngineDied from error
+        finally:
+            request.cancel()
+
+    async def _finished(self, token_ids: Sequence[int], sampling: SamplingParams) -> RequestOutput:
         stream = self._llm.generate(
             {"prompt_token_ids": list(token_ids)}, sampling, f"r{next(self._request_ids)}"
         )
-        try:
-            async with asyncio.timeout(self.settings.request_timeout_s):
-                async for output in stream:
-                    if output.finished:
-                        return output
-        except EngineDeadError as error:
-            raise EngineDied from error
+        async for output in stream:
+            if output.finished:
+                return output
         raise EngineDied
+
+    async def _watch(self, llm: Any, died: asyncio.Future[None]) -> None:
+        while not llm.errored:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+        died.set_result(None)
 
 
 def engine_arguments(settings: Teacher, path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""From calibrated probabilities to a certified policy bundle: numpy and scipy only."""

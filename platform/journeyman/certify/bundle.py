@@ -1,0 +1,221 @@
+"""The policy bundle: what `certify` writes and `serve` refuses to start without.
+
+Owns its schema, its digest and its one file. Deciding about a request is `cascade`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from journeyman.certify.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE
+from journeyman.certify.certificate import Certificate, GuaranteeKind
+from journeyman.certify.curve import CurvePoint
+from journeyman.certify.ledger import LedgerEntry
+from journeyman.certify.scores import ScoreName
+from journeyman.certify.thresholds import WrittenThreshold, read_threshold
+from journeyman.errors import BundleMismatch
+
+SCHEMA_VERSION: Final = 1
+BUNDLE_FILE = "bundle.json"
+
+Text = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Guarantee(_Part):
+    """A certificate as it is written: `Certificate`'s fields, its threshold free of infinities."""
+
+    kind: GuaranteeKind
+    alpha: float = Field(gt=0, lt=1)
+    delta: float = Field(gt=0, lt=1)
+    n: int = Field(ge=0)
+    threshold: WrittenThreshold
+    n_accepted: int = Field(ge=0)
+    errors: int = Field(ge=0)
+    upper_bound: Share
+    k_star: int = Field(ge=-1)
+    feasible: bool
+    reason: str
+
+    @classmethod
+    def from_certificate(cls, certificate: Certificate) -> Self:
+        """Write down a certificate."""
+        return cls(**asdict(certificate))
+
+    @model_validator(mode="after")
+    def _escalates_everything_if_infeasible(self) -> Self:
+        if self.feasible == (self.threshold is None):
+            raise ValueError("`threshold` must be null exactly where `feasible` is false")
+        if not self.feasible and not self.reason:
+            raise ValueError("`reason` must say why nothing is answered")
+        return self
+
+
+class PolicyBundle(_Part):
+    """Everything that serving needs to decide about a request, and what was promised for it."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+    # What the promise holds for; serving compares them with what it has loaded.
+    student: Text = Field(description="model reference of the student")
+    teacher: Text = Field(description="model reference of the teacher")
+    student_digest: Text
+    teacher_digest: Text
+    tokenizer_digest: Text
+    prompt_digest: Text
+
+    # From logits to a decision.
+    label_names: tuple[Text, ...] = Field(min_length=2, description="classes in logit order")
+    score: ScoreName
+    temperature: float = Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)
+    teacher_log_prior: tuple[float, ...] | None = Field(
+        description="subtracted from the teacher's class log-probabilities; null if none"
+    )
+    threshold: WrittenThreshold = Field(
+        description="the student answers strictly above it; null escalates everything"
+    )
+
+    # What is promised, and how it came about.
+    served_guarantee: GuaranteeKind = Field(description="the one that `threshold` comes from")
+    guarantees: tuple[Guarantee, ...] = Field(min_length=1)
+    curve: tuple[CurvePoint, ...]
+    student_accuracy: Share | None = Field(default=None, description="against gold, if any")
+    teacher_accuracy: Share | None = Field(default=None, description="against gold, if any")
+    ledger: tuple[LedgerEntry, ...]
+    recommendation: Text
+
+    @cached_property
+    def bundle_id(self) -> str:
+        """Digest of the content; it names the bundle in every answer that serving gives."""
+        return content_digest(self.model_dump(mode="json"))
+
+    @property
+    def accept_above(self) -> float:
+        """`threshold` as a number to compare with; +inf escalates everything."""
+        return read_threshold(self.threshold)
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if len(set(self.label_names)) != len(self.label_names):
+            raise ValueError("`label_names` names a class twice")
+        prior = self.teacher_log_prior
+        if prior is not None and len(prior) != len(self.label_names):
+            raise ValueError(
+                f"`teacher_log_prior` has {len(prior)} values for {len(self.label_names)} labels"
+            )
+        served = [g for g in self.guarantees if g.kind == self.served_guarantee]
+        if len(served) != 1 or len({g.kind for g in self.guarantees}) != len(self.guarantees):
+            raise ValueError("`guarantees` must hold the served kind, and each kind once")
+        if served[0].threshold != self.threshold:
+            raise ValueError("`threshold` is not that of the served guarantee")
+        return self
+
+
+def content_digest(content: Mapping[str, Any]) -> str:
+    """128-bit BLAKE2b, hex, of canonical JSON: sorted keys, no spaces, no infinities."""
+    canonical = json.dumps(
+        content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+    return blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def save(bundle: PolicyBundle, directory: Path | str) -> Path:
+    """Write the bundle as one file; a reader finds the old one or the new one, never half of it."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"bundle_id": bundle.bundle_id, **bundle.model_dump(mode="json")}
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".bundle-", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for their owner alone; a server often runs as someone else.
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(folder / BUNDLE_FILE)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_directory(folder)
+    return folder / BUNDLE_FILE
+
+
+def load(directory: Path | str) -> PolicyBundle:
+    """Read a bundle and check it against its own digest; BundleMismatch if anything is off."""
+    path = Path(directory) / BUNDLE_FILE
+    content = _read_content(path)
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise BundleMismatch(
+            f"{path} has bundle schema version {version!r}, this Journeyman reads "
+            f"{SCHEMA_VERSION}. Run `journeyman certify` again with this version."
+        )
+    written_id = content.pop("bundle_id", None)
+    actual_id = content_digest(content)
+    if written_id != actual_id:
+        raise BundleMismatch(
+            f"{path} was damaged or edited: it says bundle {written_id}, its content is "
+            f"{actual_id}. A certificate does not survive an edit: run `journeyman certify` again."
+        )
+    try:
+        return PolicyBundle.model_validate(content)
+    except ValidationError as error:
+        raise BundleMismatch(
+            f"{path} is not a policy bundle: {_first_complaint(error)}. "
+            "Run `journeyman certify` again."
+        ) from error
+
+
+def _read_content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise BundleMismatch(
+            f"There is no policy bundle at {path}. Run `journeyman certify`, or point serving at "
+            "the directory that it wrote."
+        ) from error
+    except ValueError as error:
+        raise BundleMismatch(
+            f"{path} is not readable JSON ({error}): it was damaged or edited. "
+            "Run `journeyman certify` again."
+        ) from error
+    if not isinstance(content, dict):
+        raise BundleMismatch(
+            f"{path} holds no JSON object: it was damaged or edited. "
+            "Run `journeyman certify` again."
+        )
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _first_complaint(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the bundle as a whole"
+    return f"{where}: {first['msg']}"
+
+
+def _sync_directory(folder: Path) -> None:
+    """Make the rename itself survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,117 @@
+"""Picking among designs on `calibrate` rows, before `certify` rows are looked at.
+
+Owns the forecast of certified coverage and the choice of the confidence score by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from journeyman.certify.certificate import GuaranteeKind, allowed_errors
+from journeyman.certify.metrics import area_under_risk_coverage
+from journeyman.certify.scores import SCORES, ScoreName, score
+from journeyman.certify.selective import selective_walk
+from journeyman.certify.thresholds import threshold_table
+from journeyman.errors import DataError, RecipeError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreChoice:
+    """The confidence score picked, and what was forecast for each candidate.
+
+    Attributes:
+        name: the score with the highest forecast.
+        coverage: that forecast, the share of rows it would be certified to answer.
+        coverages: the forecasts of all candidates.
+    """
+
+    name: ScoreName
+    coverage: float
+    coverages: Mapping[ScoreName, float]
+
+
+def forecast_coverage(
+    scores: npt.ArrayLike,
+    differs: npt.ArrayLike,
+    alpha: float,
+    delta: float,
+    n_certify: int,
+    kind: GuaranteeKind = "system_agreement",
+) -> float:
+    """The coverage that n_certify rows would be certified to, if they were like these.
+
+    The counts of these rows are scaled to n_certify before the rule is applied, so that 200
+    `calibrate` rows can speak for 500 `certify` rows.
+
+    Args:
+        scores: float[n], of the `calibrate` rows.
+        differs: bool[n], of the `calibrate` rows.
+        alpha: target.
+        delta: allowed chance of a broken promise.
+        n_certify: rows that the certificate will have.
+        kind: which certificate.
+    """
+    table = threshold_table(scores, differs)
+    if not table.n:
+        raise DataError("There are no calibrate rows to forecast from. Give that split some.")
+    scale = n_certify / table.n
+    scaled_errors = np.ceil(table.n_errors * scale)
+    if kind == "system_agreement":
+        passing = scaled_errors <= allowed_errors(n_certify, alpha, delta)
+    else:
+        walk = selective_walk(n_certify, alpha, delta)
+        passing = walk.passing(np.floor(table.n_accepted * scale), scaled_errors)
+    accepted = table.n_accepted[passing]
+    return float(accepted[-1] / table.n) if len(accepted) else 0.0
+
+
+def choose_score(
+    probabilities: npt.ArrayLike,
+    differs: npt.ArrayLike,
+    alpha: float,
+    delta: float,
+    n_certify: int,
+    kind: GuaranteeKind = "system_agreement",
+    names: Sequence[ScoreName] = tuple(SCORES),
+) -> ScoreChoice:
+    """Pick the score with the highest forecast of certified coverage at the target.
+
+    Not by area under the risk-coverage curve, which weighs thresholds that nobody will use; the
+    area only decides between equal forecasts, such as 0 and 0.
+
+    Args:
+        probabilities: float[n, c], the student's, calibrated, on `calibrate` rows.
+        differs: bool[n], of the same rows.
+        alpha: target.
+        delta: allowed chance of a broken promise.
+        n_certify: rows that the certificate will have.
+        kind: which certificate.
+        names: candidates, at least one.
+    """
+    if not names:
+        raise RecipeError(f"No confidence score to pick from. Name some of {', '.join(SCORES)}.")
+    scores = {name: score(probabilities, name) for name in names}
+    coverages = {
+        name: forecast_coverage(values, differs, alpha, delta, n_certify, kind)
+        for name, values in scores.items()
+    }
+    best = max(
+        names,
+        key=lambda name: (coverages[name], -area_under_risk_coverage(scores[name], differs)),
+    )
+    return ScoreChoice(name=best, coverage=coverages[best], coverages=coverages)
+
+
+def walk_start(coverage_forecast: float, n_certify: int, alpha: float) -> int:
+    """Agreements from which the selective walk looks, from the forecast on `calibrate` rows.
+
+    At 0.6 of the forecast the longer prefixes gain 1 to 3 points of coverage (CASCADE.md). Worth it
+    from about as many `calibrate` rows as `certify` rows: with 200 for 1,000 the forecast, the
+    best of many noisy prefixes, is too high too often, and nothing is gained.
+    """
+    return math.floor(0.6 * coverage_forecast * n_certify * (1 - alpha))

@@ -1,0 +1,68 @@
+"""The sentence a user reads first: answer, escalate, or drop the teacher.
+
+Agreement with the teacher is the wrong promise where the student is the better of the two.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import bdtr
+
+from journeyman.certify.certificate import Certificate
+
+# One-sided level of the sign test below: a student is called better only on evidence.
+_SIGN_TEST_LEVEL = 0.05
+
+
+def recommend(
+    certificate: Certificate,
+    student_right: npt.ArrayLike | None = None,
+    teacher_right: npt.ArrayLike | None = None,
+) -> str:
+    """Say what to do with this certificate, given gold or without it.
+
+    Args:
+        certificate: the one that serving will use.
+        student_right: bool[n] against gold, or None without gold.
+        teacher_right: bool[n] against gold on the same rows, or None without gold.
+    """
+    plan = _plan(certificate)
+    if student_right is None or teacher_right is None or not len(np.asarray(student_right)):
+        return f"{plan} There is no gold to tell whether the student or the teacher is right."
+    student, teacher = np.asarray(student_right, bool), np.asarray(teacher_right, bool)
+    accuracies = f"{student.mean():.3f} against the teacher's {teacher.mean():.3f}"
+    if _better(student, teacher):
+        return (
+            f"Against gold the student is better than its teacher: {accuracies}. Escalating lowers "
+            "accuracy, and agreement with the teacher is the wrong promise: serve the student "
+            "alone, or certify against gold. If agreement is what you need: "
+            f"{plan[0].lower()}{plan[1:]}"
+        )
+    if _better(teacher, student):
+        return f"{plan} Against gold the student alone has {accuracies}: escalation pays."
+    return (
+        f"{plan} Against gold the student alone has {accuracies}, too close to tell them apart on "
+        f"{len(student)} rows: where the teacher's cost matters, consider the student alone."
+    )
+
+
+def _plan(certificate: Certificate) -> str:
+    if not certificate.feasible:
+        return f"Escalate everything to the teacher. {certificate.reason}"
+    risk = {
+        "system_agreement": "of all requests, those that the student answers and the teacher would "
+        "have answered differently are",
+        "selective_agreement": "of the requests that the student answers, those that the teacher "
+        "would have answered differently are",
+    }[certificate.kind]
+    return (
+        f"Let the student answer {certificate.coverage:.1%} of requests: {risk} at most "
+        f"{certificate.upper_bound:.2%}, with confidence {1 - certificate.delta:g}."
+    )
+
+
+def _better(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> bool:
+    """One-sided exact sign test over the rows where only one of the two is right."""
+    wins, losses = int((one & ~other).sum()), int((other & ~one).sum())
+    return wins > losses and bool(bdtr(losses, wins + losses, 0.5) <= _SIGN_TEST_LEVEL)

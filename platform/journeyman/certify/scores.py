@@ -1,0 +1,116 @@
+"""Confidence scores: class probabilities in, one number a row out, higher means more confident.
+
+A score is a pure function of its own row, so serving repeats for one request, bit for bit, what
+certification computed for a whole split. Thresholds and guarantees are built elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from journeyman.errors import DataError, RecipeError
+
+FloatArray = npt.NDArray[np.float64]
+ScoreName = Literal["max_probability", "margin", "entropy"]
+
+# A float64 holds 53 bits. Main scores lie within +-16 (4 bits; the entropy of eight million
+# classes), rounded to 2**-24, the last bit of a float32 probability near 1; the remaining 25 bits
+# hold the second score. So the sum of the two is exact, and ordered by (main, second).
+_MAIN_GRID = 2.0**24
+_SECOND_GRID = 2.0**25
+_MAX_CLASSES = 8_000_000
+# -log of an entropy lies between -log(16) > -4 and -log(2**-1074) < 746.
+_SECOND_OFFSET, _SECOND_SPAN = 4.0, 750.0
+
+
+def class_probabilities(values: npt.ArrayLike) -> FloatArray:
+    """Check class probabilities[n, c] and return them as contiguous float64, otherwise unchanged.
+
+    Contiguous, because numpy adds up a row of a strided array in another order, and a batch must
+    score exactly like its rows alone.
+    """
+    probabilities = np.ascontiguousarray(values, dtype=np.float64)
+    if probabilities.ndim != 2 or not 2 <= probabilities.shape[1] <= _MAX_CLASSES:
+        raise DataError(
+            f"Class probabilities have shape {probabilities.shape}, expected [rows, classes] with "
+            "at least two classes. Pass one row for each example, one column for each label."
+        )
+    # Written so that a NaN fails the comparison.
+    valid = (probabilities >= 0).all(axis=1) & (np.abs(probabilities.sum(axis=1) - 1) < 1e-3)
+    if not valid.all():
+        row = int(np.argmin(valid))
+        raise DataError(
+            f"Row {row} of {len(valid)} is not a distribution: its values sum to "
+            f"{probabilities[row].sum():g}, the smallest is {probabilities[row].min():g}. "
+            "Pass probabilities (Calibrator.probabilities gives them), not logits."
+        )
+    return probabilities
+
+
+def max_probability(probabilities: npt.ArrayLike) -> FloatArray:
+    """The probability of the most probable class, on a grid of 2**-24: float64[n]."""
+    return _on_grid(class_probabilities(probabilities).max(axis=1))
+
+
+def margin(probabilities: npt.ArrayLike) -> FloatArray:
+    """The most probable class's lead over the next one, on a grid of 2**-24: float64[n]."""
+    top_two = np.partition(class_probabilities(probabilities), -2, axis=1)[:, -2:]
+    return _on_grid(top_two[:, 1] - top_two[:, 0])
+
+
+def entropy(probabilities: npt.ArrayLike) -> FloatArray:
+    """Minus the Shannon entropy in nats, on a grid of 2**-24: float64[n]."""
+    return _on_grid(-_shannon_entropy(class_probabilities(probabilities)))
+
+
+SCORES: Mapping[ScoreName, Callable[[npt.ArrayLike], FloatArray]] = MappingProxyType(
+    {"max_probability": max_probability, "margin": margin, "entropy": entropy}
+)
+
+
+def score(probabilities: npt.ArrayLike, name: ScoreName) -> FloatArray:
+    """Score rows by `name`, ties broken by the logarithm of the entropy: float64[n].
+
+    The value is the main score, which lies on a grid of 2**-24, plus less than one step of that
+    grid for the second score. Hence:
+
+    - it depends on its row alone, so one request is scored as in the split it was certified on;
+    - it is strictly monotone in the main score: `SCORES[name]` greater means greater;
+    - equal main scores are ordered by the second score, lower entropy first. The logarithm keeps
+      rows apart that a confident student rounds to 1.0 in every main score: their entropies run
+      down to 1e-300.
+
+    Rows that tie in both (the same text twice, as a rule) stay tied; the certificates are valid
+    with ties and accept or escalate such rows together.
+    """
+    if name not in SCORES:
+        raise RecipeError(
+            f"Unknown confidence score {name!r} in certify.score. Use one of {', '.join(SCORES)}."
+        )
+    checked = class_probabilities(probabilities)
+    return SCORES[name](checked) + _second_score(checked) / _MAIN_GRID
+
+
+def _second_score(probabilities: FloatArray) -> FloatArray:
+    """-log(entropy) mapped onto [0, 1), on a grid of 2**-25: float64[n]."""
+    least = np.finfo(np.float64).smallest_subnormal
+    log_entropy = np.log(np.maximum(_shannon_entropy(probabilities), least))
+    unit = (_SECOND_OFFSET - log_entropy) / _SECOND_SPAN
+    steps = np.clip(np.floor(unit * _SECOND_GRID), 0, _SECOND_GRID - 1)
+    return np.asarray(steps / _SECOND_GRID, dtype=np.float64)
+
+
+def _shannon_entropy(probabilities: FloatArray) -> FloatArray:
+    positive = np.where(probabilities > 0, probabilities, 1.0)
+    # A float32 softmax may give a little more than 1, whose term is negative; no entropy is.
+    terms: FloatArray = -positive * np.log(positive)
+    return np.asarray(np.maximum(terms.sum(axis=1), 0.0))
+
+
+def _on_grid(main: FloatArray) -> FloatArray:
+    return np.asarray(np.round(main * _MAIN_GRID) / _MAIN_GRID, dtype=np.float64)

@@ -1,0 +1,117 @@
+"""A dozen rows to read, chosen by a rule that the page states, not by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from journeyman.report.data import BoolArray, TestRows
+
+ROWS_PER_GROUP = 4
+_LONGEST_TEXT = 600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One model's answer to one row; `right` is None without gold."""
+
+    label: str
+    probability: float
+    right: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A row to read; `gold` is None where it has none."""
+
+    id: str
+    text: str
+    gold: str | None
+    teacher: Answer
+    student: Answer
+    confidence: float
+    answered_by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleGroup:
+    """Rows of one kind: `n` in all, of which the rule picked `examples`."""
+
+    title: str
+    rule: str
+    n: int
+    examples: tuple[Example, ...]
+
+
+def pick(rows: TestRows, labels: Sequence[str]) -> tuple[ExampleGroup, ...]:
+    """Up to four rows of each of three kinds; equal confidence is ordered by id."""
+    accepted, differs = rows.accepted, rows.differs
+    return (
+        _group(
+            rows,
+            labels,
+            "Answered by the student, otherwise than the teacher",
+            "the most confident ones, which do most harm if the student is wrong",
+            accepted & differs,
+            most_confident=True,
+        ),
+        _group(
+            rows,
+            labels,
+            "Answered by the student, like the teacher",
+            "the most confident ones",
+            accepted & ~differs,
+            most_confident=True,
+        ),
+        _group(rows, labels, "Escalated", "the least confident ones", ~accepted),
+    )
+
+
+def _group(
+    rows: TestRows,
+    labels: Sequence[str],
+    title: str,
+    rule: str,
+    chosen: BoolArray,
+    *,
+    most_confident: bool = False,
+) -> ExampleGroup:
+    sign = -1 if most_confident else 1
+    index = sorted(
+        np.flatnonzero(chosen).tolist(), key=lambda i: (sign * rows.confidence[i], rows.ids[i])
+    )
+    return ExampleGroup(
+        title=title,
+        rule=rule,
+        n=len(index),
+        examples=tuple(_example(rows, labels, i) for i in index[:ROWS_PER_GROUP]),
+    )
+
+
+def _example(rows: TestRows, labels: Sequence[str], i: int) -> Example:
+    gold = int(rows.gold[i])
+
+    def answer(probabilities: np.ndarray) -> Answer:
+        label = int(probabilities.argmax())
+        return Answer(
+            label=labels[label],
+            probability=float(probabilities[label]),
+            right=None if gold < 0 else label == gold,
+        )
+
+    return Example(
+        id=rows.ids[i],
+        text=_cut(rows.texts[i]),
+        gold=None if gold < 0 else labels[gold],
+        teacher=answer(rows.teacher[i]),
+        student=answer(rows.student[i]),
+        confidence=float(rows.confidence[i]),
+        answered_by="student" if rows.accepted[i] else "teacher",
+    )
+
+
+def _cut(text: str) -> str:
+    rest = len(text) - _LONGEST_TEXT
+    return text if rest <= 0 else f"{text[:_LONGEST_TEXT]}… ({rest:,} more characters)"

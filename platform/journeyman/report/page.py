@@ -1,0 +1,95 @@
+"""The page itself: figures, tables and words put into one file that needs no network.
+
+`index.html` holds everything; `figures/*.svg` are the same figures for use elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from journeyman import files
+from journeyman.report import examples, figures, style, tables
+from journeyman.report.data import ReportData, SummaryRow
+from journeyman.report.figures import Figure
+from journeyman.report.measure import measure
+from journeyman.report.verdict import served_guarantee, verdict
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,  # every text on the page may come from the user's data
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def write(data: ReportData, directory: Path) -> Path:
+    """Write the report's folder, whole or not at all; returns the path of `index.html`."""
+    html, drawn = render(data)
+    with files.replaced_directory(directory) as fresh:
+        (fresh / "figures").mkdir()
+        for figure in drawn:
+            (fresh / "figures" / f"{figure.name}.svg").write_text(figure.svg, encoding="utf-8")
+        (fresh / "index.html").write_text(html, encoding="utf-8")
+    return directory / "index.html"
+
+
+def render(data: ReportData) -> tuple[str, list[Figure]]:
+    """The page's HTML and its figures, in the order in which they stand on it."""
+    cost_quality, labels = figures.cost_quality(data), figures.labels(data)
+    training, reliability = figures.training(data), figures.reliability(data)
+    confusions = figures.confusions(data)
+    html = _TEMPLATES.get_template("page.html.j2").render(
+        data=data,
+        bundle=data.bundle,
+        summary=_grouped(data.summary),
+        inline=_inline,
+        **_words_and_tables(data),
+        figures={
+            "cost_quality": cost_quality,
+            "labels": labels,
+            "training": training,
+            "reliability": reliability,
+            "confusions": confusions,
+        },
+    )
+    drawn = [cost_quality, labels, *([training] if training else []), reliability, *confusions]
+    return html, drawn
+
+
+def _words_and_tables(data: ReportData) -> dict[str, Any]:
+    measured = measure(data.test)
+    curve, gold_curve = figures.test_curves(data.test)
+    against = ["teacher", "gold"] if measured.gold else ["teacher"]
+    counts = {name: figures.confusion_counts(data.test, len(data.labels), name) for name in against}
+    return {
+        "verdict": verdict(measured, data.bundle),
+        "accuracies": tables.accuracies(measured),
+        "guarantees": tables.guarantees(data.bundle, curve),
+        "cost_table": tables.cost_quality(curve, gold_curve, served_guarantee(data.bundle)),
+        "label_table": tables.label_counts(
+            figures.all_labels(data), data.label_histogram, data.teacher_histogram
+        ),
+        "evaluations": tables.evaluations(data.evaluations),
+        "calibration": tables.calibration(data.test),
+        "per_label": tables.per_label(data.test, data.labels),
+        "differences": [
+            tables.commonest_differences(counts[name], data.labels, name) for name in against
+        ],
+        "example_groups": examples.pick(data.test, data.labels),
+    }
+
+
+def _grouped(summary: Sequence[SummaryRow]) -> list[tuple[str, list[SummaryRow]]]:
+    return [(group, list(rows)) for group, rows in groupby(summary, key=lambda row: row.group)]
+
+
+def _inline(figure: Figure) -> Markup:
+    """The figure's SVG with its colours as CSS variables, so that it follows light and dark."""
+    return Markup(style.with_variables(figure.svg))  # matplotlib has escaped the labels in it

@@ -1,0 +1,270 @@
+"""The numbers behind each figure, as tables of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from journeyman.certify.bundle import Guarantee, PolicyBundle
+from journeyman.certify.certificate import clopper_pearson_upper
+from journeyman.certify.curve import CostQualityCurve
+from journeyman.certify.metrics import (
+    brier,
+    expected_calibration_error,
+    negative_log_likelihood,
+)
+from journeyman.certify.thresholds import read_threshold
+from journeyman.report.data import IntArray, TestRows, TrainingRecord
+from journeyman.report.measure import Measured
+from journeyman.report.plots import RELIABILITY_BINS
+from journeyman.report.verdict import percent
+
+NOTHING = "–"
+_KIND_WORDS = {
+    "system_agreement": "system agreement",
+    "selective_agreement": "selective agreement",
+}
+_COVERAGES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+_COMMONEST = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Columns' names, rows of as many cells, and a caption.
+
+    Row `marked` stands out. The first `n_words` columns hold words, the others numbers.
+    """
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    marked: int | None = None
+    n_words: int = 1
+
+
+def accuracies(measured: Measured) -> Table | None:
+    """Teacher, student and cascade against gold; None without gold."""
+    gold = measured.gold
+    if gold is None:
+        return None
+    escalated = 1 - measured.n_accepted / measured.n
+    return Table(
+        caption=f"Right by gold, on the {gold.n:,} test rows with gold; exact 95% intervals.",
+        columns=("who answers", "right", "interval", "calls to the teacher"),
+        rows=tuple(
+            (name, f"{right / gold.n:.1%}", _interval(right, gold.n), f"{calls:.1%}")
+            for name, right, calls in (
+                ("teacher alone", gold.teacher, 1.0),
+                ("student alone", gold.student, 0.0),
+                ("cascade", gold.cascade, escalated),
+            )
+        ),
+    )
+
+
+def guarantees(bundle: PolicyBundle, curve: CostQualityCurve) -> Table:
+    """Every certificate in the bundle, and what came of it on the test rows of `curve`."""
+    return Table(
+        caption=f"Certified on certify rows; the last two columns on {curve.table.n:,} test rows. "
+        "The marked one sets the threshold.",
+        columns=(
+            "promise",
+            "at most",
+            "confidence",
+            "certify rows",
+            "answered",
+            "of these differ",
+            "proved",
+            "answered on test",
+            "differs on test",
+        ),
+        rows=tuple(_guarantee_row(g, curve) for g in bundle.guarantees),
+        marked=[g.kind for g in bundle.guarantees].index(bundle.served_guarantee),
+    )
+
+
+def cost_quality(
+    curve: CostQualityCurve, gold_curve: CostQualityCurve | None, guarantee: Guarantee
+) -> Table:
+    """Some thresholds between none and every answer by the student, the certified one marked."""
+    chosen = curve.table.index_at(read_threshold(guarantee.threshold))
+    wanted = np.searchsorted(curve.coverage, _COVERAGES).clip(max=len(curve.coverage) - 1)
+    indices = sorted({int(i) for i in wanted} | {chosen})
+    rows = []
+    for i in indices:
+        selective = curve.selective_disagreement[i]
+        row: tuple[str, ...] = (
+            f"{curve.coverage[i]:.1%}",
+            f"{1 - curve.coverage[i]:.1%}",
+            f"{curve.system_disagreement[i]:.1%}",
+            NOTHING if np.isnan(selective) else f"{selective:.1%}",
+        )
+        if gold_curve is not None:
+            row += (f"{gold_curve.at(float(curve.threshold[i])).cascade_accuracy:.1%}",)
+        rows.append(row)
+    gold_columns = () if gold_curve is None else ("right by gold",)
+    return Table(
+        caption=f"Thresholds tried on {curve.table.n:,} test rows; the certified one is marked.",
+        columns=(
+            "student answers",
+            "calls to the teacher",
+            "differs, of all",
+            "differs, of answered",
+            *gold_columns,
+        ),
+        rows=tuple(rows),
+        marked=indices.index(chosen),
+    )
+
+
+def label_counts(
+    labels: Sequence[str], gold: Mapping[str, Mapping[str, int]], teacher: Mapping[str, int]
+) -> Table:
+    """Rows of each label by gold, a column a split, and by the teacher over all splits."""
+    gold = {split: counts for split, counts in gold.items() if any(counts.values())}
+    rows = [
+        (
+            label,
+            *(f"{counts.get(label, 0):,}" for counts in gold.values()),
+            f"{teacher.get(label, 0):,}",
+        )
+        for label in labels
+    ]
+    totals = [*(sum(counts.values()) for counts in gold.values()), sum(teacher.values())]
+    return Table(
+        caption="Rows of each label: by gold in each split, and by the teacher in all of them."
+        if gold
+        else "Rows of each label by the teacher, in all splits.",
+        columns=("label", *(f"gold, {split}" for split in gold), "teacher, all splits"),
+        rows=(*rows, ("all", *(f"{total:,}" for total in totals))),
+    )
+
+
+def evaluations(records: Sequence[TrainingRecord]) -> Table | None:
+    """The evaluations between epochs, one row each, the best marked; None if there were none."""
+    if not records:
+        return None
+    has_gold = any(record.get("gold_accuracy") is not None for record in records)
+    best = max(range(len(records)), key=lambda i: (records[i]["agreement"], -records[i]["kl"]))
+    return Table(
+        caption="The student during training, on calibrate rows; highest agreement marked.",
+        columns=(
+            "epoch",
+            "step",
+            "same as teacher",
+            "KL, nats",
+            *(("right by gold",) if has_gold else ()),
+        ),
+        rows=tuple(
+            (
+                f"{record['epoch']:,}",
+                f"{record['step']:,}",
+                f"{record['agreement']:.1%}",
+                f"{record['kl']:.3f}",
+                *((f"{record['gold_accuracy']:.1%}",) if has_gold else ()),
+            )
+            for record in records
+        ),
+        marked=best,
+    )
+
+
+def calibration(rows: TestRows) -> Table:
+    """How far the calibrated probabilities can be believed, against the teacher and gold."""
+    against = [("the teacher's answer", rows.teacher_answer)]
+    if rows.has_gold.any():
+        against.append(("gold", rows.gold))
+    lines = []
+    for name, target in against:
+        known = target >= 0
+        p, t = rows.student[known], target[known]
+        lines.append(
+            (
+                name,
+                f"{int(known.sum()):,}",
+                f"{expected_calibration_error(p, t, RELIABILITY_BINS):.3f}",
+                f"{brier(p, t):.3f}",
+                f"{negative_log_likelihood(p, t):.3f}",
+            )
+        )
+    return Table(
+        caption="Calibration of the student on test rows; lower is better in all three.",
+        columns=("against", "rows", "expected calibration error", "Brier", "log loss, nats"),
+        rows=tuple(lines),
+    )
+
+
+def per_label(rows: TestRows, labels: Sequence[str]) -> Table:
+    """Agreement and answers by the teacher's label; accuracies by gold label."""
+    has_gold = bool(rows.has_gold.any())
+    lines = []
+    for i, label in enumerate(labels):
+        of_teacher, of_gold = rows.teacher_answer == i, rows.gold == i
+        line: tuple[str, ...] = (
+            label,
+            f"{int(of_teacher.sum()):,}",
+            _share(~rows.differs & of_teacher, of_teacher),
+            _share(rows.accepted & of_teacher, of_teacher),
+        )
+        if has_gold:
+            line += (
+                f"{int(of_gold.sum()):,}",
+                _share((rows.teacher_answer == i) & of_gold, of_gold),
+                _share((rows.student_answer == i) & of_gold, of_gold),
+            )
+        lines.append(line)
+    gold_columns = ("gold rows", "teacher right", "student right") if has_gold else ()
+    return Table(
+        caption=f"Label by label, on {len(rows):,} test rows.",
+        columns=("label", "teacher says so", "student agrees", "student answers", *gold_columns),
+        rows=tuple(lines),
+    )
+
+
+def commonest_differences(counts: IntArray, labels: Sequence[str], against: str) -> Table | None:
+    """The largest cells off the diagonal of counts[c, c]; None if there are none."""
+    off = counts * (1 - np.eye(len(labels), dtype=np.int64))
+    largest = [i for i in np.argsort(-off, axis=None, kind="stable")[:_COMMONEST] if off.flat[i]]
+    if not largest:
+        return None
+    whose = "gold" if against == "gold" else "its teacher"
+    cells = [divmod(int(i), len(labels)) for i in largest]
+    return Table(
+        caption=f"The student's commonest differences from {whose}, on test rows.",
+        columns=(against, "student", "rows"),
+        rows=tuple((labels[i], labels[j], f"{off[i, j]:,}") for i, j in cells),
+        n_words=2,
+    )
+
+
+def _guarantee_row(guarantee: Guarantee, curve: CostQualityCurve) -> tuple[str, ...]:
+    on_test = curve.at(read_threshold(guarantee.threshold))
+    realised = (
+        on_test.system_disagreement
+        if guarantee.kind == "system_agreement"
+        else on_test.selective_disagreement
+    )
+    return (
+        _KIND_WORDS.get(guarantee.kind, guarantee.kind),
+        percent(guarantee.alpha),
+        percent(1 - guarantee.delta),
+        f"{guarantee.n:,}",
+        f"{guarantee.n_accepted:,}",
+        f"{guarantee.errors:,}",
+        f"{guarantee.upper_bound:.2%}" if guarantee.feasible else "not feasible",
+        f"{on_test.coverage:.1%}",
+        NOTHING if realised is None else f"{realised:.1%}",
+    )
+
+
+def _interval(count: int, n: int) -> str:
+    """Exact two-sided 95% interval (Clopper and Pearson)."""
+    low = 1 - clopper_pearson_upper(n - count, n, 0.025)
+    return f"{low:.1%} to {clopper_pearson_upper(count, n, 0.025):.1%}"
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> str:
+    n = int(whole.sum())
+    return f"{int(part.sum()) / n:.1%}" if n else NOTHING

@@ -1,0 +1,198 @@
+"""The page's first words: who is better, who answers, what is promised, what came of it.
+
+Every sentence is chosen by the numbers; none says more than they do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from journeyman.certify.bundle import Guarantee, PolicyBundle
+from journeyman.report.measure import BROKEN, AgainstGold, Measured, chance_of_as_many
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Plain words.
+
+    Attributes:
+        headline: one sentence.
+        sentences: what a reader must know, in order.
+        warning: title and text of what argues against the promise; None if nothing does.
+    """
+
+    headline: str
+    sentences: tuple[str, ...]
+    warning: tuple[str, str] | None
+
+
+def served_guarantee(bundle: PolicyBundle) -> Guarantee:
+    """The guarantee that the bundle's threshold comes from."""
+    return next(g for g in bundle.guarantees if g.kind == bundle.served_guarantee)
+
+
+def verdict(measured: Measured, bundle: PolicyBundle) -> Verdict:
+    """Put the test rows and the certificate into words."""
+    guarantee = served_guarantee(bundle)
+    return Verdict(
+        headline=_headline(measured),
+        sentences=(
+            _who_is_right(measured),
+            _who_answers(measured, guarantee),
+            _promise(guarantee),
+            _realised(measured, guarantee),
+        ),
+        warning=_warning(measured),
+    )
+
+
+def share(count: int, n: int) -> str:
+    """`5.5% (22 of 400)`."""
+    return f"{count / n:.1%} ({count:,} of {n:,})" if n else "none (0 of 0)"
+
+
+def percent(rate: float) -> str:
+    """`10%`, `2.5%`: as many digits as a person would write."""
+    return f"{100 * rate:.4g}%"
+
+
+def promised_words(guarantee: Guarantee) -> str:
+    """What the guarantee bounds, as a clause."""
+    at_most = f"at most {percent(guarantee.alpha)} of"
+    if guarantee.kind == "system_agreement":
+        return (
+            f"{at_most} all requests are answered by the student otherwise than its teacher would "
+            "have answered them"
+        )
+    return (
+        f"{at_most} the requests that the student answers would have been answered otherwise by "
+        "its teacher"
+    )
+
+
+def _headline(measured: Measured) -> str:
+    gold = measured.gold
+    if gold is None:
+        agreed = 1 - measured.n_differs / measured.n
+        return f"The student gives its teacher's answer to {agreed:.1%} of the test rows."
+    if gold.student_is_better:
+        return "Against gold, the student is better than its teacher."
+    if gold.teacher_is_better:
+        return "Against gold, the teacher is better than the student."
+    return "Against gold, student and teacher cannot be told apart on these rows."
+
+
+def _who_is_right(measured: Measured) -> str:
+    gold = measured.gold
+    if gold is None:
+        return (
+            "The test rows have no gold labels, so nothing here says which of the two is right: "
+            "only how often they agree."
+        )
+    words = (
+        f"The student is right in {share(gold.student, gold.n)}, its teacher in "
+        f"{share(gold.teacher, gold.n)}, of the test rows with gold; only the student is right in "
+        f"{gold.only_student:,}, only the teacher in {gold.only_teacher:,}."
+    )
+    if gold.student_is_better or gold.teacher_is_better:
+        return words
+    return (
+        f"{words} A lead like this, or a larger one, comes by chance in {gold.chance:.0%} of draws "
+        "between equals."
+    )
+
+
+def _who_answers(measured: Measured, guarantee: Guarantee) -> str:
+    if not guarantee.feasible:
+        return f"The student answers nothing: everything is escalated. {guarantee.reason}"
+    return (
+        f"At the certified threshold the student answers {share(measured.n_accepted, measured.n)} "
+        "of the test rows, and the teacher answers the rest."
+    )
+
+
+def _promise(guarantee: Guarantee) -> str:
+    if not guarantee.feasible:
+        return (
+            f"The promise asked for: {promised_words(guarantee)}, with confidence "
+            f"{percent(1 - guarantee.delta)}. It holds only because the student answers nothing."
+        )
+    return (
+        f"Promised, with {percent(1 - guarantee.delta)} confidence: {promised_words(guarantee)}. "
+        f"It rests on {guarantee.n:,} certify rows, of which the student answers "
+        f"{guarantee.n_accepted:,}, {guarantee.errors:,} of them otherwise than the teacher; they "
+        f"prove at most {guarantee.upper_bound:.2%}."
+    )
+
+
+def _realised(measured: Measured, guarantee: Guarantee) -> str:
+    if not measured.n_accepted:
+        return "Realised on test: the student answered no row, so nothing could differ."
+    system = guarantee.kind == "system_agreement"
+    of = measured.n if system else measured.n_accepted
+    errors = measured.n_accepted_differs
+    words = f"Realised on test: {share(errors, of)} of the {'rows' if system else 'answered rows'}"
+    if errors <= guarantee.alpha * of:
+        return f"{words}, within the promise."
+    chance = chance_of_as_many(errors, of, guarantee.alpha)
+    if chance >= BROKEN:
+        return (
+            f"{words}, more than promised, but so many come by chance in {chance:.0%} of draws "
+            "from a risk just as promised: no sign that the promise is broken."
+        )
+    return (
+        f"{words}, more than promised, and so many come by chance in {chance:.1%} of draws at "
+        "most. Do not rely on the promise: the test rows are unlike the certify rows, or rows "
+        "are not independent of each other."
+    )
+
+
+def _warning(measured: Measured) -> tuple[str, str] | None:
+    gold = measured.gold
+    if gold is None or gold.student <= gold.teacher:
+        return None
+    accuracies = (
+        f"On the {gold.n:,} test rows with gold, the student alone is right in "
+        f"{gold.student / gold.n:.1%}, this cascade in {gold.cascade / gold.n:.1%}, the teacher "
+        f"alone in {gold.teacher / gold.n:.1%}."
+    )
+    if gold.student_is_better:
+        title, advice = _wrong_promise(gold, answers_all=measured.n_accepted == measured.n)
+        return title, f"{accuracies} {advice}"
+    return (
+        "The student may be the better one",
+        f"{accuracies} The lead is within chance, so agreement may or may not be the right "
+        "promise. Recommended: collect more gold rows before paying for escalation.",
+    )
+
+
+def _wrong_promise(gold: AgainstGold, *, answers_all: bool) -> tuple[str, str]:
+    """Title and advice where the student is better than its teacher."""
+    why = (
+        "Agreement with the teacher is the wrong promise here: it counts as an error every row in "
+        "which the student is right and its teacher wrong."
+    )
+    if answers_all:
+        return (
+            "Agreement is the wrong promise",
+            f"{why} Nothing is lost by it, since the student answers everything. Recommended: "
+            "keep it so, and certify against gold.",
+        )
+    if gold.cascade > gold.student:
+        return (
+            "Agreement is the wrong promise",
+            f"{why} Yet on these rows the cascade is right more often than either alone. "
+            "Recommended: keep escalating the least confident requests, but choose and certify "
+            "the threshold against gold.",
+        )
+    effect = (
+        ("Escalation lowers accuracy", "Escalating replaces better answers by worse ones.")
+        if gold.cascade < gold.student
+        else ("Escalation gains nothing", "Escalating pays for answers that are no better.")
+    )
+    return (
+        f"{effect[0]}, and agreement is the wrong promise",
+        f"{effect[1]} {why} Recommended: let the student answer everything, certify it against "
+        "gold, and stop paying for escalation. Keep this threshold only if the aim is to stand in "
+        "for the teacher, mistakes included.",
+    )

@@ -1,0 +1,179 @@
+"""What a finished run shows: the table at the end of ``journeyman run``, and the report's data."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from journeyman import corpus, files
+from journeyman.certify import bundle as bundles
+from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify.calibration import Calibrator
+from journeyman.certify.scores import score
+from journeyman.certify.step import read_test_logits
+from journeyman.labels import dataset
+from journeyman.labels.dataset import ClassRows
+from journeyman.labels.store import LabelStore
+from journeyman.report.data import ReportData, SummaryRow, TestRows
+from journeyman.report.measure import Measured, measure
+from journeyman.report.verdict import percent, served_guarantee, share
+
+if TYPE_CHECKING:
+    from journeyman.steps import Run
+
+
+def report_data(run: Run) -> ReportData:
+    """Everything on the report's page, read from the run's folders."""
+    rows = dataset.read_classes(run.path("label"), run.path("prepare"))
+    bundle = bundles.load(run.path("certify"))
+    test = _test_rows(rows.split("test"), run.path("certify"), bundle)
+    answers = Counter(rows.labels[i] for i in rows.logprobs.argmax(axis=1))
+    return ReportData(
+        name=run.recipe.name,
+        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        recipe_yaml=yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False),
+        labels=rows.labels,
+        label_histogram=corpus.read_manifest(run.path("prepare"))["labels"],
+        teacher_histogram={label: answers[label] for label in rows.labels},
+        summary=summary(run, measure(test), bundle, rows),
+        training=files.read_json_lines(run.path("train") / "training.jsonl"),
+        bundle=bundle,
+        test=test,
+    )
+
+
+def summary(
+    run: Run, measured: Measured, bundle: PolicyBundle, rows: ClassRows
+) -> list[SummaryRow]:
+    """The closing table: quality on test rows, the promise, speed, sizes, and what it took."""
+    return [
+        *_quality(measured, rows),
+        *_promise(measured, bundle),
+        *_speed(run),
+        *_sizes(run),
+        *_costs(run),
+    ]
+
+
+def _test_rows(rows: ClassRows, bundle_dir: Path, bundle: PolicyBundle) -> TestRows:
+    student = Calibrator(temperature=bundle.temperature).probabilities(read_test_logits(bundle_dir))
+    confidence = score(student, bundle.score)
+    return TestRows(
+        ids=rows.ids,
+        texts=rows.texts,
+        gold=rows.gold,
+        teacher=np.exp(rows.logprobs),
+        student=student,
+        confidence=confidence,
+        accepted=confidence > bundle.accept_above,
+    )
+
+
+def _quality(measured: Measured, rows: ClassRows) -> list[SummaryRow]:
+    agreement = 1 - measured.n_differs / measured.n
+    lines = [("student agrees with teacher", f"{agreement:.3f}", "answering everything")]
+    if gold := measured.gold:
+        known = rows.split("test").gold
+        majority = np.bincount(known[known >= 0]).max() / gold.n
+        lines = [
+            ("teacher accuracy", f"{gold.teacher / gold.n:.3f}", f"majority class {majority:.3f}"),
+            ("student accuracy", f"{gold.student / gold.n:.3f}", ""),
+            ("cascade accuracy", f"{gold.cascade / gold.n:.3f}", ""),
+            *lines,
+        ]
+    group = f"quality, {measured.n:,} test rows"
+    return [SummaryRow(group=group, name=n, value=v, note=note) for n, v, note in lines]
+
+
+def _promise(measured: Measured, bundle: PolicyBundle) -> list[SummaryRow]:
+    guarantee = served_guarantee(bundle)
+    words = {
+        "system_agreement": "P(student answers and differs)",
+        "selective_agreement": "P(differs | student answers)",
+    }[guarantee.kind]
+    of = measured.n if guarantee.kind == "system_agreement" else measured.n_accepted
+    rows = [
+        ("promised", f"at most {percent(guarantee.alpha)}",
+         f"{words}, confidence {percent(1 - guarantee.delta)}"),
+        ("realised on test", share(measured.n_accepted_differs, of), ""),
+        ("answered by the student", share(measured.n_accepted, measured.n), ""),
+    ]  # fmt: skip
+    if not guarantee.feasible:
+        rows.append(("escalates everything", "yes", guarantee.reason))
+    return [SummaryRow(group="the promise", name=n, value=v, note=note) for n, v, note in rows]
+
+
+def _speed(run: Run) -> list[SummaryRow]:
+    serving = files.read_json(run.path("measure") / "manifest.json")
+    student, teacher = serving["student_rows_per_s"], serving["teacher_rows_per_s"]
+    rows = [
+        ("student", f"{student:,.0f} requests/s", f"{student / teacher:.0f} times the teacher"),
+        ("teacher", f"{teacher:,.1f} requests/s",
+         f"both over HTTP, the same {serving['compared_rows']} requests"),
+        ("cascade", f"{serving['requests_per_s']:,.0f} requests/s",
+         f"{serving['answered_by_student']:.1%} of {serving['requests']} by the student"),
+    ]  # fmt: skip
+    for who, words in (("student", "answered by the student"), ("teacher", "escalated")):
+        if serving[f"{who}_p50_ms"] is not None:
+            rows.append((f"  {words}", f"{serving[f'{who}_p50_ms']:,.0f} ms", "median, 8 clients"))
+    return [SummaryRow(group="speed", name=n, value=v, note=note) for n, v, note in rows]
+
+
+def _sizes(run: Run) -> list[SummaryRow]:
+    student = sum(f.stat().st_size for f in run.path("train").glob("*.safetensors"))
+    teacher = run.teacher.size_bytes
+    note = f"{teacher / student:.1f} times smaller"
+    return [
+        SummaryRow(group="weights", name="teacher", value=_megabytes(teacher)),
+        SummaryRow(group="weights", name="student", value=_megabytes(student), note=note),
+    ]
+
+
+def _costs(run: Run) -> list[SummaryRow]:
+    prepared = corpus.read_manifest(run.path("prepare"))
+    labels = LabelStore(run.path("label")).manifest()
+    student = files.read_json(run.path("train") / "journeyman.json")
+    totals = labels["totals"]
+    tokens = totals["prompt_tokens"] + totals["output_tokens"]
+    quarantined = totals["quarantined"]
+    accounted = f"{totals['rows']:,} rows = {totals['ok']:,} labeled + {quarantined:,} quarantined"
+    rows = [
+        ("prepare", prepared["seconds"], f"{prepared['rows']:,} rows of {prepared['read']:,} read"),
+        ("label", labels["seconds"], f"{tokens:,} tokens; {accounted}"),
+        ("train", student["seconds"], _training_note(student)),
+        ("certify", _seconds(run, "certify"), f"{prepared['splits']['certify']:,} rows"),
+        ("serve and measure", _seconds(run, "measure"), ""),
+    ]
+    return [
+        SummaryRow(group="what it took", name=n, value=f"{s:,.1f} s", note=note)
+        for n, s, note in rows
+    ]
+
+
+def _training_note(student: dict[str, Any]) -> str:
+    return f"{student['rows']:,} rows, {student['world_size']} workers"
+
+
+def _seconds(run: Run, step: str) -> float:
+    return float(files.read_json(run.path(step) / "manifest.json")["seconds"])
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.0f} MB"
+
+
+def table(rows: list[SummaryRow]) -> str:
+    """The summary as aligned text, group by group."""
+    names = max(len(row.name) for row in rows)
+    values = max(len(row.value) for row in rows)
+    lines: list[str] = []
+    for i, row in enumerate(rows):
+        if i == 0 or row.group != rows[i - 1].group:
+            lines.append(("\n" if lines else "") + row.group)
+        lines.append(f"  {row.name:<{names}}  {row.value:>{values}}  {row.note}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""Requests sent to a running cascade over HTTP, as a client would, and what came back.
+
+Knows the endpoint and the rows; who started the server and what it is made of is not its matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from journeyman.errors import ClusterError
+
+if TYPE_CHECKING:
+    import httpx
+
+_CLIENTS = 8
+_BATCH_ROWS = 32
+_REPEATS = 5  # of the student's pass, which takes a fraction of a second
+_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What was measured over HTTP.
+
+    student_rows_per_s and teacher_rows_per_s: the same texts, in requests of 32, two at a time;
+    the student's is the median of five passes. The other figures: each text as a request of its
+    own to the cascade, from eight clients.
+    """
+
+    requests: int
+    answered_by_student: float  # share
+    requests_per_s: float
+    student_p50_ms: float | None  # requests that the student answered
+    teacher_p50_ms: float | None  # requests that it escalated
+    compared_rows: int
+    student_rows_per_s: float
+    teacher_rows_per_s: float
+    labels: list[str]  # the cascade's answers, in the order of the texts
+
+    def manifest(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "labels"}
+
+
+def send(
+    base_url: str, texts: Sequence[str], compared: int, on_progress: Callable[[str], None]
+) -> Traffic:
+    """Send every text to the cascade, and the first ``compared`` to student and teacher alone.
+
+    Raises ClusterError if a request is not answered.
+    """
+    return asyncio.run(_send(base_url, list(texts), compared, on_progress))
+
+
+async def _send(
+    base_url: str, texts: list[str], compared: int, on_progress: Callable[[str], None]
+) -> Traffic:
+    import httpx
+
+    async with httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT_S) as client:
+        on_progress("the teacher alone")
+        same = texts[:compared]
+        await _rows_per_s(client, "teacher", same[:_BATCH_ROWS])  # the first batch warms it up
+        await _rows_per_s(client, "student", same)
+        teacher = await _rows_per_s(client, "teacher", same)
+        on_progress("the student alone")
+        student = statistics.median(
+            [await _rows_per_s(client, "student", same) for _ in range(_REPEATS)]
+        )
+        on_progress(f"{len(texts)} requests to the cascade")
+        started = time.perf_counter()
+        answers = await _each_alone(client, texts)
+        elapsed = time.perf_counter() - started
+    by = [(answer["results"][0]["answered_by"], ms) for answer, ms in answers]
+    return Traffic(
+        requests=len(texts),
+        answered_by_student=sum(who == "student" for who, _ in by) / len(by),
+        requests_per_s=len(texts) / elapsed,
+        student_p50_ms=_median([ms for who, ms in by if who == "student"]),
+        teacher_p50_ms=_median([ms for who, ms in by if who == "teacher"]),
+        compared_rows=len(same),
+        student_rows_per_s=student,
+        teacher_rows_per_s=teacher,
+        labels=[answer["results"][0]["label"] for answer, _ in answers],
+    )
+
+
+async def _rows_per_s(client: httpx.AsyncClient, model: str, texts: list[str]) -> float:
+    batches = [texts[i : i + _BATCH_ROWS] for i in range(0, len(texts), _BATCH_ROWS)]
+    started = time.perf_counter()
+    await _pool(2, [_post(client, {"input": batch, "model": model}) for batch in batches])
+    return len(texts) / (time.perf_counter() - started)
+
+
+async def _each_alone(
+    client: httpx.AsyncClient, texts: list[str]
+) -> list[tuple[dict[str, Any], float]]:
+    async def timed(text: str) -> tuple[dict[str, Any], float]:
+        started = time.perf_counter()
+        answer = await _post(client, {"input": text})
+        return answer, 1000 * (time.perf_counter() - started)
+
+    return await _pool(_CLIENTS, [timed(text) for text in texts])
+
+
+async def _pool(size: int, coroutines: Sequence[Any]) -> list[Any]:
+    slots = asyncio.Semaphore(size)
+
+    async def run(coroutine: Any) -> Any:
+        async with slots:
+            return await coroutine
+
+    return await asyncio.gather(*(run(coroutine) for coroutine in coroutines))
+
+
+async def _post(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
+    import httpx
+
+    try:
+        response = await client.post("/v1/classify", json=body)
+    except httpx.HTTPError as error:
+        raise ClusterError(
+            f"{client.base_url}v1/classify: no answer ({type(error).__name__}: {error}); look at "
+            "Ray Serve's log files (/tmp/ray/session_latest/logs/serve)."
+        ) from error
+    if response.status_code != 200:
+        raise ClusterError(
+            f"{client.base_url}v1/classify answered {response.status_code}: {response.text[:300]}"
+        )
+    return response.json()
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None

@@ -1,0 +1,74 @@
+"""What is dear is started once for a session: Ray, a teacher's engine, a small finished run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from journeyman import cluster, models, recipe, steps
+from journeyman.models import Model
+from journeyman.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "jobs" / "recipes" / "demo.yaml"
+
+# A corpus that the real teacher labels in some twenty seconds.
+SMALL = (
+    "name=small",
+    "corpus.limits={train: 60, calibrate: 30, certify: 60, test: 40}",
+    "corpus.rows_per_shard=30",
+    "training.epochs=2",
+    "certify.alpha=0.4",
+)
+
+
+def small_recipe(output: Path, *overrides: str) -> Recipe:
+    return recipe.load(DEMO, [*SMALL, f"output={output}", *overrides])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def at_the_root() -> None:
+    """The demo recipe names its corpus from the repository root."""
+    os.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    import ray
+
+    cluster.connect(recipe.Cluster())
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def teacher_model() -> Model:
+    """The demo's teacher, SmolLM2-135M-Instruct."""
+    return models.resolve(recipe.load(DEMO).teacher.model)
+
+
+@pytest.fixture(scope="session")
+def small_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> steps.Run:
+    """Every step of the demo on a small corpus but serving: real teacher, real training."""
+    run = steps.Run(small_recipe(tmp_path_factory.mktemp("runs")))
+    for name in ("prepare", "label", "train", "certify"):
+        run.execute(name)
+    return run
+
+
+def journeyman(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "journeyman.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        **options,
+    )

@@ -1,0 +1,153 @@
+"""The batcher takes all that waits whenever it is free, and keeps callers apart."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from journeyman.cascade.batcher import Batcher
+
+
+class Work:
+    """Squares numbers; notes its batches, waits where it is told to, and chokes on negatives."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.threads: set[int] = set()
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def __call__(self, items: Sequence[int]) -> list[int]:
+        self.batches.append(list(items))
+        self.threads.add(threading.get_ident())
+        assert self.go_on.wait(10)
+        if any(item < 0 for item in items):
+            raise ValueError(f"{min(items)} is negative")
+        return [item**2 for item in items]
+
+
+def run(max_size: int, test: Callable[[Batcher, Work], Awaitable[None]]) -> Work:
+    work = Work()
+
+    async def with_batcher() -> None:
+        batcher: Batcher[int, int] = Batcher(work, max_size)
+        batcher.start()
+        try:
+            async with asyncio.timeout(20):
+                await test(batcher, work)
+        finally:
+            work.go_on.set()
+            await batcher.close()
+
+    asyncio.run(with_batcher())
+    return work
+
+
+async def while_one_is_running(batcher: Batcher, work: Work) -> asyncio.Task:
+    """A first item's task, after its batch of one has begun; ends once work.go_on is set."""
+    work.go_on.clear()
+    first = asyncio.create_task(batcher.submit([100]))
+    while not work.batches:
+        await asyncio.sleep(0.001)
+    return first
+
+
+def test_whatever_came_while_it_was_busy_makes_one_batch():
+    async def test(batcher: Batcher, work: Work) -> None:
+        first = await while_one_is_running(batcher, work)
+        others = [asyncio.create_task(batcher.submit([n])) for n in range(5)]
+        await asyncio.sleep(0.01)
+        assert batcher.n_waiting == 5
+        work.go_on.set()
+        assert await first == [10_000]
+        assert await asyncio.gather(*others) == [[n**2] for n in range(5)]
+
+    work = run(8, test)
+    assert work.batches == [[100], [0, 1, 2, 3, 4]]
+    assert len(work.threads) == 1 and threading.get_ident() not in work.threads
+
+
+def test_nothing_waits_for_company():
+    async def test(batcher: Batcher, work: Work) -> None:
+        assert await batcher.submit([3]) == [9]
+
+    assert run(8, test).batches == [[3]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 7), min_size=1, max_size=12),
+    max_size=st.integers(1, 5),
+)
+def test_every_caller_gets_its_results_in_order_and_no_batch_is_too_large(sizes, max_size):
+    async def test(batcher: Batcher, work: Work) -> None:
+        first = await while_one_is_running(batcher, work)
+        asked = [list(range(10 * i, 10 * i + size)) for i, size in enumerate(sizes)]
+        tasks = [asyncio.create_task(batcher.submit(items)) for items in asked]
+        await asyncio.sleep(0)
+        work.go_on.set()
+        await first
+        assert await asyncio.gather(*tasks) == [[n**2 for n in items] for items in asked]
+
+    work = run(max_size, test)
+    n_items = sum(sizes)
+    assert [len(b) for b in work.batches[1:]] == [
+        min(max_size, n_items - start) for start in range(0, n_items, max_size)
+    ]
+
+
+def test_an_error_reaches_the_caller_whose_item_it_is_about_and_no_other():
+    async def test(batcher: Batcher, work: Work) -> None:
+        first = await while_one_is_running(batcher, work)
+        tasks = [asyncio.create_task(batcher.submit(items)) for items in ([1, 2], [3, -4], [5])]
+        await asyncio.sleep(0.01)
+        work.go_on.set()
+        await first
+        good, bad, also_good = await asyncio.gather(*tasks, return_exceptions=True)
+        assert (good, also_good) == ([1, 4], [25])
+        assert isinstance(bad, ValueError) and str(bad) == "-4 is negative"
+        assert await batcher.submit([6]) == [36]
+
+    run(8, test)
+
+
+def test_callers_that_gave_up_are_not_worked_for_and_stall_nobody():
+    async def test(batcher: Batcher, work: Work) -> None:
+        first = await while_one_is_running(batcher, work)
+        tasks = [asyncio.create_task(batcher.submit([n, n])) for n in range(4)]
+        await asyncio.sleep(0.01)
+        for task in (first, tasks[0], tasks[2]):  # one in work, two that wait
+            task.cancel()
+        await asyncio.sleep(0.01)
+        work.go_on.set()
+        assert await tasks[1] == [1, 1] and await tasks[3] == [9, 9]
+        assert first.cancelled() and tasks[0].cancelled() and tasks[2].cancelled()
+
+    assert run(8, test).batches == [[100], [1, 1, 3, 3]]
+
+
+def test_too_few_results_are_an_error_and_no_mix_up():
+    async def test() -> None:
+        batcher: Batcher[int, int] = Batcher(lambda items: list(items)[1:], 4)
+        batcher.start()
+        with pytest.raises(RuntimeError, match="1 items went in and 0 results came out"):
+            await batcher.submit([1, 2])
+        await batcher.close()
+
+    asyncio.run(test())
+
+
+def test_closing_cancels_who_still_waits():
+    async def test(batcher: Batcher, work: Work) -> None:
+        first = await while_one_is_running(batcher, work)
+        second = asyncio.create_task(batcher.submit([1]))
+        await asyncio.sleep(0.01)
+        asyncio.get_running_loop().call_later(0.05, work.go_on.set)
+        await batcher.close()
+        outcomes = await asyncio.gather(first, second, return_exceptions=True)
+        assert [type(o) for o in outcomes] == [asyncio.CancelledError] * 2
+
+    run(1, test)

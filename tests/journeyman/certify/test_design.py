@@ -1,0 +1,136 @@
+"""The score is picked by certified coverage; the ledger; what the user is told to do."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from journeyman.certify.certificate import certify_system_agreement
+from journeyman.certify.design import choose_score, forecast_coverage, walk_start
+from journeyman.certify.ledger import LedgerEntry, delta_spent, rows_digest, spend
+from journeyman.certify.metrics import area_under_risk_coverage
+from journeyman.certify.recommendation import recommend
+from journeyman.certify.scores import score
+from journeyman.certify.selective import certify_selective_agreement
+from journeyman.errors import DataError, RecipeError
+
+
+def some_rows(n: int, seed: int = 16):
+    rng = np.random.default_rng(seed)
+    scores = rng.random(n)
+    return scores, rng.random(n) < 0.3 * (1 - scores) ** 2
+
+
+def test_forecast_on_as_many_rows_is_the_certified_coverage():
+    scores, differs = some_rows(400)
+    for kind, certify in [
+        ("system_agreement", certify_system_agreement),
+        ("selective_agreement", certify_selective_agreement),
+    ]:
+        got = forecast_coverage(scores, differs, 0.05, 0.1, 400, kind)
+        assert got == certify(scores, differs, 0.05, 0.1).coverage
+
+
+@pytest.mark.parametrize("kind", ["system_agreement", "selective_agreement"])
+def test_forecast_from_few_rows_is_near_what_many_rows_certify(kind):
+    certify = {
+        "system_agreement": certify_system_agreement,
+        "selective_agreement": certify_selective_agreement,
+    }[kind]
+    forecasts = [forecast_coverage(*some_rows(200, s), 0.05, 0.1, 1000, kind) for s in range(20)]
+    certified = [certify(*some_rows(1000, 100 + s), 0.05, 0.1).coverage for s in range(20)]
+    assert np.mean(forecasts) == pytest.approx(np.mean(certified), abs=0.08)
+
+
+def test_forecast_says_nothing_is_answered_where_no_rows_would_do():
+    scores, differs = some_rows(400)
+    assert forecast_coverage(scores, differs, 0.01, 0.05, 298) == 0.0
+
+
+def some_probabilities() -> np.ndarray:
+    return softmax(np.random.default_rng(17).normal(0, 0.5, (2000, 30)), axis=1)
+
+
+def test_score_is_picked_by_coverage_at_the_target_not_by_area():
+    probabilities = some_probabilities()
+    names = ("max_probability", "entropy")
+    by_top = np.argsort(-score(probabilities, "max_probability"))
+    # A few disagreements at the very top by max probability, which the target allows and the area
+    # weighs most, and all others at its very end.
+    differs = np.zeros(2000, bool)
+    differs[by_top[:25]] = differs[by_top[-100:]] = True
+    areas = {n: area_under_risk_coverage(score(probabilities, n), differs) for n in names}
+    certified = {
+        n: certify_system_agreement(score(probabilities, n), differs, 0.02, 0.1).coverage
+        for n in names
+    }
+    assert areas["entropy"] < areas["max_probability"]
+    assert certified["entropy"] < certified["max_probability"]
+    got = choose_score(probabilities, differs, 0.02, 0.1, 2000, names=names)
+    assert got.name == "max_probability"
+    assert got.coverage == certified["max_probability"] and got.coverages == certified
+
+
+def test_equal_forecasts_are_decided_by_the_area():
+    probabilities = some_probabilities()
+    differs = score(probabilities, "entropy") < np.median(score(probabilities, "entropy"))
+    # Too few certify rows for any score: all forecasts are zero.
+    got = choose_score(probabilities, differs, 0.01, 0.05, 10)
+    assert set(got.coverages.values()) == {0.0}
+    assert got.name == "entropy"
+
+
+def test_start_of_the_walk_is_below_the_forecast():
+    assert walk_start(0.5, 1000, 0.1) == 270
+    assert walk_start(0.0, 1000, 0.1) == 0
+
+
+def test_nothing_to_pick_from_is_refused():
+    with pytest.raises(RecipeError, match="No confidence score"):
+        choose_score([[0.5, 0.5]], np.array([True]), 0.1, 0.1, 100, names=())
+    with pytest.raises(DataError, match="no calibrate rows"):
+        forecast_coverage([], np.zeros(0, bool), 0.1, 0.1, 100)
+
+
+def test_digest_of_rows_ignores_their_order_and_nothing_else():
+    assert rows_digest(["a", "b"]) == rows_digest(["b", "a"])
+    different = [["a", "b"], ["ab"], ["a", "b", "b"], ["a"], [], ["", "ab"]]
+    assert len({rows_digest(ids) for ids in different}) == len(different)
+
+
+def test_second_use_of_the_same_rows_spends_delta_or_is_refused():
+    first = LedgerEntry(use="system", rows_digest="r1", delta=0.05)
+    second = LedgerEntry(use="selective", rows_digest="r1", delta=0.05)
+    ledger = spend(spend((), first, 0.1), second, 0.1)
+    assert delta_spent(ledger, "r1") == pytest.approx(0.1)
+    with pytest.raises(DataError, match=r"have spent 0\.1 of 0\.1 on: system; selective"):
+        spend(ledger, first, 0.1)
+    assert len(spend(ledger, first.model_copy(update={"rows_digest": "r2"}), 0.1)) == 3
+
+
+def right(n_both: int, n_student: int, n_teacher: int) -> tuple[np.ndarray, np.ndarray]:
+    student = np.repeat([True, True, False], [n_both, n_student, n_teacher])
+    return student, np.repeat([True, False, True], [n_both, n_student, n_teacher])
+
+
+def test_user_is_told_where_the_student_is_better_than_its_teacher():
+    certificate = certify_system_agreement(*some_rows(500), 0.05, 0.1)
+    text = recommend(certificate, *right(435, 45, 20))
+    assert "the student is better than its teacher: 0.960 against the teacher's 0.910" in text
+    assert "wrong promise" in text and "serve the student alone" in text
+
+
+def test_user_is_told_where_escalation_pays_and_where_nobody_can_tell():
+    certificate = certify_system_agreement(*some_rows(500), 0.05, 0.1)
+    assert "escalation pays" in recommend(certificate, *right(435, 20, 45))
+    assert "too close to tell" in recommend(certificate, *right(435, 34, 31))
+    assert "no gold" in recommend(certificate)
+    assert f"answer {certificate.coverage:.1%} of requests" in recommend(certificate)
+
+
+def test_user_is_told_why_everything_is_escalated():
+    certificate = certify_system_agreement(*some_rows(50), 0.01, 0.05)
+    assert certificate.threshold == math.inf
+    text = recommend(certificate)
+    assert text.startswith("Escalate everything") and "299 certify rows" in text

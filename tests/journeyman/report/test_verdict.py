@@ -1,0 +1,123 @@
+"""The words follow the numbers: who is better, what is promised, what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from journeyman.report.data import TestRows
+from journeyman.report.measure import Measured, chance_of_as_many, measure
+from journeyman.report.verdict import verdict
+from tests.journeyman.report.synthetic import report_data
+
+BUNDLE = report_data().bundle
+
+
+def rows(gold: list[int], teacher: list[int], student: list[int], accepted: list[int]) -> TestRows:
+    """Test rows from answers: two labels, every answer given with probability .9."""
+    sure = np.array([[0.9, 0.1], [0.1, 0.9]])
+    return TestRows(
+        ids=[f"{i}" for i in range(len(gold))],
+        texts=["text"] * len(gold),
+        gold=np.array(gold),
+        teacher=sure[teacher],
+        student=sure[student],
+        confidence=np.array(accepted, dtype=float),
+        accepted=np.array(accepted, dtype=bool),
+    )
+
+
+def outcome(only_student: int, only_teacher: int, both: int, accepted: bool = False) -> Measured:
+    """Rows right by the student alone, by the teacher alone, by both; all accepted or none."""
+    n = only_student + only_teacher + both
+    teacher = [0] * only_student + [1] * (only_teacher + both)
+    student = [1] * only_student + [0] * only_teacher + [1] * both
+    return measure(rows([1] * n, teacher, student, [int(accepted)] * n))
+
+
+def test_outcome_counts_by_hand() -> None:
+    seen = measure(
+        rows(
+            gold=[1, 1, 0, 0, -1],
+            teacher=[1, 0, 0, 1, 1],
+            student=[1, 1, 1, 1, 0],
+            accepted=[1, 1, 0, 0, 1],
+        )
+    )
+    assert (seen.n, seen.n_accepted, seen.n_differs, seen.n_accepted_differs) == (5, 3, 3, 2)
+    assert seen.gold is not None
+    assert (seen.gold.n, seen.gold.teacher, seen.gold.student, seen.gold.cascade) == (4, 2, 2, 3)
+    assert (seen.gold.only_student, seen.gold.only_teacher) == (1, 1)
+
+
+def test_sign_test_and_binomial_test_match_scipy() -> None:
+    gold = outcome(36, 16, 300).gold
+    assert gold is not None
+    assert gold.chance == pytest.approx(binomtest(16, 52, 0.5, "less").pvalue)
+    assert chance_of_as_many(60, 400, 0.1) == pytest.approx(
+        binomtest(60, 400, 0.1, "greater").pvalue
+    )
+    assert chance_of_as_many(0, 400, 0.1) == 1
+
+
+def test_better_student_is_told_that_agreement_is_the_wrong_promise() -> None:
+    said = verdict(outcome(36, 16, 348), BUNDLE)
+    assert "student is better" in said.headline
+    assert said.warning is not None
+    assert "Escalation lowers accuracy" in said.warning[0]
+    assert "Agreement with the teacher is the wrong promise" in said.warning[1]
+    assert "Recommended" in said.warning[1]
+    assert "96.0%" in said.warning[1] and "91.0%" in said.warning[1]
+
+
+def test_where_the_cascade_beats_both_escalation_is_not_blamed() -> None:
+    seen = outcome(36, 16, 348)
+    assert seen.gold is not None
+    best = replace(seen, gold=replace(seen.gold, cascade=seen.gold.student + 5))
+    warning = verdict(best, BUNDLE).warning
+    assert warning is not None
+    assert "lowers accuracy" not in warning[0] + warning[1]
+    assert "keep escalating" in warning[1]
+
+
+def test_where_the_student_answers_everything_there_is_no_escalation_to_blame() -> None:
+    warning = verdict(outcome(36, 16, 348, accepted=True), BUNDLE).warning
+    assert warning is not None
+    assert "Agreement is the wrong promise" in warning[0]
+    assert "stop paying" not in warning[1] and "certify against gold" in warning[1]
+
+
+def test_a_small_lead_is_called_chance() -> None:
+    said = verdict(outcome(10, 8, 382), BUNDLE)
+    assert "cannot be told apart" in said.headline
+    assert said.warning is not None and "may be" in said.warning[0]
+
+
+def test_better_teacher_gives_no_warning() -> None:
+    said = verdict(outcome(5, 40, 355), BUNDLE)
+    assert "teacher is better" in said.headline
+    assert said.warning is None
+
+
+def test_realised_risk_is_doubted_only_beyond_chance() -> None:
+    plain = replace(outcome(0, 0, 400), n_accepted=300)
+
+    def realised(errors: int) -> str:
+        return verdict(replace(plain, n_accepted_differs=errors), BUNDLE).sentences[-1]
+
+    assert realised(40).endswith("within the promise.")
+    assert "no sign that the promise is broken" in realised(48)
+    assert "Do not rely on the promise" in realised(60)
+
+
+def test_the_promise_names_rate_confidence_and_rows() -> None:
+    said = " ".join(verdict(outcome(0, 0, 400), BUNDLE).sentences)
+    assert "at most 10% of all requests" in said
+    assert "90% confidence" in said
+    assert "500 certify rows" in said
+    selective = report_data(kind="selective_agreement").bundle
+    said = " ".join(verdict(outcome(0, 0, 400), selective).sentences)
+    assert "at most 10% of the requests that the student answers" in said

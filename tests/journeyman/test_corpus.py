@@ -1,0 +1,242 @@
+import bz2
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from journeyman import corpus, recipe
+from journeyman.errors import DataError, RecipeError
+from journeyman.recipe import Recipe
+
+ROWS = [
+    {"text": "send ten euros to ann", "label": "bank", "split": "train"},
+    {"text": "book a flight to rome", "label": "trip", "split": "train"},
+    {"text": "what is my balance", "label": "bank", "split": "test"},
+    {"text": "a hotel in, say, oslo", "label": "trip", "split": "certify"},
+]
+
+
+def made(sources: list[Path | str], **corpus_settings: Any) -> Recipe:
+    settings = {"sources": [str(s) for s in sources], "columns": {"label": "label"}}
+    return recipe.parse(
+        {
+            "name": "t",
+            "corpus": settings | corpus_settings,
+            "teacher": {"model": "unused"},
+            "student": {"model": "unused"},
+            "labels": {
+                "scoring": "channel",
+                "classes": {"bank": "money", "trip": "travel"},
+                "prompt": "{{ label }}\n",
+            },
+        }
+    )
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rows_of(directory: Path) -> list[dict[str, Any]]:
+    names = [s["name"] for s in corpus.read_manifest(directory)["shards"]]
+    return [row for name in names for row in corpus.read_shard(directory / name).to_pylist()]
+
+
+def write_parquet(directory: Path) -> Path:
+    pq.write_table(pa.Table.from_pylist(ROWS), directory / "rows.parquet")
+    return directory / "rows.parquet"
+
+
+def write_csv(directory: Path) -> Path:
+    lines = ["text,label,split", *(f'"{r["text"]}",{r["label"]},{r["split"]}' for r in ROWS)]
+    (directory / "rows.csv").write_text("\n".join(lines))
+    return directory / "rows.csv"
+
+
+def write_tsv(directory: Path) -> Path:
+    lines = ["label\ttext\tsplit", *(f"{r['label']}\t{r['text']}\t{r['split']}" for r in ROWS)]
+    (directory / "rows.tsv.bz2").write_bytes(bz2.compress("\n".join(lines).encode()))
+    return directory / "rows.tsv.bz2"
+
+
+def write_jsonl(directory: Path) -> Path:
+    content = "".join(json.dumps(row) + "\n\n" for row in ROWS)
+    (directory / "rows.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+    return directory / "rows.jsonl.gz"
+
+
+def write_hf(directory: Path) -> Path:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bank", "trip"])}
+    )
+    parts = {}
+    for split in ("train", "test", "certify"):
+        rows = [{k: r[k] for k in ("text", "label")} for r in ROWS if r["split"] == split]
+        parts[split] = datasets.Dataset.from_list(rows, features=features)
+    datasets.DatasetDict(parts).save_to_disk(str(directory / "hf"))
+    return directory / "hf"
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_csv, write_tsv, write_jsonl, write_hf])
+def test_every_source_format_gives_the_same_corpus(tmp_path: Path, write):
+    source = write(tmp_path)
+    corpus.prepare(made([source], columns={"label": "label", "split": "split"}), tmp_path / "out")
+    got = {(r["text"], r["label"], r["split"]) for r in rows_of(tmp_path / "out")}
+    assert got == {(r["text"], r["label"], r["split"]) for r in ROWS}
+
+
+def test_text_file_gives_a_row_a_line(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\r\nthree")
+    corpus.prepare(made([tmp_path / "a.txt"], columns={}), tmp_path / "out")
+    assert {r["text"] for r in rows_of(tmp_path / "out")} == {"one", "two", "three"}
+
+
+def test_globs_and_urls_name_several_files(tmp_path: Path):
+    jsonl(tmp_path / "a-1.jsonl", ROWS[:2])
+    jsonl(tmp_path / "a-2.jsonl", ROWS[2:])
+    manifest = corpus.prepare(made([f"file://{tmp_path}/a-*.jsonl"]), tmp_path / "out")
+    assert manifest["rows"] == 4
+    assert len(manifest["sources"]) == 2
+
+
+def test_ids_depend_on_the_content_alone(tmp_path: Path):
+    corpus.prepare(made([jsonl(tmp_path / "a.jsonl", ROWS)]), tmp_path / "a")
+    corpus.prepare(made([jsonl(tmp_path / "b.jsonl", ROWS[::-1] * 2)]), tmp_path / "b")
+    ids = [{r["text"]: (r["id"], r["split"]) for r in rows_of(tmp_path / d)} for d in "ab"]
+    assert ids[0] == ids[1]
+    assert all(len(row_id) == 32 for row_id, _ in ids[0].values())
+
+
+def test_duplicates_collapse_and_conflicting_gold_is_settled_by_majority(tmp_path: Path):
+    rows = [
+        {"text": "same", "label": "bank"},
+        {"text": "same", "label": "trip"},
+        {"text": "same", "label": "trip"},
+        {"text": "other", "label": "bank"},
+    ]
+    manifest = corpus.prepare(made([jsonl(tmp_path / "a.jsonl", rows)]), tmp_path / "out")
+    same = next(r for r in rows_of(tmp_path / "out") if r["text"] == "same")
+    assert (same["label"], same["count"]) == ("trip", 3)
+    assert (manifest["rows"], manifest["duplicates"], manifest["conflicting_gold"]) == (2, 2, 1)
+
+
+def test_a_text_in_two_splits_is_kept_out_of_training(tmp_path: Path):
+    rows = [{**ROWS[0], "split": s} for s in ("test", "train")]
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    corpus.prepare(made([source], columns={"split": "split"}), tmp_path / "out")
+    assert [r["split"] for r in rows_of(tmp_path / "out")] == ["test"]
+
+
+def test_splits_are_stable_when_the_corpus_grows_and_near_their_shares(tmp_path: Path):
+    small = [{"text": f"row {i}", "label": "bank"} for i in range(1000)]
+    large = small + [{"text": f"more {i}", "label": "bank"} for i in range(1000)]
+    splits = []
+    for name, rows in (("small", small), ("large", large)):
+        corpus.prepare(made([jsonl(tmp_path / f"{name}.jsonl", rows)]), tmp_path / name)
+        splits.append({r["id"]: r["split"] for r in rows_of(tmp_path / name)})
+    assert splits[0].items() <= splits[1].items()
+    shares = Counter(splits[1].values())
+    assert abs(shares["train"] / 2000 - 0.7) < 0.05  # 5 standard errors
+    assert abs(shares["test"] / 2000 - 0.1) < 0.035
+
+
+def test_rows_of_one_group_fall_into_one_split(tmp_path: Path):
+    rows = [{"text": f"row {i}", "label": "bank", "user": i % 50} for i in range(500)]
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    columns = {"label": "label", "group": "user", "meta": ["user"]}
+    corpus.prepare(made([source], columns=columns), tmp_path / "out")
+    groups: dict[int, set[str]] = {}
+    for row in rows_of(tmp_path / "out"):
+        groups.setdefault(json.loads(row["meta"])["user"], set()).add(row["split"])
+    assert all(len(splits) == 1 for splits in groups.values())
+
+
+def test_limits_take_the_same_rows_of_a_larger_corpus(tmp_path: Path):
+    rows = [{"text": f"row {i}", "label": "bank"} for i in range(300)]
+    limits = {"train": 50, "test": 5}
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    manifest = corpus.prepare(made([source], limits=limits, rows_per_shard=20), tmp_path / "out")
+    assert manifest["splits"]["train"] == 50
+    assert manifest["splits"]["test"] == 5
+    assert sum(s["rows"] for s in manifest["shards"]) == manifest["rows"]
+    assert max(s["rows"] for s in manifest["shards"]) == 20
+
+
+def test_malformed_rows_are_counted_listed_and_kept_aside(tmp_path: Path):
+    lines = [json.dumps(row).encode() for row in ROWS * 30]
+    lines[5] = b'{"text": "caf\xe9"}'
+    lines[7] = b"{not json"
+    lines[9] = b'{"text": 5}'
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    manifest = corpus.prepare(
+        made([tmp_path / "a.jsonl"], max_malformed=0.05), tmp_path / "out"
+    )
+    assert manifest["malformed"]["rows"] == 3
+    reasons = {m["line"]: m["reason"] for m in manifest["malformed"]["first"]}
+    assert reasons[6].startswith("not UTF-8")
+    assert reasons[8].startswith("not JSON")
+    assert reasons[10] == "no text in column text"
+    quarantine = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
+    assert quarantine[0]["content"].rstrip() == lines[5]
+
+
+def test_too_many_malformed_rows_stop_the_step_and_change_nothing(tmp_path: Path):
+    good = made([jsonl(tmp_path / "good.jsonl", ROWS)])
+    before = corpus.prepare(good, tmp_path / "out")
+    (tmp_path / "bad.jsonl").write_text("no json\n" * 20)
+    with pytest.raises(DataError, match=r"20 of 20 rows are malformed.*line 1: not JSON"):
+        corpus.prepare(made([tmp_path / "bad.jsonl"]), tmp_path / "out")
+    assert corpus.read_manifest(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "hold no rows"),
+        (b'{"body": "hello"}\n', "no column text, label; it has body"),
+        (b'{"text": "hello", "label": "taxi"}\n', "gold label 'taxi' of 1 rows has no label words"),
+    ],
+)
+def test_unusable_corpus_gets_one_sentence(tmp_path: Path, content: bytes, words: str):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=words) as caught:
+        corpus.prepare(made([tmp_path / "a.jsonl"]), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_corrupt_parquet_gets_one_sentence(tmp_path: Path):
+    whole = write_parquet(tmp_path).read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"cut\.parquet: not a readable Parquet file") as caught:
+        corpus.prepare(made([tmp_path / "cut.parquet"]), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_source_and_unknown_format_get_one_sentence(tmp_path: Path):
+    with pytest.raises(DataError, match="no such file"):
+        corpus.prepare(made([tmp_path / "none.jsonl"]), tmp_path / "out")
+    (tmp_path / "a.dat").write_text("x")
+    with pytest.raises(DataError, match=r"set corpus\.format"):
+        corpus.prepare(made([tmp_path / "a.dat"]), tmp_path / "out")
+
+
+def test_truncated_gzip_gets_one_sentence(tmp_path: Path):
+    whole = write_jsonl(tmp_path).read_bytes()
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-12])
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz: cannot be read"):
+        corpus.prepare(made([tmp_path / "cut.jsonl.gz"]), tmp_path / "out")
+
+
+def test_template_that_names_an_unknown_column_is_refused(tmp_path: Path):
+    wrong = made([jsonl(tmp_path / "a.jsonl", ROWS)])
+    labels = wrong.labels.model_copy(update={"target": "{{ passage }}"})
+    with pytest.raises(RecipeError, match=r"labels\.target: the template names passage"):
+        corpus.prepare(wrong.model_copy(update={"labels": labels}), tmp_path / "out")

@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from journeyman import recipe
+from journeyman.errors import RecipeError
+
+DEMO = Path(__file__).parents[2] / "jobs" / "recipes" / "demo.yaml"
+
+
+def sentence(*overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        recipe.load(DEMO, overrides)
+    return str(caught.value)
+
+
+def test_unknown_key_names_its_path_and_the_nearest_known_one():
+    assert "unknown key training.epoch; did you mean epochs?" in sentence("training.epoch=3")
+    assert "unknown key corpus.columns.txt; did you mean text?" in sentence("corpus.columns.txt=x")
+
+
+def test_unknown_key_without_a_near_one_lists_what_is_known():
+    assert "known here: name, output, corpus" in sentence("zzz=1")
+
+
+def test_wrong_type_says_where_and_what_was_got():
+    words = sentence("training.epochs=many")
+    assert "training.epochs" in words and "'many'" in words and "integer" in words
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.batch_size=33", "batch_size (33) must be a multiple of workers (2)"),
+        ("labels.prompt=hello", "prompt must name {{ label }}"),
+        ("corpus.columns.split=null", "split_map needs columns.split"),
+        ("corpus.split_map={val: {test: 0.4}}", "split_map.val must add up to 1, got 0.4"),
+        ("cluster.replicas={min: 3, max: 2}", "min (3) must not exceed max (2)"),
+        ("certify.delta=0.9", "delta (0.9) must not exceed max_delta (0.5)"),
+    ],
+)
+def test_impossible_combination_is_one_sentence(override: str, words: str):
+    assert words in sentence(override)
+    assert "\n" not in sentence(override)
+
+
+def test_gold_mix_without_gold_is_refused():
+    words = sentence("training.gold_weight=0.5", "corpus.columns.label=null")
+    assert "training.gold_weight needs gold labels" in words
+
+
+def test_missing_key_says_what_it_is_for():
+    assert "teacher.model is missing; Hub id, local folder" in sentence("teacher={}")
+
+
+def test_override_reaches_nested_keys_and_changes_the_hash():
+    plain, changed = recipe.load(DEMO), recipe.load(DEMO, ["training.epochs=9"])
+    assert changed.training.epochs == 9
+    assert plain.hash != changed.hash
+    assert plain.hash == recipe.load(DEMO).hash
+
+
+def test_what_show_prints_is_the_same_recipe(tmp_path: Path):
+    loaded = recipe.load(DEMO)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(yaml.safe_dump(loaded.model_dump(mode="json")))
+    assert recipe.load(copy).hash == loaded.hash
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("a: [1", "not valid YAML at line"), ("- 1\n- 2", "must be a mapping"), ("", "got nothing")],
+)
+def test_a_file_that_is_no_recipe_gets_a_sentence(tmp_path: Path, content: str, words: str):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=words):
+        recipe.load(path)
+
+
+def test_a_missing_file_gets_a_sentence(tmp_path: Path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        recipe.load(tmp_path / "none.yaml")
+
+
+def test_every_setting_is_documented():
+    undocumented = []
+
+    def walk(model: type, path: str) -> None:
+        for name, field in model.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, recipe.Section):
+                walk(inner, f"{path}{name}.")
+            elif not field.description:
+                undocumented.append(path + name)
+
+    walk(recipe.Recipe, "")
+    assert undocumented == []

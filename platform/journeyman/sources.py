@@ -154,8 +154,10 @@ def _csv_rows(url: str, file: BinaryIO, delimiter: str) -> Iterator[Row | Malfor
     # come through as lone surrogates.
     lines = (line.decode("utf-8-sig" if i == 0 else "utf-8", "surrogateescape")
              for i, line in enumerate(file))  # fmt: skip
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+    if delimiter == "\t":  # a TSV file has no quoting: a quotation mark there is text
+        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(lines, delimiter=delimiter)
     header: list[str] | None = None
     try:
         for fields in reader:

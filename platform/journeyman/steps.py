@@ -88,16 +88,16 @@ class Run:
 
     def execute(self, step: str, *, new_labels: bool = False) -> StepResult:
         """Run one step, or skip it if it is done for the same inputs."""
-        do = {
+        steps: dict[str, Callable[[], tuple[dict[str, Any], bool]]] = {
             "prepare": self._prepare,
-            "label": partial(self._label, new=new_labels),
+            "label": lambda: self._label(new=new_labels),
             "train": self._train,
             "certify": self._certify,
             "measure": self._measure,
             "report": self._report,
-        }[step]
+        }
         started = time.monotonic()
-        manifest, did = do()
+        manifest, did = steps[step]()
         seconds = time.monotonic() - started if did else None
         return StepResult(name=step, manifest=manifest, seconds=seconds)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +168,7 @@ def _megabytes(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:,.0f} MB"
 
 
-def table(rows: list[SummaryRow]) -> str:
+def table(rows: Sequence[SummaryRow]) -> str:
     """The summary as aligned text, group by group."""
     names = max(len(row.name) for row in rows)
     values = max(len(row.value) for row in rows)

@@ -26,7 +26,7 @@ from journeyman.certify.ledger import LedgerEntry, rows_digest, spend
 from journeyman.certify.recommendation import recommend
 from journeyman.certify.scores import score
 from journeyman.certify.selective import certify_selective_agreement
-from journeyman.errors import BundleMismatch, DataError
+from journeyman.errors import DataError
 from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
 from journeyman.recipe import Certify, Recipe
@@ -34,6 +34,7 @@ from journeyman.teacher.tasks import prompt_digest
 
 RECIPE_FILE = "recipe.json"
 SCORED_FILE = "test.npz"
+_MIN_FORECAST_ROWS = 1000
 
 
 class StudentScorer(Protocol):
@@ -102,7 +103,7 @@ def certify(
     )
     ledger = _spend(settings, certified.rows.ids, student, out_dir)
     confidence = score(calibrator.probabilities(certified.logits), choice.name)
-    certificate = _certificate(settings, confidence, certified.differs, choice)
+    certificate = _certificate(settings, confidence, certified.differs, choice, len(calibrate.rows))
     curve = cost_quality_curve(confidence, certified.differs, *(certified.right() or ()))
     bundle = PolicyBundle(
         student=student.reference,
@@ -164,10 +165,13 @@ def _certificate(
     confidence: npt.NDArray[np.float64],
     differs: npt.NDArray[np.bool_],
     choice: ScoreChoice,
+    n_calibrate: int,
 ) -> Certificate:
     if settings.guarantee == "system_agreement":
         return certify_system_agreement(confidence, differs, settings.alpha, settings.delta)
-    start = walk_start(choice.coverage, len(differs), settings.alpha)
+    # On few calibrate rows the forecast is too rough to narrow the walk by.
+    narrow = n_calibrate >= _MIN_FORECAST_ROWS
+    start = walk_start(choice.coverage, len(differs), settings.alpha) if narrow else 0
     return certify_selective_agreement(confidence, differs, settings.alpha, settings.delta, start)
 
 
@@ -175,15 +179,10 @@ def _spend(
     settings: Certify, ids: Sequence[str], student: Model, out_dir: Path
 ) -> tuple[LedgerEntry, ...]:
     """The ledger with this use of the certify rows, after those of the bundle that stands there."""
-    try:
-        spent = bundles.load(out_dir).ledger
-    except BundleMismatch:
-        spent = ()  # no bundle there, or none that can be read
+    spent = bundles.load(out_dir).ledger if (out_dir / bundles.BUNDLE_FILE).exists() else ()
     entry = LedgerEntry(
         use=f"{settings.guarantee} at {settings.alpha:g}, student {student.weights_digest[:12]}",
         rows_digest=rows_digest(ids),
         delta=settings.delta,
     )
-    # The same student certified the same way again is the same look at the same rows.
-    return spent if entry in spent else spend(spent, entry, settings.max_delta)
-
+    return spend(spent, entry, settings.max_delta)

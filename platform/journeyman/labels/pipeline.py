@@ -23,7 +23,7 @@ from journeyman.labels.replica import Counts, Replica, ReplicaSpec
 from journeyman.labels.schema import Commit
 from journeyman.labels.store import LabelStore
 from journeyman.models import Model
-from journeyman.recipe import Recipe
+from journeyman.recipe import Recipe, digest
 from journeyman.teacher import engine, tasks
 
 _POLL_S = 0.5
@@ -216,7 +216,7 @@ def _finish(store: LabelStore, recipe: Recipe, corpus_manifest: dict[str, Any]) 
         "shards": [s["name"] for s in corpus_manifest["shards"]],
         "totals": totals,
         "log_prior": None,
-        "digest": corpus.digest([commit.sha256 for commit in ordered]),
+        "digest": digest([commit.sha256 for commit in ordered]),
     }
     manifest = store.finish(facts)
     if recipe.labels.prior_correction == "batch":

@@ -151,7 +151,7 @@ class Replica:
         self._calm.clear()
         try:
             async with self._alone:
-                for _ in range(self._labels.max_attempts):
+                for _ in range(max(1, self._labels.max_attempts - 1)):  # one is behind it
                     await self._restart()
                     with contextlib.suppress(EngineDied):
                         return await self._labels_of(values)

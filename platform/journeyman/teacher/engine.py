@@ -21,7 +21,7 @@ import numpy as np
 from journeyman.errors import ModelError
 from journeyman.models import Model
 from journeyman.recipe import Teacher
-from journeyman.teacher import capture
+from journeyman.teacher import capture, lifeline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -188,6 +188,7 @@ def _set_environment(settings: Teacher) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is resolved to a folder already
+    os.environ[lifeline.PARENT] = str(os.getpid())
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(settings.start_timeout_s))
     # A forked engine inherits locks and sockets of this process; one that failed to start hung.
     os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"

@@ -46,7 +46,7 @@ def replica(
     """One labeling replica, with its engine, in this process."""
     directory = tmp_path_factory.mktemp("replica")
     spec = ReplicaSpec(
-        recipe=small_recipe(directory),
+        recipe=small_recipe(directory, "labels.max_attempts=2"),
         model=teacher_model,
         corpus_dir=directory / "corpus",
         labels_dir=directory / "labels",

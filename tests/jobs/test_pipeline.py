@@ -1,0 +1,117 @@
+"""The pipeline's promises: nothing lost, nothing doubled, nothing done twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+
+from journeyman import corpus, steps
+from journeyman.errors import DataError
+from journeyman.labels import dataset
+from journeyman.labels.store import LabelStore
+from tests.conftest import DEMO, ROOT, SMALL, journeyman, small_recipe
+
+
+def test_every_row_of_the_corpus_is_labeled_once(small_run: steps.Run):
+    table = dataset.read(small_run.path("label"))
+    ids = [
+        row_id
+        for shard in corpus.read_manifest(small_run.path("prepare"))["shards"]
+        for row_id in corpus.read_shard(small_run.path("prepare") / shard["name"])["id"].to_pylist()
+    ]
+    assert table["id"].to_pylist() == ids
+    totals = LabelStore(small_run.path("label")).manifest()["totals"]
+    assert totals["rows"] == totals["ok"] == len(ids)
+    sums = np.exp(np.array(table["class_logprobs"].to_pylist())).sum(axis=1)
+    np.testing.assert_allclose(sums, 1, atol=1e-5)
+
+
+def test_prior_is_fitted_on_train_rows_alone(small_run: steps.Run):
+    table = dataset.read(small_run.path("label"))
+    train = table.filter(pa.compute.equal(table["split"], "train"))
+    p = np.exp(np.array(train["class_logprobs"].to_pylist(), dtype=np.float64))
+    manifest = LabelStore(small_run.path("label")).manifest()
+    np.testing.assert_allclose(manifest["log_prior"], np.log(p.mean(axis=0)), rtol=1e-6)
+
+
+def test_steps_that_are_done_are_skipped(small_run: steps.Run):
+    again = steps.Run(small_run.recipe)
+    for name in ("prepare", "label", "train", "certify"):
+        assert again.execute(name).seconds is None, name
+
+
+def test_a_changed_setting_runs_the_steps_that_depend_on_it(small_run: steps.Run):
+    other = steps.Run(
+        small_recipe(Path(small_run.recipe.output), "certify.guarantee=selective_agreement")
+    )
+    assert other.execute("train").seconds is None
+    before = json.loads((small_run.path("certify") / "bundle.json").read_text())
+    assert other.execute("certify").seconds is not None
+    after = json.loads((small_run.path("certify") / "bundle.json").read_text())
+    assert after["served_guarantee"] == "selective_agreement"
+    assert len(after["ledger"]) == len(before["ledger"]) + 1
+    assert small_run.execute("certify").seconds is not None
+
+
+def test_labels_of_another_prompt_are_refused_with_the_difference(small_run: steps.Run):
+    other = steps.Run(small_recipe(Path(small_run.recipe.output), "labels.target=Q {{ text }}"))
+    with pytest.raises(DataError, match=r"(?s)labels made otherwise:.*prompt: there.*--new"):
+        other.execute("label")
+    assert small_run.execute("label").seconds is None
+
+
+def shards_done(run: Path) -> int:
+    return len(list((run / "labels" / "commits").glob("*.json")))
+
+
+def processes_of(output: Path) -> list[psutil.Process]:
+    """Engine cores and Ray workers that a killed command may have left behind."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            named = " ".join(process.cmdline())
+            if "VLLM::" in named and str(output) in process.environ().get("JOURNEYMAN_TEST", ""):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def test_killed_run_finishes_without_losing_or_doubling_rows(tmp_path: Path):
+    """SIGKILL in the middle of labeling; the same command then completes the labels."""
+    run = tmp_path / "small"
+    arguments = [str(DEMO), *(f"--set={s}" for s in (*SMALL, f"output={tmp_path}"))]
+    marked = {**os.environ, "JOURNEYMAN_TEST": str(tmp_path)}
+    assert journeyman("prepare", *arguments).returncode == 0
+    command = [sys.executable, "-m", "journeyman.cli", "label", *arguments]
+    killed = subprocess.Popen(command, cwd=ROOT, env=marked, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not shards_done(run) and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    n_shards = len(corpus.read_manifest(run / "corpus")["shards"])
+    assert 0 < shards_done(run) < n_shards
+    committed = {p.name: p.read_bytes() for p in (run / "labels" / "commits").iterdir()}
+    while processes_of(tmp_path) and time.monotonic() < deadline + 30:
+        time.sleep(0.5)
+    assert processes_of(tmp_path) == []  # no engine lives on, holding memory and cores
+
+    finished = journeyman("label", *arguments)
+    assert finished.returncode == 0, finished.stderr
+    for name, content in committed.items():
+        assert (run / "labels" / "commits" / name).read_bytes() == content
+    wanted = [
+        row_id
+        for shard in corpus.read_manifest(run / "corpus")["shards"]
+        for row_id in corpus.read_shard(run / "corpus" / shard["name"])["id"].to_pylist()
+    ]
+    assert dataset.read(run / "labels")["id"].to_pylist() == wanted

@@ -26,6 +26,9 @@ def connect(settings: Cluster) -> None:
     for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if not settings.address:
+        # Ray's C++ core warns on the terminal about Ray Data's own actors (ray issue 53727).
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         ray.init(
             address=settings.address,
@@ -40,6 +43,17 @@ def connect(settings: Cluster) -> None:
             f"cannot connect to Ray at {settings.address or 'this machine'} ({error}); look at "
             "cluster.address, RAY_ADDRESS, or `ray status`."
         ) from error
+
+
+def quiet_ray_data() -> None:
+    """Keep Ray Data's lines off the terminal; call it once a dataset exists.
+
+    Ray Data sets its loggers up anew when it is imported, console included.
+    """
+    logger = logging.getLogger("ray.data")
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler) and not hasattr(handler, "baseFilename"):
+            handler.setLevel(logging.CRITICAL)
 
 
 def python_path() -> str:

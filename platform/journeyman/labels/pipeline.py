@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from journeyman import corpus
-from journeyman.cluster import reason_of
+from journeyman.cluster import quiet_ray_data, reason_of
 from journeyman.errors import DataError
 from journeyman.labels import dataset, prior
 from journeyman.labels.replica import Counts, Replica, ReplicaSpec
@@ -148,8 +148,8 @@ def _run(spec: ReplicaSpec, shards: list[str], meter: _Meter) -> None:
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    # Waiting for GPU nodes may take longer than Ray Data's half an hour; we keep our own watch.
-    context.execution_options.verbose_progress = False
+    # Ray Data gives up after half an hour without progress, waiting for GPU nodes included.
+    context.execution_no_progress_timeout_s = -1
     recipe = spec.recipe
     in_flight = recipe.labels.shards_in_flight
     replicas = recipe.cluster.replicas
@@ -173,6 +173,7 @@ def _run(spec: ReplicaSpec, shards: list[str], meter: _Meter) -> None:
             enable_true_multi_threading=True,
         ),
     )
+    quiet_ray_data()
     stop = threading.Event()
 
     def watch() -> None:

@@ -191,7 +191,7 @@ def _set_environment(settings: Teacher) -> None:
     os.environ[lifeline.PARENT] = str(os.getpid())
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(settings.start_timeout_s))
     # A forked engine inherits locks and sockets of this process; one that failed to start hung.
-    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():

@@ -1,0 +1,1 @@
+"""The cascade without its servers: who answers a request, and what it waits for."""

@@ -1,0 +1,120 @@
+"""Batches that grow with the load: one worker takes all that waits, whenever it is free.
+
+Plain asyncio and one thread; knows nothing of models. ``serve.batch`` fixes a batch before it
+waits for the running one, so that under load batches stop growing and the queue explodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Waiting(Generic[Item, Result]):
+    item: Item
+    future: asyncio.Future[Result]
+
+
+class Batcher(Generic[Item, Result]):
+    """Calls ``work`` in a thread of its own, one batch at a time.
+
+    work: one result for each item, in order. If it raises, each item of the batch is tried alone,
+    so that an error reaches only the callers whose items it is about.
+    """
+
+    def __init__(self, work: Callable[[Sequence[Item]], Sequence[Result]], max_size: int) -> None:
+        self._work = work
+        self._max_size = max_size
+        self._waiting: deque[_Waiting[Item, Result]] = deque()
+        self._arrived = asyncio.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batcher")
+        self._worker: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start the worker. Not from within a request: Serve ends a request's tasks with it."""
+        self._worker = asyncio.get_running_loop().create_task(self._run(), name="batcher")
+
+    async def close(self) -> None:
+        """Stop. Who still waits is cancelled; the batch in the thread is worked to its end."""
+        if self._worker:
+            self._worker.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._worker
+        _cancel(self._waiting)
+        self._waiting.clear()
+        await asyncio.to_thread(self._thread.shutdown)
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self._waiting)
+
+    async def submit(self, items: Sequence[Item]) -> list[Result]:
+        """Results of some items, in order; they may share batches with other callers' items.
+
+        A caller that is cancelled takes its waiting items along.
+        """
+        loop = asyncio.get_running_loop()
+        futures: list[asyncio.Future[Result]] = [loop.create_future() for _ in items]
+        self._waiting.extend(
+            _Waiting(item=item, future=future) for item, future in zip(items, futures, strict=True)
+        )
+        self._arrived.set()
+        return await asyncio.gather(*futures)
+
+    async def _run(self) -> None:
+        while True:
+            await self._arrived.wait()
+            batch = self._take()
+            try:
+                await self._answer(batch)
+            except asyncio.CancelledError:
+                _cancel(batch)
+                raise
+
+    def _take(self) -> list[_Waiting[Item, Result]]:
+        """All that waits, oldest first, up to the largest batch."""
+        batch: list[_Waiting[Item, Result]] = []
+        while self._waiting and len(batch) < self._max_size:
+            waiting = self._waiting.popleft()
+            if not waiting.future.done():
+                batch.append(waiting)
+        if not self._waiting:
+            self._arrived.clear()
+        return batch
+
+    async def _answer(self, batch: list[_Waiting[Item, Result]]) -> None:
+        if not batch:  # all of them gave up
+            return
+        try:
+            results = await self._work_on(batch)
+        except Exception as error:  # it belongs to the callers, whatever it is
+            if len(batch) > 1:
+                for waiting in batch:
+                    await self._answer([waiting])
+            elif not batch[0].future.done():
+                batch[0].future.set_exception(error)
+            return
+        for waiting, result in zip(batch, results, strict=True):
+            if not waiting.future.done():
+                waiting.future.set_result(result)
+
+    async def _work_on(self, batch: list[_Waiting[Item, Result]]) -> Sequence[Result]:
+        items = [waiting.item for waiting in batch]
+        results = await asyncio.get_running_loop().run_in_executor(self._thread, self._work, items)
+        if len(results) != len(items):
+            raise RuntimeError(f"{len(items)} items went in and {len(results)} results came out")
+        return results
+
+
+def _cancel(waiting: Iterable[_Waiting[Item, Result]]) -> None:
+    for one in waiting:
+        one.future.cancel()

@@ -1,0 +1,35 @@
+"""Whether a policy bundle, a recipe and two models belong together."""
+
+from __future__ import annotations
+
+from journeyman.certify.bundle import PolicyBundle
+from journeyman.errors import BundleMismatch
+from journeyman.models import Model
+from journeyman.recipe import Labels
+from journeyman.teacher.tasks import prompt_digest
+
+
+def check(bundle: PolicyBundle, student: Model, teacher: Model, labels: Labels) -> None:
+    """Raises BundleMismatch, with all that differs, unless the bundle was made for these."""
+    pairs: dict[str, tuple[str | tuple[str, ...], str | tuple[str, ...]]] = {
+        f"the student's weights ({student.path})": (bundle.student_digest, student.weights_digest),
+        f"the teacher's weights ({teacher.path})": (bundle.teacher_digest, teacher.weights_digest),
+        "the teacher's tokenizer": (bundle.tokenizer_digest, teacher.tokenizer_digest),
+        "the recipe's prompt": (bundle.prompt_digest, prompt_digest(labels)),
+        "the recipe's labels": (bundle.label_names, tuple(labels.classes)),
+    }
+    differing = [
+        f"{name} (bundle: {_short(made_for)}, here: {_short(found)})"
+        for name, (made_for, found) in pairs.items()
+        if made_for != found
+    ]
+    if differing:
+        raise BundleMismatch(
+            f"policy bundle {bundle.bundle_id} was made for something else: it does not fit "
+            f"{', nor '.join(differing)}. Run `journeyman certify` for what is here, or serve "
+            "what was certified."
+        )
+
+
+def _short(value: str | tuple[str, ...]) -> str:
+    return value[:12] if isinstance(value, str) else ", ".join(value)

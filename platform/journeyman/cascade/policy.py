@@ -1,0 +1,113 @@
+"""Who answers: a student's logits in, its answer or an escalation out.
+
+Owns the rule that a bundle carries. Computes as certification did, by the same functions, so that
+the promise holds for what is served. Knows nothing of models, queues or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify.calibration import Calibrator
+from journeyman.certify.scores import FloatArray, ScoreName, score
+from journeyman.errors import DataError
+from journeyman.labels.prior import corrected
+
+AnsweredBy = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Decision:
+    """One text's answer.
+
+    confidence: the student's score, None if it was not asked; probabilities: float64[c], of who
+    answered, in the order of the bundle's label names.
+    """
+
+    answered_by: AnsweredBy
+    label: str
+    confidence: float | None
+    probabilities: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Escalation:
+    """The student is not confident enough; ``student`` is what it would have answered."""
+
+    student: Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Policy:
+    """A bundle's rule. accept_above: the student answers strictly above; +inf escalates all."""
+
+    label_names: tuple[str, ...]
+    calibrator: Calibrator
+    score: ScoreName
+    accept_above: float
+    teacher_log_prior: FloatArray | None
+
+    @classmethod
+    def from_bundle(cls, bundle: PolicyBundle) -> Policy:
+        prior = bundle.teacher_log_prior
+        return cls(
+            label_names=bundle.label_names,
+            calibrator=Calibrator(temperature=bundle.temperature),
+            score=bundle.score,
+            accept_above=bundle.accept_above,
+            teacher_log_prior=None if prior is None else np.array(prior, dtype=np.float64),
+        )
+
+    def decide(self, student_logits: npt.ArrayLike) -> Decision | Escalation:
+        """student_logits: float[c] of one text."""
+        return self.decide_batch(np.asarray(student_logits)[None])[0]
+
+    def decide_batch(self, student_logits: npt.ArrayLike) -> list[Decision | Escalation]:
+        """student_logits: float[n, c]; raises DataError if they do not fit the labels."""
+        probabilities = self.calibrator.probabilities(student_logits)
+        if probabilities.shape[1] != len(self.label_names):
+            raise DataError(
+                f"The student gives {probabilities.shape[1]} logits a text, the bundle names "
+                f"{len(self.label_names)} labels. Serve the student that the bundle was made for."
+            )
+        confidence = score(probabilities, self.score)
+        answers = [
+            self._decision("student", row, float(value))
+            for row, value in zip(probabilities, confidence, strict=True)
+        ]
+        accepted = confidence > self.accept_above
+        return [
+            answer if accept else Escalation(student=answer)
+            for answer, accept in zip(answers, accepted, strict=True)
+        ]
+
+    def teacher_decision(
+        self, class_logprobs: npt.ArrayLike, confidence: float | None = None
+    ) -> Decision:
+        """class_logprobs: float[c] of one text, before prior correction, as labeling has them.
+
+        confidence: the student's, where it was asked first.
+        """
+        logprobs = corrected(np.asarray(class_logprobs), self.teacher_log_prior)
+        return self._decision("teacher", np.exp(logprobs), confidence)
+
+    def _decision(
+        self, answered_by: AnsweredBy, probabilities: FloatArray, confidence: float | None
+    ) -> Decision:
+        return Decision(
+            answered_by=answered_by,
+            label=self.label_names[int(probabilities.argmax())],
+            confidence=confidence,
+            probabilities=probabilities,
+        )
+
+
+def student_answers(decisions: Sequence[Decision | Escalation]) -> list[Decision]:
+    """What the student says of each text, whether it may answer or not."""
+    return [d.student if isinstance(d, Escalation) else d for d in decisions]

@@ -1,0 +1,1 @@
+"""The small model: how it is built, taught, checked, exported and asked."""

@@ -1,0 +1,161 @@
+"""Where a training run stands on disk: whole checkpoints, one writer, the loss curve.
+
+Written by rank 0, read by all. Knows files and names, nothing of what a model is.
+
+    WORK/attempt                 who may write: the newest start of this run
+    WORK/training.jsonl          the curve, one record a line
+    WORK/checkpoints/step-N/     state.json, model/ (a Hugging Face folder), optimizer.pt
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from journeyman.errors import ClusterError
+from journeyman.files import disk_errors, read_json, write_bytes, write_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What the student is worth on the calibrate rows, after so many steps."""
+
+    epoch: int  # epochs done, from 1
+    step: int  # optimizer steps done
+    agreement: float  # share of rows with the teacher's first choice, 0 to 1
+    kl: float  # mean KL(teacher ‖ student), nats
+    gold_accuracy: float | None  # over the rows that have gold
+    n_rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What a checkpoint remembers besides tensors."""
+
+    step: int
+    total_steps: int
+    seconds: float  # of training, over all starts
+    n_rows: int  # train rows
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.total_steps
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The highest agreement; of equal ones the lowest KL."""
+        return max(self.evaluations, key=lambda e: (e.agreement, -e.kl), default=None)
+
+
+class Checkpoints:
+    """The work folder of one run, held by one attempt at it."""
+
+    def __init__(self, work: Path, attempt: str) -> None:
+        self._work = work
+        self._attempt = attempt
+        self._folder = work / "checkpoints"
+
+    @classmethod
+    def claim(cls, work: Path) -> Checkpoints:
+        """Become the work folder's one writer.
+
+        Workers of a killed driver may live on for seconds; what they write from now on is void.
+        """
+        attempt = uuid.uuid4().hex
+        write_bytes(work / "attempt", attempt.encode())
+        return cls(work, attempt)
+
+    @property
+    def curve(self) -> Path:
+        return self._work / "training.jsonl"
+
+    @property
+    def attempt(self) -> str:
+        return self._attempt
+
+    def path(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}"
+
+    def latest(self) -> State | None:
+        """The newest whole checkpoint; one cut short has another name and is never looked at."""
+        newest = max(self._folder.glob("step-*"), default=None)
+        return _state(newest) if newest else None
+
+    def save(self, state: State, write: Callable[[Path], None]) -> None:
+        """Write a checkpoint whole or not at all; then drop all but it and the best one.
+
+        write: puts model/ and optimizer.pt into the folder it is given.
+        """
+        self._must_own()
+        final = self.path(state.step)
+        fresh = self._folder / f".{final.name}.{self._attempt}.tmp"
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                fresh.mkdir()
+                write(fresh)
+                write_json(fresh / "state.json", dataclasses.asdict(state))
+                _flush(fresh)
+                self._must_own()
+                # The step that a run resumed from may be met again, with equal content.
+                if not final.exists():
+                    fresh.rename(final)
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
+        self._keep({state.step} | ({state.best.step} if state.best else set()))
+
+    def start_curve(self, step: int) -> None:
+        """Begin the curve, or cut it back to ``step``: later records are made again."""
+        kept = [json.dumps(r) + "\n" for r in read_curve(self.curve) if r["step"] <= step]
+        write_bytes(self.curve, "".join(kept).encode())
+
+    def record(self, **values: Any) -> None:
+        """Append one record to the curve."""
+        self._must_own()
+        with self.curve.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def _keep(self, steps: set[int]) -> None:
+        kept = {self.path(step) for step in steps}
+        for folder in self._folder.iterdir():
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _must_own(self) -> None:
+        owner = (self._work / "attempt").read_text()
+        if owner != self._attempt:
+            raise ClusterError(
+                f"{self._work}: another run of the same training has taken over; this one stops."
+            )
+
+
+def _state(folder: Path) -> State:
+    values = read_json(folder / "state.json")
+    evaluations = tuple(Evaluation(**e) for e in values.pop("evaluations"))
+    return State(**values, evaluations=evaluations)
+
+
+def _flush(folder: Path) -> None:
+    """Have the files on the disk before the name says that they are whole."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The whole records of a curve that may be under writing; none where there is no file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

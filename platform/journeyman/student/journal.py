@@ -1,0 +1,116 @@
+"""Rank 0's book-keeping: the loss curve, the evaluations and the checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+
+from journeyman.student import models
+from journeyman.student.checkpoints import Evaluation
+from journeyman.student.lesson import Lesson, Task
+
+CHECKPOINT_EVERY_S = 300.0  # between the ends of epochs, where epochs are long
+_CURVE_RECORDS = 1000  # at most about so many in a run
+_EVALUATION_BATCH = 64
+
+
+class Journal:
+    """Told of every step and epoch; decides what to write of it."""
+
+    def __init__(self, task: Task, lesson: Lesson) -> None:
+        self.state = lesson.state
+        self._lesson = lesson
+        self._checkpoints = task.checkpoints
+        self._every = max(1, lesson.state.total_steps // _CURVE_RECORDS)
+        self._per_epoch = lesson.state.total_steps // task.training.epochs
+        self._began = self._saved = self._recorded = time.monotonic()
+        self._seconds_before = lesson.state.seconds
+        self._losses: list[float] = []
+        self._rows = 0  # since the last record
+
+    def after_step(self, step: int, loss: float, n_rows: int) -> None:
+        """step: done so far; loss: mean over the step's n_rows rows."""
+        self._losses.append(loss)
+        self._rows += n_rows
+        ends_epoch = step % self._per_epoch == 0
+        if step % self._every and not ends_epoch:
+            return
+        self._record(step)
+        # Only behind a record: what a resumed run records is then what it would have recorded.
+        if not ends_epoch and time.monotonic() - self._saved > CHECKPOINT_EVERY_S:
+            self._save(step)
+
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        """Evaluate, record and save; the metrics that Ray Train is told."""
+        found = _evaluate(self._lesson, epoch, step=epoch * self._per_epoch)
+        metrics = {k: v for k, v in dataclasses.asdict(found).items() if v is not None}
+        self._checkpoints.record(kind="evaluation", **metrics)
+        self.state = dataclasses.replace(self.state, evaluations=(*self.state.evaluations, found))
+        self._save(found.step)
+        self._recorded = time.monotonic()
+        return metrics
+
+    def _record(self, step: int) -> None:
+        now = time.monotonic()
+        self._checkpoints.record(
+            kind="steps",
+            step=step,
+            total_steps=self.state.total_steps,
+            epoch=(step - 1) // self._per_epoch + 1,
+            loss=sum(self._losses) / len(self._losses),
+            learning_rate=self._lesson.schedule.get_last_lr()[0],
+            rows_per_s=round(self._rows / max(now - self._recorded, 1e-9), 1),
+            seconds=round(self._seconds(), 3),
+        )
+        self._recorded, self._losses, self._rows = now, [], 0
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._began
+
+    def _save(self, step: int) -> None:
+        self.state = dataclasses.replace(self.state, step=step, seconds=self._seconds())
+        self._checkpoints.save(self.state, self._write)
+        self._saved = time.monotonic()
+
+    def _write(self, folder: Path) -> None:
+        import torch
+
+        lesson = self._lesson
+        with models.quiet():
+            lesson.model.save_pretrained(folder / "model")
+        lesson.tokenizer.save_pretrained(folder / "model")
+        torch.save(
+            {
+                "optimizer": lesson.optimizer.state_dict(),
+                "schedule": lesson.schedule.state_dict(),
+            },
+            folder / "optimizer.pt",
+        )
+
+
+def _evaluate(lesson: Lesson, epoch: int, step: int) -> Evaluation:
+    """The student on the held-out rows."""
+    lesson.model.eval()
+    logits = models.logits_of(
+        lesson.model,
+        lesson.held_out_tokens,
+        pad_id=lesson.pad_id,
+        batch_size=_EVALUATION_BATCH,
+    ).astype(np.float64)
+    lesson.model.train()
+    student = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    teacher, gold = lesson.held_out.logprobs, lesson.held_out.gold
+    # A class that the teacher rules out (-inf) adds 0.
+    gap = np.where(np.isneginf(teacher), 0.0, teacher - student)
+    answer, has_gold = student.argmax(axis=1), gold >= 0
+    return Evaluation(
+        epoch=epoch,
+        step=step,
+        agreement=float((answer == teacher.argmax(axis=1)).mean()),
+        kl=float((np.exp(teacher) * gap).sum(axis=1).mean()),
+        gold_accuracy=float((answer == gold)[has_gold].mean()) if has_gold.any() else None,
+        n_rows=len(gold),
+    )

@@ -1,0 +1,217 @@
+"""Training a student, seen from the driver: start Ray Train, follow it, export the best epoch.
+
+A run's state lies beside its output, in ``.student-work-INPUTS``, and is our own rather than
+Ray Train's: a run killed with its driver is a new run to Ray, but finds its work by ``inputs``.
+On a cluster that folder must be on storage that all nodes share.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from journeyman.errors import ClusterError, JourneymanError
+from journeyman.labels.dataset import ClassRows
+from journeyman.models import Model
+from journeyman.recipe import Recipe, Training
+from journeyman.student import export, worker
+from journeyman.student.checkpoints import Checkpoints, Evaluation, State, read_curve
+from journeyman.student.lesson import Task
+
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainProgress:
+    """The newest record of a run's curve."""
+
+    step: int
+    total_steps: int
+    epoch: int  # under way, from 1
+    epochs: int
+    loss: float  # nats, mean since the record before
+    rows_per_s: float
+    eta_s: float
+    agreement: float | None  # at the last evaluation
+
+    def __str__(self) -> str:
+        agreement = "" if self.agreement is None else f", agreement {self.agreement:.3f}"
+        return (
+            f"epoch {self.epoch}/{self.epochs}, step {self.step}/{self.total_steps}, loss "
+            f"{self.loss:.3f}{agreement}, {self.rows_per_s:.0f} rows/s, {self.eta_s:.0f} s to go"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """A finished training."""
+
+    path: Path  # the exported Hugging Face folder
+    best: Evaluation  # the exported epoch's
+    evaluations: tuple[Evaluation, ...]
+    steps: int
+    n_rows: int  # train rows
+    world_size: int
+    seconds: float  # of training, over all starts; without Ray's start-up
+    resumed_from_step: int  # 0 in a run that was never cut short
+
+
+def train(
+    recipe: Recipe,
+    read_rows: Callable[[], ClassRows],
+    model: Model,
+    out_dir: Path,
+    *,
+    inputs: str,
+    labels_digest: str,
+    on_progress: Callable[[TrainProgress], None] | None = None,
+) -> TrainResult:
+    """Train on the ``train`` rows, pick the epoch by the ``calibrate`` rows, export to out_dir.
+
+    Ray is up. read_rows is called in every worker, in another directory than the driver's: its
+    paths must be absolute. inputs: digest of all that decides the result; a run that was killed
+    goes on at its last checkpoint when called with the same.
+    Raises DataError, ModelError or ClusterError.
+    """
+    out_dir = out_dir.absolute()
+    work = out_dir.parent / f".student-work-{inputs}"
+    checkpoints = Checkpoints.claim(work)
+    before = checkpoints.latest()
+    task = Task(
+        training=recipe.training,
+        student=recipe.student,
+        model_dir=model.path,
+        checkpoints=checkpoints,
+        read_rows=read_rows,
+    )
+    if before and before.finished:
+        state = before
+    else:
+        tell = _teller(checkpoints.curve, recipe.training, on_progress)
+        state = _followed(lambda: _fit(task, work), tell)
+    result = _result(out_dir, state, recipe.training, before)
+    origin = export.Provenance(
+        recipe=recipe,
+        parent=model,
+        inputs=inputs,
+        labels_digest=labels_digest,
+        world_size=recipe.training.workers,
+    )
+    best_model = checkpoints.path(result.best.step) / "model"
+    export.write(out_dir, best_model, checkpoints.curve, result.best, state, origin)
+    shutil.rmtree(work, ignore_errors=True)
+    return result
+
+
+def _fit(task: Task, work: Path) -> State:
+    """Run the workers to the end; what rank 0 returned, or its error raised."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    training = task.training
+    resources = {"CPU": training.cpus_per_worker}
+    if training.gpus_per_worker:
+        resources["GPU"] = training.gpus_per_worker
+    trainer = TorchTrainer(
+        lambda: worker.run(task),
+        scaling_config=ScalingConfig(
+            num_workers=training.workers,
+            resources_per_worker=resources,
+            use_gpu=training.gpus_per_worker > 0,
+        ),
+        run_config=RunConfig(
+            # A fresh name: Ray Train would restore what it finds under an old one.
+            name=task.checkpoints.attempt,
+            storage_path=str(work / "ray"),
+            failure_config=FailureConfig(max_failures=training.max_failures),
+        ),
+    )
+    try:
+        outcome = trainer.fit().return_value
+    except TrainingFailedError as error:
+        for failure in getattr(error, "worker_failures", {}).values():
+            if isinstance(failure, JourneymanError):  # a full disk, say
+                raise failure from error
+        raise ClusterError(
+            f"{work}: training failed {training.max_failures + 1} times, the last time with "
+            f"{str(error).strip().splitlines()[-1]}; mend that and start it again: it goes on from "
+            "its last checkpoint."
+        ) from error
+    if isinstance(outcome, JourneymanError):
+        raise outcome
+    return outcome
+
+
+def _result(out_dir: Path, state: State, training: Training, before: State | None) -> TrainResult:
+    assert state.best is not None  # a finished run has evaluated its last epoch
+    return TrainResult(
+        path=out_dir,
+        best=state.best,
+        evaluations=state.evaluations,
+        steps=state.total_steps,
+        n_rows=state.n_rows,
+        world_size=training.workers,
+        seconds=state.seconds,
+        resumed_from_step=before.step if before else 0,
+    )
+
+
+def _followed(fit: Callable[[], State], tell: Callable[[], None], poll_s: float = _POLL_S) -> State:
+    """Call ``tell`` while ``fit`` runs, and once at its end; what fit returned or raised.
+
+    fit runs in a thread of its own: in the main thread Ray Train would take over Ctrl-C for
+    good (2.60, ``_register_sigint_handler``). A daemon, so that Ctrl-C ends the process.
+    """
+    outcome: Future[State] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(fit())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="training", daemon=True).start()
+    while not wait([outcome], timeout=poll_s).done:
+        tell()
+    tell()
+    return outcome.result()
+
+
+def _teller(
+    curve: Path, training: Training, on_progress: Callable[[TrainProgress], None] | None
+) -> Callable[[], None]:
+    """Hands the curve's newest record on, if it is another than the last time."""
+    told: TrainProgress | None = None
+
+    def tell() -> None:
+        nonlocal told
+        progress = _newest(curve, training) if on_progress else None
+        if on_progress and progress and progress != told:
+            on_progress(progress)
+            told = progress
+
+    return tell
+
+
+def _newest(curve: Path, training: Training) -> TrainProgress | None:
+    records = read_curve(curve)
+    steps = [r for r in records if r["kind"] == "steps"]
+    if not steps:
+        return None
+    evaluations = [r for r in records if r["kind"] == "evaluation"]
+    newest = steps[-1]
+    left = (newest["total_steps"] - newest["step"]) * training.batch_size
+    return TrainProgress(
+        step=newest["step"],
+        total_steps=newest["total_steps"],
+        epoch=newest["epoch"],
+        epochs=training.epochs,
+        loss=newest["loss"],
+        rows_per_s=newest["rows_per_s"],
+        eta_s=left / newest["rows_per_s"] if newest["rows_per_s"] else 0.0,
+        agreement=evaluations[-1]["agreement"] if evaluations else None,
+    )

@@ -1,0 +1,152 @@
+"""The classifier: built from a pretrained encoder, and asked for logits.
+
+Always a standard class of ``transformers``, so that an exported folder needs nothing of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from journeyman.errors import ModelError
+from journeyman.student.batches import TokenRows, tokenise
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def build(folder: Path, labels: Sequence[str], seed: int) -> PreTrainedModel:
+    """A classifier over ``labels``, float32, with the folder's weights where they fit.
+
+    seed: of the weights that the folder does not have, as a rule the classification head.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    try:
+        with quiet():
+            return AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                num_labels=len(labels),
+                id2label=dict(enumerate(labels)),
+                label2id={label: i for i, label in enumerate(labels)},
+                ignore_mismatched_sizes=True,  # a head for another number of labels
+                dtype=torch.float32,
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder}: transformers cannot make a text classifier of it ({error}); "
+            "student.model must name an encoder."
+        ) from error
+
+
+def load_tokenizer(folder: Path, max_length: int | None = None) -> Any:
+    """The folder's tokenizer; max_length: its new longest input, in tokens, saved with it."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be read ({error}).") from error
+    if max_length is not None:
+        tokenizer.model_max_length = min(max_length, tokenizer.model_max_length)
+    return tokenizer
+
+
+def parameter_groups(
+    model: PreTrainedModel, *, encoder_rate: float, head_rate: float
+) -> list[dict[str, Any]]:
+    """AdamW's two groups: the pretrained encoder, and the head on top of it.
+
+    The pooler counts as head: sentence encoders are trained without theirs.
+    """
+    encoder = [p for name, p in model.base_model.named_parameters() if "pooler." not in name]
+    in_encoder = {id(p) for p in encoder}
+    head = [p for p in model.parameters() if id(p) not in in_encoder]
+    return [{"params": encoder, "lr": encoder_rate}, {"params": head, "lr": head_rate}]
+
+
+def logits_of(
+    model: PreTrainedModel, rows: TokenRows, *, pad_id: int, batch_size: int
+) -> np.ndarray:
+    """float32[n, c], in the order of the rows; batched by length, without gradients."""
+    import torch
+
+    n_labels = model.config.num_labels
+    result = np.empty((len(rows), n_labels), np.float32)
+    order = np.argsort(rows.lengths, kind="stable")
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            input_ids, mask = tensors(rows, batch, pad_id, model.device)
+            result[batch] = model(input_ids=input_ids, attention_mask=mask).logits.float().cpu()
+    return result
+
+
+def tensors(
+    rows: TokenRows, batch: np.ndarray, pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask: int64[b, t] each."""
+    import torch
+
+    input_ids, mask = rows.padded(batch, pad_id)
+    return torch.from_numpy(input_ids).to(device), torch.from_numpy(mask).to(device)
+
+
+class Classifier:
+    """An exported student, ready to answer. One thread at a time may call it."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        self._model = model.eval()
+        self._tokenizer = tokenizer
+        names = model.config.id2label
+        self.labels: tuple[str, ...] = tuple(names[i] for i in range(len(names)))
+
+    @classmethod
+    def load(cls, path: Path, threads: int | None = None) -> Classifier:
+        """threads: of the whole process's torch, default as they are."""
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        if not (Path(path) / "config.json").is_file():
+            raise ModelError(f"{path}: no student here (config.json is missing); train one first.")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        try:
+            with quiet():
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    path, dtype=torch.float32
+                )
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{path}: the student cannot be loaded ({error}).") from error
+        return cls(model, load_tokenizer(path))
+
+    def logits(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+        """float32[n, c], columns as in ``labels``."""
+        rows = tokenise(self._tokenizer, texts, self._tokenizer.model_max_length)
+        return logits_of(
+            self._model, rows, pad_id=self._tokenizer.pad_token_id, batch_size=batch_size
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Spare the terminal the loading bars and the note that a head is new, which it must be."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,107 @@
+"""What travels over HTTP: requests, answers, errors. FastAPI's page (/docs) is made of these."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from journeyman.cascade.answering import Asked
+from journeyman.cascade.policy import AnsweredBy
+from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify.certificate import GuaranteeKind
+
+MAX_TEXTS = 256
+MAX_CHARACTERS = 32_768
+
+# As in a corpus, whose rows without text are malformed.
+Text = Annotated[str, Field(max_length=MAX_CHARACTERS, pattern=r"\S")]
+
+
+class ClassifyRequest(BaseModel):
+    """One text or several, and who shall answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)] = Field(
+        description=f"The text, or up to {MAX_TEXTS} of them, of at most {MAX_CHARACTERS} "
+        "characters each.",
+        examples=["please book me a flight to berlin"],
+    )
+    model: Asked = Field(
+        "cascade",
+        description="cascade: the student where it may answer, else the teacher. student, "
+        "teacher: that one alone, without any guarantee.",
+    )
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
+class Result(BaseModel):
+    """The answer to one text."""
+
+    label: str
+    answered_by: AnsweredBy
+    confidence: float | None = Field(
+        description="The student's score, which the bundle's threshold is compared with; null if "
+        "the student was not asked."
+    )
+    probabilities: dict[str, float] = Field(description="Of who answered, by label.")
+
+
+class Promise(BaseModel):
+    """The guarantee under which the cascade answers; see GET /v1/bundle for how it came about."""
+
+    kind: GuaranteeKind
+    alpha: float = Field(description="The rate of the kind's disagreements is at most this,")
+    delta: float = Field(description="but for this chance of bad luck in the certified rows.")
+
+
+class Usage(BaseModel):
+    """What the request cost."""
+
+    teacher_prompt_tokens: int
+    teacher_output_tokens: int
+    answered_by_student: int = Field(description="Texts.")
+    answered_by_teacher: int = Field(description="Texts.")
+
+
+class ClassifyAnswer(BaseModel):
+    """The answers to a request, in the order of its texts."""
+
+    id: str
+    object: Literal["classification"] = "classification"
+    model: Asked
+    bundle: str = Field(description="Id of the policy bundle that decided.")
+    guarantee: Promise | None = Field(description="Null where one model was asked for.")
+    results: list[Result]
+    usage: Usage
+
+
+class Health(BaseModel):
+    status: Literal["ok", "ready"]
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    """Every error's form, OpenAI's."""
+
+    error: ErrorBody
+
+
+def promise(bundle: PolicyBundle) -> Promise:
+    served = next(g for g in bundle.guarantees if g.kind == bundle.served_guarantee)
+    return Promise(kind=served.kind, alpha=served.alpha, delta=served.delta)
+
+
+def bundle_card(bundle: PolicyBundle) -> dict[str, Any]:
+    """The bundle as GET /v1/bundle shows it: without the curve, which is long."""
+    content = bundle.model_dump(mode="json", exclude={"curve"})
+    return {"id": bundle.bundle_id, "object": "bundle", **content}

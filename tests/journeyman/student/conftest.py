@@ -1,0 +1,113 @@
+"""A tiny student and rows that it can learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from journeyman.labels.dataset import ClassRows
+from journeyman.models import Model
+from journeyman.recipe import Recipe, parse
+
+TOPICS = {
+    "bank": ["money", "loan", "account", "card", "transfer"],
+    "kitchen": ["soup", "bread", "oven", "salt", "dinner"],
+    "car": ["tyre", "engine", "road", "fuel", "brake"],
+}
+FILLERS = ["please", "how", "do", "i", "my", "the", "a", "with", "need", "what"]
+
+
+def make_tiny_encoder(folder: Path) -> Path:
+    """A randomly initialised BERT, 2 layers and 32 wide, with a vocabulary of whole words."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    words = [*FILLERS, *(word for topic in TOPICS.values() for word in topic)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    torch.manual_seed(0)
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=32,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = make_tiny_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
+    return Model(
+        reference="test/tiny",
+        path=folder,
+        weights_digest="w" * 64,
+        tokenizer_digest="t" * 64,
+        size_bytes=1,
+    )
+
+
+def make_rows(n_train: int, n_calibrate: int, seed: int = 0) -> ClassRows:
+    """Texts of 2 to 12 words with one word of their topic, and a teacher that is 90% sure."""
+    random = np.random.default_rng(seed)
+    n = n_train + n_calibrate
+    gold = random.integers(len(TOPICS), size=n)
+    texts = []
+    for label in gold:
+        words = list(random.choice(FILLERS, size=random.integers(1, 12)))
+        topic = list(TOPICS.values())[label]
+        words.insert(random.integers(len(words) + 1), str(random.choice(topic)))
+        texts.append(" ".join(words))
+    logprobs = np.full((n, len(TOPICS)), np.log(0.05))
+    logprobs[np.arange(n), gold] = np.log(0.9)
+    return ClassRows(
+        labels=tuple(TOPICS),
+        ids=[f"row-{i}" for i in range(n)],
+        texts=texts,
+        splits=np.array(["train"] * n_train + ["calibrate"] * n_calibrate),
+        gold=np.where(np.arange(n) % 2, gold, -1),
+        logprobs=logprobs,
+    )
+
+
+def reader(path: Path) -> Callable[[], ClassRows]:
+    """What a worker calls; a closure, which travels by value."""
+
+    def read() -> ClassRows:
+        import pickle
+
+        return pickle.loads(path.read_bytes())
+
+    return read
+
+
+def make_recipe(**training: object) -> Recipe:
+    settings = {
+        "workers": 2,
+        "cpus_per_worker": 0.5,
+        "epochs": 4,
+        "batch_size": 16,
+        "learning_rate": 5e-3,
+        "head_learning_rate": 5e-3,
+        "max_failures": 0,
+        **training,
+    }
+    return parse(
+        {
+            "name": "tiny",
+            "corpus": {"sources": ["rows.jsonl"], "columns": {"label": "topic"}},
+            "teacher": {"model": "test/teacher"},
+            "labels": {"classes": {t: f"the {t}" for t in TOPICS}, "prompt": "{{ text }}"},
+            "student": {"model": "test/tiny", "max_length": 16},
+            "training": settings,
+        }
+    )

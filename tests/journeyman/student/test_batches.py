@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from journeyman.student import batches
+
+row_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=300).map(np.array)
+
+
+@given(row_lengths, st.integers(1, 40), st.integers(1, 5), st.integers(0, 3), st.integers(0, 3))
+def test_each_row_once_an_epoch_for_any_number_of_workers(
+    lengths: np.ndarray, batch_size: int, world_size: int, seed: int, epoch: int
+) -> None:
+    order = batches.epoch_batches(lengths, batch_size, seed=seed, epoch=epoch)
+    assert len(order) == batches.n_batches(len(lengths), batch_size)
+    assert max(len(batch) for batch in order) <= batch_size
+    dealt = [batches.shard(b, rank, world_size) for b in order for rank in range(world_size)]
+    assert sorted(np.concatenate(dealt)) == list(range(len(lengths)))
+    for batch in order:
+        sizes = [len(batches.shard(batch, rank, world_size)) for rank in range(world_size)]
+        assert max(sizes) - min(sizes) <= 1
+
+
+@given(row_lengths, st.integers(1, 40), st.integers(0, 3), st.integers(0, 3))
+def test_order_depends_on_seed_and_epoch_alone(
+    lengths: np.ndarray, batch_size: int, seed: int, epoch: int
+) -> None:
+    first = batches.epoch_batches(lengths, batch_size, seed=seed, epoch=epoch)
+    again = batches.epoch_batches(lengths, batch_size, seed=seed, epoch=epoch)
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+
+
+def test_epochs_and_seeds_differ_and_rows_move_between_batches() -> None:
+    lengths = np.random.default_rng(0).integers(3, 30, size=400)
+    orders = [
+        np.concatenate(batches.epoch_batches(lengths, 8, seed=seed, epoch=epoch)).tolist()
+        for seed, epoch in [(0, 0), (0, 1), (1, 0)]
+    ]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_bucketing_saves_padding() -> None:
+    lengths = np.random.default_rng(0).integers(3, 30, size=1000)
+
+    def computed(order: Sequence[np.ndarray]) -> int:
+        return sum(int(lengths[batch].max()) * len(batch) for batch in order)
+
+    random = np.array_split(np.random.default_rng(1).permutation(1000), 32)
+    bucketed = batches.epoch_batches(lengths, 32, seed=0, epoch=0)
+    assert computed(bucketed) < 0.75 * computed(random)
+
+
+def test_padding_and_mask() -> None:
+    rows = batches.TokenRows(ids=np.arange(1, 7, dtype=np.int32), starts=np.array([0, 3, 4, 6]))
+    input_ids, mask = rows.padded(np.array([1, 0, 2]), pad_id=9)
+    assert input_ids.tolist() == [[4, 9, 9], [1, 2, 3], [5, 6, 9]]
+    assert mask.tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0]]
+
+
+@given(st.integers(1, 9), st.integers(1, 4))
+def test_gradient_of_unequal_shards_is_that_of_the_whole_batch(n: int, world_size: int) -> None:
+    """DDP's mean over workers, done by hand: also where a worker has no row at all."""
+    random = np.random.default_rng(n)
+    inputs, weight = torch.tensor(random.normal(size=(n, 3))), torch.tensor(random.normal(size=3))
+
+    def gradient(rows: np.ndarray, factor: float) -> torch.Tensor:
+        w = weight.clone().requires_grad_()
+        ((inputs[rows] @ w) ** 2 * factor).sum().backward()
+        assert w.grad is not None
+        return w.grad
+
+    batch = np.arange(n)
+    share = batches.share_of_mean(n, world_size)
+    workers = [gradient(batches.shard(batch, r, world_size), share) for r in range(world_size)]
+    np.testing.assert_allclose(
+        torch.stack(workers).mean(0), gradient(batch, 1 / n), rtol=1e-10, atol=1e-12
+    )

@@ -1,0 +1,219 @@
+"""Training end to end: Ray Train, two workers on gloo, a tiny BERT."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from journeyman.errors import DataError
+from journeyman.models import Model
+from journeyman.student import checkpoints, loop
+from journeyman.student.lesson import Task, prepare
+from journeyman.student.models import Classifier
+
+from .conftest import TOPICS, make_recipe, make_rows, reader
+
+# Many short epochs: a run that can be killed between two checkpoints.
+RECIPE = make_recipe(epochs=10, gold_weight=0.2)
+ROWS = make_rows(n_train=131, n_calibrate=30)
+N_STEPS = 10 * 9
+
+
+@pytest.fixture(scope="module", autouse=True)
+def impatient_ray_train() -> Iterator[None]:
+    """Ray Train takes one report in two seconds; these epochs take a tenth of one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.pickle"
+    path.write_bytes(pickle.dumps(ROWS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def progress() -> list[loop.TrainProgress]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def trained(
+    ray_cluster: None,
+    tiny_encoder: Model,
+    rows_file: Path,
+    progress: list[loop.TrainProgress],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> loop.TrainResult:
+    return loop.train(
+        RECIPE,
+        reader(rows_file),
+        tiny_encoder,
+        tmp_path_factory.mktemp("trained") / "student",
+        inputs="abc",
+        labels_digest="labels",
+        on_progress=progress.append,
+    )
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """The records of training.jsonl without what a clock says."""
+    lines = (folder / "training.jsonl").read_text().splitlines()
+    clock = {"seconds", "rows_per_s"}
+    return [{k: v for k, v in json.loads(li).items() if k not in clock} for li in lines]
+
+
+def test_student_learns_its_teacher(trained: loop.TrainResult) -> None:
+    assert trained.best.agreement > 0.9
+    assert trained.best.gold_accuracy is not None and trained.best.gold_accuracy > 0.9
+    assert trained.steps == N_STEPS and trained.n_rows == 131 and trained.world_size == 2
+    ranked = sorted(trained.evaluations, key=lambda e: (-e.agreement, e.kl))
+    assert trained.best == ranked[0]
+    steps = [r for r in curve(trained.path) if r["kind"] == "steps"]
+    assert [r["step"] for r in steps] == list(range(1, N_STEPS + 1))
+    assert np.mean([r["loss"] for r in steps[-5:]]) < 0.5 * steps[0]["loss"]
+
+
+def test_progress_reaches_the_driver(
+    trained: loop.TrainResult, progress: list[loop.TrainProgress]
+) -> None:
+    assert progress[-1].step == progress[-1].total_steps == N_STEPS
+    assert progress[-1].agreement == pytest.approx(trained.evaluations[-1].agreement)
+    assert "epoch 10/10, step 90/90, loss" in str(progress[-1])
+
+
+def test_export_needs_nothing_of_ours(trained: loop.TrainResult, tmp_path: Path) -> None:
+    texts = ["my loan", "how do i need the bread with salt please", "what engine"]
+    script = tmp_path / "plain.py"
+    script.write_text(
+        "import json, sys, torch\n"
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        "model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "batch = tokenizer(json.loads(sys.argv[2]), padding=True, return_tensors='pt')\n"
+        "assert 'journeyman' not in sys.modules\n"
+        "with torch.no_grad():\n"
+        "    print(json.dumps([model(**batch).logits.tolist(), model.config.id2label]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", str(script), str(trained.path), json.dumps(texts)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    logits, names = json.loads(done.stdout)
+    student = Classifier.load(trained.path)
+    assert tuple(names.values()) == student.labels == tuple(TOPICS)
+    np.testing.assert_allclose(student.logits(texts, batch_size=2), logits, atol=1e-5)
+
+
+def test_export_says_where_it_comes_from(trained: loop.TrainResult, tiny_encoder: Model) -> None:
+    record = json.loads((trained.path / "journeyman.json").read_text())
+    assert record["inputs"] == "abc" and record["labels"] == "labels"
+    assert record["recipe"] == RECIPE.hash and record["parent"] == tiny_encoder.identity
+    assert record["best"] == dataclasses.asdict(trained.best)
+    card = (trained.path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "base_model: test/tiny" in card
+    assert f"{trained.best.agreement:.3f}" in card and "test/teacher" in card
+    assert not list(trained.path.parent.glob(".student-work-*"))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import ray
+from journeyman.student import loop
+from tests.journeyman.student import conftest
+from tests.journeyman.student.test_loop import RECIPE
+from journeyman.models import Model
+
+rows, encoder, out = map(Path, sys.argv[1:])
+model = Model(reference="test/tiny", path=encoder, weights_digest="w", tokenizer_digest="t",
+              size_bytes=1)
+ray.init(num_cpus=2, include_dashboard=False)
+loop.train(RECIPE, conftest.reader(rows), model, out, inputs="killed", labels_digest="labels")
+"""
+
+
+def test_killed_run_goes_on_as_if_it_had_not_been(
+    trained: loop.TrainResult, tiny_encoder: Model, rows_file: Path, tmp_path: Path
+) -> None:
+    out, work = tmp_path / "student", tmp_path / ".student-work-killed"
+    driver = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(rows_file), str(tiny_encoder.path), str(out)],
+    )
+    deadline = time.monotonic() + 120
+    while not list(work.glob("checkpoints/step-*")) and time.monotonic() < deadline:
+        assert driver.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+
+    # A checkpoint cut short, and a curve that is ahead of the checkpoint and ends in half a line.
+    torn = work / "checkpoints" / ".step-00000089.0.tmp"
+    torn.mkdir()
+    with (work / "training.jsonl").open("a") as file:
+        file.write('{"kind": "steps", "step": 89, "loss": 99')
+
+    resumed = loop.train(
+        RECIPE,
+        reader(rows_file),
+        tiny_encoder,
+        out,
+        inputs="killed",
+        labels_digest="labels",
+    )
+    assert 9 <= resumed.resumed_from_step < N_STEPS
+    whole, continued = curve(trained.path), curve(out)
+    assert [(r["kind"], r["step"]) for r in whole] == [(r["kind"], r["step"]) for r in continued]
+    for a, b in zip(whole, continued, strict=True):
+        assert a == pytest.approx(b, abs=1e-6)
+
+
+def test_a_row_that_is_no_number_stops_the_run_by_name(
+    ray_cluster: None, tiny_encoder: Model, tmp_path: Path
+) -> None:
+    rows = make_rows(n_train=20, n_calibrate=4)
+    rows.logprobs[13] = np.nan
+    (tmp_path / "rows.pickle").write_bytes(pickle.dumps(rows))
+    with pytest.raises(DataError, match=r"step \d of 8: the loss is nan for the rows row-13; "):
+        loop.train(
+            make_recipe(max_failures=2),
+            reader(tmp_path / "rows.pickle"),
+            tiny_encoder,
+            tmp_path / "student",
+            inputs="nan",
+            labels_digest="labels",
+        )
+    assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize("empty", ["train", "calibrate"])
+def test_empty_split_is_named(empty: str, tiny_encoder: Model, tmp_path: Path) -> None:
+    import torch
+
+    rows = make_rows(n_train=0 if empty == "train" else 5, n_calibrate=5 * (empty == "train"))
+    recipe = make_recipe()
+    task = Task(
+        training=recipe.training,
+        student=recipe.student,
+        model_dir=tiny_encoder.path,
+        checkpoints=checkpoints.Checkpoints.claim(tmp_path),
+        read_rows=lambda: rows,
+    )
+    with pytest.raises(DataError, match=f"has no {empty} rows"):
+        prepare(task, None, torch.device("cpu"))

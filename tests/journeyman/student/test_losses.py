@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, softmax
+
+from journeyman.student import losses
+
+LOGITS = np.random.default_rng(0).normal(size=(6, 4)) * 3
+TEACHER = log_softmax(np.random.default_rng(1).normal(size=(6, 4)) * 2, axis=1)
+GOLD = np.array([0, 3, -1, 2, -1, 1])
+
+
+def reference(logits: np.ndarray, temperature: float) -> np.ndarray:
+    p, q = softmax(TEACHER / temperature, axis=1), log_softmax(logits / temperature, axis=1)
+    return temperature**2 * (p * (np.log(p) - q)).sum(axis=1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_soft_divergence_is_the_scaled_kl(temperature: float) -> None:
+    got = losses.soft_divergence(torch.tensor(LOGITS), torch.tensor(TEACHER), temperature)
+    np.testing.assert_allclose(got.numpy(), reference(LOGITS, temperature), rtol=1e-12)
+
+
+def test_soft_divergence_of_the_teacher_itself_is_zero() -> None:
+    got = losses.soft_divergence(torch.tensor(TEACHER) + 7, torch.tensor(TEACHER), 2.0)
+    np.testing.assert_allclose(got.numpy(), 0, atol=1e-14)
+
+
+def test_a_class_the_teacher_rules_out_adds_nothing() -> None:
+    teacher = torch.tensor([[np.log(0.25), np.log(0.75), -np.inf]])
+    logits = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    loss = losses.soft_divergence(logits, teacher, 1.0)
+    loss.sum().backward()
+    expected = 0.25 * np.log(0.25 * 3) + 0.75 * np.log(0.75 * 3)
+    np.testing.assert_allclose(loss.item(), expected, rtol=1e-12)
+    np.testing.assert_allclose(logits.grad, [[1 / 3 - 0.25, 1 / 3 - 0.75, 1 / 3]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_gradient_is_that_of_soft_cross_entropy(temperature: float) -> None:
+    logits = torch.tensor(LOGITS, requires_grad=True)
+    losses.soft_divergence(logits, torch.tensor(TEACHER), temperature).sum().backward()
+    # Hinton et al. 2015, equation 2, times T²: d/dz = T (softmax(z / T) - softmax(v / T)).
+    expected = temperature * (
+        softmax(LOGITS / temperature, axis=1) - softmax(TEACHER / temperature, axis=1)
+    )
+    np.testing.assert_allclose(logits.grad, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_gold_cross_entropy_skips_rows_without_gold() -> None:
+    got = losses.gold_cross_entropy(torch.tensor(LOGITS), torch.tensor(GOLD))
+    expected = np.where(GOLD >= 0, -log_softmax(LOGITS, axis=1)[np.arange(6), GOLD], 0)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("gold_weight", [0.0, 0.3, 1.0])
+def test_rows_without_gold_learn_from_the_teacher_alone(gold_weight: float) -> None:
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return losses.distillation(
+            logits,
+            torch.tensor(TEACHER),
+            torch.tensor(GOLD),
+            temperature=2.0,
+            gold_weight=gold_weight,
+        )
+
+    cross_entropy = -log_softmax(LOGITS, axis=1)[np.arange(6), GOLD]
+    mixed = (1 - gold_weight) * reference(LOGITS, 2.0) + gold_weight * cross_entropy
+    expected = np.where(GOLD >= 0, mixed, reference(LOGITS, 2.0))
+    logits = torch.tensor(LOGITS, requires_grad=True)
+    np.testing.assert_allclose(loss(logits).detach().numpy(), expected, rtol=1e-12)
+    assert torch.autograd.gradcheck(loss, (logits,))

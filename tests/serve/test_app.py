@@ -1,0 +1,238 @@
+"""The cascade over HTTP, as a client meets it: real Ray Serve, real vLLM, tiny models."""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from journeyman.cascade.answering import Cascade
+from journeyman.cascade.policy import Policy
+from journeyman.cascade.refusals import DeadlinePassed
+from journeyman.certify.calibration import Calibrator
+from journeyman.certify.scores import score
+from journeyman.errors import ClusterError
+from journeyman.teacher.tasks import ClassLabels
+from tests.serve import tiny
+from tests.serve.conftest import Running
+
+
+def values(result: dict) -> np.ndarray:
+    assert tuple(result["probabilities"]) == tiny.LABELS
+    return np.array(list(result["probabilities"].values()))
+
+
+def test_a_cascade_that_is_up_is_healthy_and_ready(cascade: Running):
+    for path, status in (("/healthz", "ok"), ("/readyz", "ready")):
+        response = cascade.client.get(path)
+        assert (response.status_code, response.json()) == (200, {"status": status})
+
+
+def test_the_student_answers_what_it_is_sure_of(cascade: Running):
+    run = cascade.run
+    for text in run.accepted[:: len(run.accepted) // 4]:
+        response = cascade.classify(text)
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        i = tiny.TEXTS.index(text)
+        probabilities = Calibrator(temperature=tiny.TEMPERATURE).probabilities(run.logits[i][None])
+        [result] = answer["results"]
+        assert result["answered_by"] == "student"
+        assert result["label"] == tiny.LABELS[int(run.logits[i].argmax())]
+        assert values(result) == pytest.approx(probabilities[0], abs=1e-5)
+        assert result["confidence"] == pytest.approx(score(probabilities, "margin")[0], abs=1e-5)
+        assert answer["usage"] == {
+            "teacher_prompt_tokens": 0,
+            "teacher_output_tokens": 0,
+            "answered_by_student": 1,
+            "answered_by_teacher": 0,
+        }
+
+
+def test_the_teacher_answers_the_rest_as_transformers_would(cascade: Running):
+    for text in cascade.run.escalated[:5]:
+        answer = cascade.classify(text).json()
+        [result] = answer["results"]
+        expected = tiny.teacher_probabilities(cascade.run, text)
+        assert result["answered_by"] == "teacher"
+        assert values(result) == pytest.approx(expected, abs=1e-3)
+        assert result["label"] == tiny.LABELS[int(expected.argmax())]
+        i = tiny.TEXTS.index(text)
+        assert result["confidence"] == pytest.approx(cascade.run.scores[i], abs=1e-5)
+        assert answer["usage"]["teacher_prompt_tokens"] > 3 * len(text.split())
+
+
+def test_each_answer_names_the_bundle_and_what_it_promises(cascade: Running):
+    answer = cascade.classify(cascade.run.accepted[0]).json()
+    assert answer["object"] == "classification" and answer["model"] == "cascade"
+    assert answer["bundle"] == cascade.run.bundle.bundle_id
+    assert answer["guarantee"] == {"kind": "system_agreement", "alpha": 0.1, "delta": 0.2}
+    again = cascade.classify(cascade.run.accepted[0]).json()
+    assert answer["id"] != again["id"] and answer["results"] == again["results"]
+
+
+def test_a_list_is_answered_in_its_order_whoever_answers(cascade: Running):
+    run = cascade.run
+    results = cascade.results(tiny.TEXTS)
+    by = ["student" if s > run.bundle.accept_above else "teacher" for s in run.scores]
+    assert [r["answered_by"] for r in results] == by
+    assert {"student", "teacher"} == set(by)
+    for text, result in zip(tiny.TEXTS, results, strict=True):
+        if result["answered_by"] == "teacher":
+            expected = tiny.teacher_probabilities(run, text)
+            assert values(result) == pytest.approx(expected, abs=1e-3)
+
+
+def test_one_model_alone_may_be_asked_and_then_nothing_is_promised(cascade: Running):
+    unsure, sure = cascade.run.escalated[0], cascade.run.accepted[0]
+    student = cascade.classify(unsure, model="student").json()
+    assert student["guarantee"] is None and student["model"] == "student"
+    assert student["results"][0]["answered_by"] == "student"
+    assert student["results"][0]["confidence"] < cascade.run.bundle.accept_above
+    teacher = cascade.classify(sure, model="teacher").json()
+    assert teacher["guarantee"] is None and teacher["results"][0]["confidence"] is None
+    expected = tiny.teacher_probabilities(cascade.run, sure)
+    assert values(teacher["results"][0]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_bundle_is_shown_without_its_curve(cascade: Running):
+    card = cascade.client.get("/v1/bundle").json()
+    assert card["id"] == cascade.run.bundle.bundle_id
+    assert card["threshold"] == cascade.run.bundle.threshold
+    assert card["guarantees"][0]["n_accepted"] == 20
+    assert "curve" not in card
+
+
+def test_a_text_that_the_teacher_cannot_take_is_refused_in_a_sentence(cascade: Running):
+    response = cascade.classify(["fine", "too long " * 100], model="teacher")
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["code"] == "text_refused"
+    assert error["message"].startswith("text 1: the prompt has")
+
+
+def test_many_clients_at_once_get_their_own_answers(cascade: Running):
+    alone = dict(zip(tiny.TEXTS, cascade.results(tiny.TEXTS, model="student"), strict=True))
+
+    async def ask_all() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=cascade.url, timeout=60) as client:
+            bodies = [{"input": text, "model": "student"} for text in tiny.TEXTS * 3]
+            return await asyncio.gather(*(client.post("/v1/classify", json=b) for b in bodies))
+
+    for text, response in zip(tiny.TEXTS * 3, asyncio.run(ask_all()), strict=True):
+        assert values(response.json()["results"][0]) == pytest.approx(values(alone[text]), abs=1e-5)
+
+
+def test_a_deadline_stops_the_work_of_a_teacher_behind_a_handle(cascade: Running):
+    from ray import serve
+
+    from serve.ingress import TeacherByHandle
+
+    @serve.deployment(ray_actor_options={"num_cpus": 0})
+    class Slow:
+        def __init__(self) -> None:
+            self.cancelled = 0
+
+        async def label(self, texts: list[str]) -> list[ClassLabels]:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+            return []
+
+        async def n_cancelled(self) -> int:
+            return self.cancelled
+
+    handle = serve.run(Slow.bind(), name="slow", route_prefix=None)
+
+    async def ask() -> None:
+        teacher = TeacherByHandle(handle)
+        teacher.unready = None
+        policy = Policy.from_bundle(cascade.run.bundle)
+        asked = Cascade(policy, None, teacher, max_waiting=9, timeout_s=1.0)  # type: ignore[arg-type]
+        with pytest.raises(DeadlinePassed, match="no answer within 1 s"):
+            await asked.answer(["text"], "teacher")
+        assert asked.waiting.n_waiting == 0
+
+    asyncio.run(ask())
+    deadline = time.monotonic() + 10
+    while not handle.n_cancelled.remote().result() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert handle.n_cancelled.remote().result() == 1
+    serve.delete("slow")
+
+
+def test_a_second_cascade_in_the_same_ray_is_refused(cascade: Running):
+    from serve.running import running
+
+    with (
+        pytest.raises(ClusterError, match="Ray Serve runs on this Ray cluster already"),
+        running(cascade.run.bundle_dir),
+    ):
+        pass
+
+
+def test_texts_stay_out_of_serves_logs(cascade: Running):
+    secret = "xyzzy-4711"
+    cascade.classify(f"book a {secret} flight")
+    cascade.classify(secret * 100, model="teacher")
+    cascade.classify([secret, 7])
+    time.sleep(1)
+    session = Path("/tmp/ray/session_latest/logs/serve")
+    logs = [f for f in session.rglob("*.log") if f"{secret}" in f.read_text(errors="replace")]
+    assert not logs
+
+
+# The last one: the engine needs its time to come back.
+def test_a_killed_teacher_comes_back_and_meanwhile_the_student_answers(cascade: Running):
+    [engine] = teachers_engines()
+    os.kill(engine.pid, signal.SIGKILL)
+    refused = until(lambda: cascade.classify(cascade.run.escalated[0]), 503, timeout_s=10)
+    assert refused.json()["error"]["code"] == "teacher_unavailable"
+    assert "starting again" in refused.json()["error"]["message"]
+    assert int(refused.headers["Retry-After"]) > 0
+    assert cascade.client.get("/readyz").status_code == 503
+    assert cascade.client.get("/healthz").status_code == 200
+    for text in cascade.run.accepted[:3]:
+        assert cascade.results(text)[0]["answered_by"] == "student"
+    back = until(lambda: cascade.classify(cascade.run.escalated[0]), 200, timeout_s=240)
+    expected = tiny.teacher_probabilities(cascade.run, cascade.run.escalated[0])
+    assert values(back.json()["results"][0]) == pytest.approx(expected, abs=1e-3)
+    assert cascade.client.get("/readyz").status_code == 200
+
+
+def teachers_engines() -> list[psutil.Process]:
+    """Engine processes of this test's own teacher; others may run on this machine."""
+    ours = psutil.Process().children(recursive=True)
+    [teacher] = [p for p in ours if "ServeReplica:cascade:Teacher" in " ".join(p.cmdline())]
+    return [p for p in teacher.children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
+
+
+def until(ask, status: int, timeout_s: float) -> httpx.Response:
+    deadline = time.monotonic() + timeout_s
+    while (response := ask()).status_code != status:
+        assert response.status_code in (200, 503), response.text
+        assert time.monotonic() < deadline, f"no {status} within {timeout_s} s"
+        time.sleep(0.1)
+    return response
+
+
+def test_a_taken_port_is_said_before_anything_starts(ray_cluster, run: tiny.Run):
+    from serve.running import running
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(ClusterError, match=f"127.0.0.1:{port}: cannot listen there"),
+            running(run.bundle_dir, port=port),
+        ):
+            pass

@@ -1,0 +1,152 @@
+"""The HTTP edge alone, without Ray: what is said, and with which code."""
+
+import asyncio
+
+import httpx
+import numpy as np
+import pytest
+
+from journeyman.cascade.answering import Answers
+from journeyman.cascade.policy import Decision
+from journeyman.cascade.refusals import (
+    DeadlinePassed,
+    Overloaded,
+    Refusal,
+    TeacherUnavailable,
+    TextRefused,
+)
+from serve.http import api
+from tests.serve import tiny
+
+SECRET = "my pin is 4711"
+
+
+class Cascade:
+    """Answers "travel" to everything, or raises."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    async def answer(self, texts: list[str], asked: str) -> Answers:
+        if self.error:
+            raise self.error
+        decision = Decision(
+            answered_by="student",
+            label="travel",
+            confidence=0.9,
+            probabilities=np.array([0.05, 0.9, 0.05]),
+        )
+        return Answers(
+            decisions=(decision,) * len(texts), teacher_prompt_tokens=0, teacher_output_tokens=0
+        )
+
+
+@pytest.fixture(scope="module")
+def bundle(run: tiny.Run):
+    return run.bundle
+
+
+def send(bundle, cascade: Cascade, method: str, path: str, unready=None, **request):
+    app = api(cascade, bundle, lambda: unready)  # type: ignore[arg-type]
+
+    async def call() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://cascade") as client:
+            return await client.request(method, path, **request)
+
+    return asyncio.run(call())
+
+
+def post(bundle, body, cascade: Cascade | None = None) -> httpx.Response:
+    return send(bundle, cascade or Cascade(), "POST", "/v1/classify", json=body)
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({"input": "x", "modell": "student"}, "unknown field modell; known are input, model."),
+        ({}, "input: field required."),
+        ({"input": 3}, "input must be a text, or a list of 1 to 256 texts."),
+        ({"input": ["x", 3]}, "input must be a text, or a list of 1 to 256 texts."),
+        ({"input": ""}, "input is blank."),
+        ({"input": ["x", " \n"]}, "text 1 is blank."),
+        ({"input": []}, "input: list should have at least 1 item after validation, not 0."),
+        ({"input": ["x"] * 257}, "input: list should have at most 256 items"),
+        ({"input": "x" * 32_769}, "input: string should have at most 32768 characters."),
+        ({"input": "x", "model": "gpt"}, "model: input should be 'cascade', 'student' or"),
+        ([], "the body is no JSON object (with Content-Type: application/json)."),
+    ],
+)
+def test_a_wrong_request_is_told_what_is_wrong_with_it(bundle, body, sentence: str):
+    response = post(bundle, body)
+    error = response.json()["error"]
+    assert response.status_code == 400, error
+    assert error["message"].startswith(sentence), error
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b'{"input": "\\ud800"}'])
+def test_a_body_that_is_no_json_or_no_text_is_refused(bundle, content: bytes):
+    headers = {"Content-Type": "application/json"}
+    response = send(bundle, Cascade(), "POST", "/v1/classify", content=content, headers=headers)
+    assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+def test_what_was_sent_is_never_sent_back_in_an_error(bundle):
+    for body in ({"input": [SECRET, 7]}, {"input": SECRET, "x": SECRET}, {"input": [SECRET, ""]}):
+        assert SECRET not in post(bundle, body).text
+    failed = post(bundle, {"input": SECRET}, Cascade(RuntimeError(SECRET)))
+    assert failed.status_code == 500 and SECRET not in failed.text
+    assert failed.json()["error"]["code"] == "internal_error"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "code", "header"),
+    [
+        (TextRefused("too long"), 400, "text_refused", None),
+        (Overloaded("too many"), 503, "teacher_queue_full", ("Retry-After", "1")),
+        (TeacherUnavailable("away"), 503, "teacher_unavailable", ("Retry-After", "5")),
+        (DeadlinePassed("late"), 504, "deadline_passed", ("x-should-retry", "false")),
+    ],
+)
+def test_each_refusal_has_its_code_and_says_whether_to_try_again(
+    bundle, refusal: Refusal, status: int, code: str, header: tuple[str, str] | None
+):
+    response = post(bundle, {"input": "x"}, Cascade(refusal))
+    assert response.status_code == status
+    assert response.json()["error"]["message"] == str(refusal)
+    assert response.json()["error"]["code"] == code
+    if header:
+        assert response.headers[header[0]] == header[1]
+
+
+def test_one_text_and_a_list_of_one_are_answered_alike(bundle):
+    one, listed = post(bundle, {"input": "x"}).json(), post(bundle, {"input": ["x"]}).json()
+    assert one["results"] == listed["results"]
+    assert one["results"][0]["probabilities"]["travel"] == 0.9
+
+
+def test_it_is_ready_only_when_it_is(bundle):
+    assert send(bundle, Cascade(), "GET", "/readyz").json() == {"status": "ready"}
+    unready = send(bundle, Cascade(), "GET", "/readyz", unready="the teacher is starting")
+    assert unready.status_code == 503
+    assert unready.json()["error"]["message"] == "the teacher is starting"
+    assert send(bundle, Cascade(), "GET", "/healthz", unready="no").status_code == 200
+
+
+def test_another_route_or_method_is_refused_in_the_same_form(bundle):
+    for method, path, status in (("GET", "/v1/chat", 404), ("GET", "/v1/classify", 405)):
+        response = send(bundle, Cascade(), method, path)
+        assert response.status_code == status
+        assert path in response.json()["error"]["message"]
+
+
+def test_the_openapi_page_describes_what_is_sent(bundle):
+    schema = send(bundle, Cascade(), "GET", "/openapi.json").json()
+    operation = schema["paths"]["/v1/classify"]["post"]
+    assert set(operation["responses"]) == {"200", "400", "503", "504"}
+    request = schema["components"]["schemas"]["ClassifyRequest"]
+    assert request["properties"]["model"]["enum"] == ["cascade", "student", "teacher"]
+    assert request["additionalProperties"] is False
+    answer = schema["components"]["schemas"]["ClassifyAnswer"]["properties"]
+    assert {"id", "bundle", "guarantee", "results", "usage"} <= set(answer)

@@ -1,0 +1,94 @@
+"""`serve run serve.app:app` refuses in one sentence, and with a code that says so."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from journeyman.certify.bundle import load
+from journeyman.errors import BundleMismatch
+from serve.app import build
+from tests.serve import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def serve_run(*arguments: str) -> list[str]:
+    """What it prints but for its own first line; it must fail, and soon."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("serve"), "run", "serve.app:app", *arguments],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": "platform"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    lines = (done.stdout + done.stderr).splitlines()
+    return [line for line in lines if "Running import path" not in line]
+
+
+@pytest.fixture
+def copied(run: tiny.Run, tmp_path: Path) -> Path:
+    """A copy of the run, to be spoilt."""
+    return Path(shutil.copytree(run.folder, tmp_path / "copied"))
+
+
+def test_a_missing_bundle_is_one_sentence(tmp_path: Path):
+    [line] = serve_run(f"bundle={tmp_path}/bundle")
+    assert line.startswith(f"Error: There is no policy bundle at {tmp_path}/bundle/bundle.json.")
+
+
+def test_a_wrong_argument_is_one_sentence():
+    assert serve_run("bundel=runs/demo/bundle") == [
+        "Error: unknown argument bundel; there is one: bundle=FOLDER."
+    ]
+
+
+def test_another_prompt_than_the_certified_one_is_one_sentence(copied: Path):
+    path = copied / "bundle" / "recipe.json"
+    content = json.loads(path.read_text())
+    content["labels"]["prompt"] = "Something about {{ label }}: "
+    path.write_text(json.dumps(content))
+    [line] = serve_run(f"bundle={copied}/bundle")
+    bundle_id = load(copied / "bundle").bundle_id
+    assert line.startswith(f"Error: policy bundle {bundle_id} was made for something else: ")
+    assert "the recipe's prompt" in line
+
+
+def test_a_taken_port_is_one_sentence(run: tiny.Run):
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # then it is taken by someone else, which is as good
+            other.bind(("127.0.0.1", 8000))
+            other.listen()
+        [line] = serve_run(f"bundle={run.bundle_dir}")
+    assert line.startswith("Error: 127.0.0.1:8000: cannot listen there (Address already in use)")
+
+
+def test_other_weights_than_the_certified_ones_are_refused(copied: Path):
+    weights = copied / "student" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    # The certified student's own folder is tried first, so it has to be gone.
+    moved = load(copied / "bundle").student
+    Path(moved).rename(moved + ".away")
+    try:
+        with pytest.raises(BundleMismatch, match="does not fit the student's weights"):
+            build(copied / "bundle")
+    finally:
+        Path(moved + ".away").rename(moved)
+
+
+def test_a_bundle_without_its_recipe_is_refused(copied: Path):
+    (copied / "bundle" / "recipe.json").unlink()
+    with pytest.raises(BundleMismatch, match=r"recipe\.json: missing or damaged"):
+        build(copied / "bundle")

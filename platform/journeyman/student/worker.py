@@ -172,7 +172,7 @@ def _losses(
 
 
 def _not_finite(mean: float, step: int, rows: list[int], lesson: Lesson) -> DataError:
-    ids = [lesson.train.ids[i] for i in rows]
+    ids = list(dict.fromkeys(lesson.train.ids[i] for i in rows))
     named = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
     return DataError(
         f"training stopped at step {step + 1} of {lesson.state.total_steps}: the loss is {mean} "

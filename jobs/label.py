@@ -1,7 +1,7 @@
 """Run the label step of a recipe, as a Ray job or by hand.
 
-    python jobs/label.py jobs/recipes/demo.yaml
-    ray job submit --working-dir . -- python jobs/label.py jobs/recipes/demo.yaml
+python jobs/label.py jobs/recipes/demo.yaml
+ray job submit --working-dir . -- python jobs/label.py jobs/recipes/demo.yaml
 """
 
 import sys

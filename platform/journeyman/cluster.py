@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -30,19 +32,36 @@ def connect(settings: Cluster) -> None:
         # Ray's C++ core warns on the terminal about Ray Data's own actors (ray issue 53727).
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
-        ray.init(
-            address=settings.address,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            include_dashboard=False if not settings.address else None,
-            # Workers import journeyman wherever it was imported from here.
-            runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
-        )
+        with _without_c_stderr():
+            ray.init(
+                address=settings.address,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                include_dashboard=False if not settings.address else None,
+                # Workers import journeyman wherever it was imported from here.
+                runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"cannot connect to Ray at {settings.address or 'this machine'} ({error}); look at "
             "cluster.address, RAY_ADDRESS, or `ray status`."
         ) from error
+
+
+@contextlib.contextmanager
+def _without_c_stderr() -> Iterator[None]:
+    """Drop what native code writes to stderr: Ray's core announces its log level there."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def quiet_ray_data() -> None:

@@ -175,9 +175,7 @@ def test_malformed_rows_are_counted_listed_and_kept_aside(tmp_path: Path):
     lines[7] = b"{not json"
     lines[9] = b'{"text": 5}'
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    manifest = corpus.prepare(
-        made([tmp_path / "a.jsonl"], max_malformed=0.05), tmp_path / "out"
-    )
+    manifest = corpus.prepare(made([tmp_path / "a.jsonl"], max_malformed=0.05), tmp_path / "out")
     assert manifest["malformed"]["rows"] == 3
     reasons = {m["line"]: m["reason"] for m in manifest["malformed"]["first"]}
     assert reasons[6].startswith("not UTF-8")

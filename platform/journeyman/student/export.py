@@ -76,8 +76,7 @@ def _card(best: Evaluation, state: State, origin: Provenance) -> str:
 # {recipe.name}: a distilled classifier
 
 A small encoder that answers like a large language model: it sorts a text into one of
-{len(recipe.labels.classes)} classes. Made by [Journeyman](https://pypi.org/project/journeyman/)
-{journeyman.__version__}.
+{len(recipe.labels.classes)} classes. Made by Journeyman {journeyman.__version__}.
 
 ```python
 from transformers import pipeline

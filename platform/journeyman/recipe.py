@@ -248,10 +248,6 @@ class Certify(Section):
 class Cascade(Section):
     """Serving: the student answers what it may, the teacher the rest."""
 
-    host: str = Field("127.0.0.1", description="Address of the HTTP server.")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        8000, description="Port of the HTTP server; 0 takes a free one."
-    )
     request_timeout_s: Seconds = Field(30.0, description="Deadline of one request.")
     max_batch_size: Count = Field(32, description="Rows that the student scores at a time.")
     max_queued_requests: Count = Field(

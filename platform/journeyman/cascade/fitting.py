@@ -14,7 +14,8 @@ def check(bundle: PolicyBundle, student: Model, teacher: Model, labels: Labels) 
     pairs: dict[str, tuple[str | tuple[str, ...], str | tuple[str, ...]]] = {
         f"the student's weights ({student.path})": (bundle.student_digest, student.weights_digest),
         f"the teacher's weights ({teacher.path})": (bundle.teacher_digest, teacher.weights_digest),
-        "the teacher's tokenizer": (bundle.tokenizer_digest, teacher.tokenizer_digest),
+        "the student's tokenizer": (bundle.student_tokenizer_digest, student.tokenizer_digest),
+        "the teacher's tokenizer": (bundle.teacher_tokenizer_digest, teacher.tokenizer_digest),
         "the recipe's prompt": (bundle.prompt_digest, prompt_digest(labels)),
         "the recipe's labels": (bundle.label_names, tuple(labels.classes)),
     }

@@ -75,7 +75,8 @@ class PolicyBundle(_Part):
     teacher: Text = Field(description="model reference of the teacher")
     student_digest: Text
     teacher_digest: Text
-    tokenizer_digest: Text
+    student_tokenizer_digest: Text
+    teacher_tokenizer_digest: Text
     prompt_digest: Text
 
     # From logits to a decision.

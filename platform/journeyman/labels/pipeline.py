@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,12 @@ from journeyman.recipe import Recipe, digest
 from journeyman.teacher import engine, tasks
 
 _POLL_S = 0.5
+_RATE_WINDOW_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelProgress:
-    """Where a labeling run stands; rates count this run only, not what was done before."""
+    """Where a labeling run stands; rates are those of the last half minute."""
 
     rows: int
     rows_done: int
@@ -86,28 +88,30 @@ def label(
 
 
 class _Meter:
-    """Turns replicas' counts into progress."""
+    """Turns replicas' counts into progress; rates are those of the last half minute."""
 
     def __init__(
         self, rows: int, rows_before: int, on_progress: Callable[[LabelProgress], None]
     ) -> None:
         self._rows, self._before, self._on_progress = rows, rows_before, on_progress
-        self._first: float | None = None  # when the first rows came: engines had started
+        self._seen: deque[tuple[float, int, int]] = deque()  # time, rows, tokens
 
     def show(self, counts: Counts) -> None:
-        now = time.monotonic()
-        if self._first is None and counts.rows:
-            self._first = now
-        elapsed = now - self._first if self._first else 0.0
-        rows_per_s = counts.rows / elapsed if elapsed > 1 else 0.0
-        tokens = counts.prompt_tokens + counts.output_tokens
+        now, tokens = time.monotonic(), counts.prompt_tokens + counts.output_tokens
+        if counts.rows:  # engines have started
+            self._seen.append((now, counts.rows, tokens))
+        while self._seen and now - self._seen[0][0] > _RATE_WINDOW_S:
+            self._seen.popleft()
+        then, rows_then, tokens_then = self._seen[0] if self._seen else (now, 0, 0)
+        elapsed = max(now - then, 1.0)
+        rows_per_s = (counts.rows - rows_then) / elapsed
         left = self._rows - self._before - counts.rows
         self._on_progress(
             LabelProgress(
                 rows=self._rows,
                 rows_done=self._before + counts.rows,
                 rows_per_s=rows_per_s,
-                tokens_per_s=tokens / elapsed if elapsed > 1 else 0.0,
+                tokens_per_s=(tokens - tokens_then) / elapsed,
                 quarantined=counts.quarantined,
                 eta_s=left / rows_per_s if rows_per_s else None,
             )

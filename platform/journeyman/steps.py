@@ -4,30 +4,28 @@ would read has not changed since it wrote.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from journeyman import cluster, corpus, files, models, sources
-from journeyman.errors import ClusterError, JourneymanError
+from journeyman.errors import JourneymanError
 from journeyman.labels import dataset, pipeline
 from journeyman.labels.pipeline import LabelProgress
 from journeyman.labels.store import LabelStore
-from journeyman.models import Model
 from journeyman.progress import LiveLine, duration
 from journeyman.recipe import Recipe, digest
+from journeyman.run_folder import RunFolder
 from journeyman.teacher.tasks import prompt_digest
 
 NAMES = ("prepare", "label", "train", "certify", "measure", "report")
 MANIFEST = "manifest.json"
 _STUDENT_MANIFEST = "journeyman.json"
-_COMPARED = 96  # test rows that student and teacher both answer alone, to compare their speed
+# Test rows that are sent over HTTP, and how many of them student and teacher each answer alone.
+_SENT, _COMPARED = 200, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,52 +37,8 @@ class StepResult:
     seconds: float | None
 
 
-class Run:
+class Run(RunFolder):
     """One recipe's run folder and the steps that fill it."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.directory = recipe.run_dir
-
-    def path(self, step: str) -> Path:
-        folders = {
-            "prepare": "corpus",
-            "label": "labels",
-            "train": "student",
-            "certify": "bundle",
-            "measure": "serving",
-            "report": "report",
-        }
-        return self.directory / folders[step]
-
-    @cached_property
-    def teacher(self) -> Model:
-        return models.resolve(self.recipe.teacher.model, self.recipe.teacher.revision)
-
-    @cached_property
-    def base_student(self) -> Model:
-        return models.resolve(self.recipe.student.model, self.recipe.student.revision)
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run folder; raises ClusterError if another process does."""
-        path = self.directory / ".lock"
-        with files.disk_errors(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise ClusterError(
-                    f"{self.directory}: another journeyman (process {file.read().strip()}) is "
-                    "working there; wait for it, or give this run another name."
-                ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
 
     def execute(self, step: str, *, new_labels: bool = False) -> StepResult:
         """Run one step, or skip it if it is done for the same inputs."""
@@ -220,7 +174,10 @@ class Run:
             line.show("measure   starting the cascade")
             with cluster.serve_module("running").running(self.path("certify")) as base_url:
                 measured = traffic.send(
-                    base_url, rows.texts, _COMPARED, lambda text: line.show(f"measure   {text}")
+                    base_url,
+                    rows.texts[:_SENT],
+                    _COMPARED,
+                    lambda text: line.show(f"measure   {text}"),
                 )
         seconds = round(time.monotonic() - started, 3)
         manifest = {"step": "measure", "inputs": inputs, "seconds": seconds, **measured.manifest()}

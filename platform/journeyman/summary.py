@@ -6,7 +6,7 @@ import datetime
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import yaml
@@ -23,12 +23,10 @@ from journeyman.labels.store import LabelStore
 from journeyman.report.data import ReportData, SummaryRow, TestRows
 from journeyman.report.measure import Measured, measure
 from journeyman.report.verdict import percent, served_guarantee, share
-
-if TYPE_CHECKING:
-    from journeyman.steps import Run
+from journeyman.run_folder import RunFolder
 
 
-def report_data(run: Run) -> ReportData:
+def report_data(run: RunFolder) -> ReportData:
     """Everything on the report's page, read from the run's folders."""
     rows = dataset.read_classes(run.path("label"), run.path("prepare"))
     bundle = bundles.load(run.path("certify"))
@@ -49,7 +47,7 @@ def report_data(run: Run) -> ReportData:
 
 
 def summary(
-    run: Run, measured: Measured, bundle: PolicyBundle, rows: ClassRows
+    run: RunFolder, measured: Measured, bundle: PolicyBundle, rows: ClassRows
 ) -> list[SummaryRow]:
     """The closing table: quality on test rows, the promise, speed, sizes, and what it took."""
     return [
@@ -109,7 +107,7 @@ def _promise(measured: Measured, bundle: PolicyBundle) -> list[SummaryRow]:
     return [SummaryRow(group="the promise", name=n, value=v, note=note) for n, v, note in rows]
 
 
-def _speed(run: Run) -> list[SummaryRow]:
+def _speed(run: RunFolder) -> list[SummaryRow]:
     serving = files.read_json(run.path("measure") / "manifest.json")
     student, teacher = serving["student_rows_per_s"], serving["teacher_rows_per_s"]
     rows = [
@@ -125,7 +123,7 @@ def _speed(run: Run) -> list[SummaryRow]:
     return [SummaryRow(group="speed", name=n, value=v, note=note) for n, v, note in rows]
 
 
-def _sizes(run: Run) -> list[SummaryRow]:
+def _sizes(run: RunFolder) -> list[SummaryRow]:
     student = sum(f.stat().st_size for f in run.path("train").glob("*.safetensors"))
     teacher = run.teacher.size_bytes
     note = f"{teacher / student:.1f} times smaller"
@@ -135,7 +133,7 @@ def _sizes(run: Run) -> list[SummaryRow]:
     ]
 
 
-def _costs(run: Run) -> list[SummaryRow]:
+def _costs(run: RunFolder) -> list[SummaryRow]:
     prepared = corpus.read_manifest(run.path("prepare"))
     labels = LabelStore(run.path("label")).manifest()
     student = files.read_json(run.path("train") / "journeyman.json")
@@ -160,7 +158,7 @@ def _training_note(student: dict[str, Any]) -> str:
     return f"{student['rows']:,} rows, {student['world_size']} workers"
 
 
-def _seconds(run: Run, step: str) -> float:
+def _seconds(run: RunFolder, step: str) -> float:
     return float(files.read_json(run.path(step) / "manifest.json")["seconds"])
 
 

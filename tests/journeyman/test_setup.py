@@ -24,7 +24,16 @@ RANKS = {
     for rank, names in enumerate(
         [
             ["__init__", "errors", "files", "progress"],
-            ["recipe", "models", "prompts", "corpus", "sources", "cluster", "traffic"],
+            [
+                "recipe",
+                "models",
+                "prompts",
+                "corpus",
+                "sources",
+                "cluster",
+                "traffic",
+                "run_folder",
+            ],
             ["teacher"],
             ["labels"],
             ["student"],

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 # other to be scheduled: 20 requests/s against 157.
 STUDENT_CPUS = 1
 
+# Of a batch, sorted by length, for one forward pass: 32 texts hold all lengths, and short passes
+# pad less (279 against 206 rows/s with 8 in place of 32, on one thread).
+_ROWS_A_PASS = 8
+
 _PROBE_INTERVAL_S = 1.0
 _PROBE_TIMEOUT_S = 5.0  # of a busy machine
 _STARTING = "the teacher is starting"
@@ -108,7 +112,7 @@ class Ingress:
         batch_size = spec.settings.max_batch_size
 
         def decide(texts: Sequence[str]) -> list[Decision | Escalation]:
-            return policy.decide_batch(student.logits(texts, batch_size))
+            return policy.decide_batch(student.logits(texts, _ROWS_A_PASS))
 
         self._student = Batcher(decide, batch_size)
         self._teacher = TeacherByHandle(teacher)

@@ -87,23 +87,12 @@ def certify(
     """
     started = time.monotonic()
     parts = {name: _scored(rows, name, scorer) for name in ("calibrate", "certify", "test")}
-    settings = recipe.certify
-    calibrate, certified = parts["calibrate"], parts["certify"]
-    calibrator = Calibrator(
-        temperature=fit_temperature(calibrate.logits, calibrate.rows.logprobs.argmax(axis=1))
-    )
-    choice = choose_score(
-        calibrator.probabilities(calibrate.logits),
-        calibrate.differs,
-        settings.alpha,
-        settings.delta,
-        len(certified.rows),
-        settings.guarantee,
-        settings.scores,
-    )
+    settings, certified = recipe.certify, parts["certify"]
+    calibrator, choice = _design(settings, parts["calibrate"], len(certified.rows))
     ledger = _spend(settings, certified.rows.ids, student, out_dir)
     confidence = score(calibrator.probabilities(certified.logits), choice.name)
-    certificate = _certificate(settings, confidence, certified.differs, choice, len(calibrate.rows))
+    n_calibrate = len(parts["calibrate"].rows)
+    certificate = _certificate(settings, confidence, certified.differs, choice, n_calibrate)
     curve = cost_quality_curve(confidence, certified.differs, *(certified.right() or ()))
     bundle = PolicyBundle(
         student=student.reference,
@@ -124,19 +113,15 @@ def certify(
         student_accuracy=curve.student_accuracy,
         teacher_accuracy=curve.teacher_accuracy,
         ledger=ledger,
-        recommendation=recommend(certificate, *(calibrate.right() or ())),
+        recommendation=recommend(certificate, *(parts["calibrate"].right() or ())),
     )
     with files.replaced_directory(out_dir) as fresh:
         bundles.save(bundle, fresh)
         files.write_json(fresh / RECIPE_FILE, recipe.model_dump(mode="json"))
         np.savez(fresh / SCORED_FILE, logits=parts["test"].logits)
-        manifest = {
-            "step": "certify",
-            "inputs": inputs,
-            "bundle": bundle.bundle_id,
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        files.write_json(fresh / "manifest.json", manifest)
+        seconds = round(time.monotonic() - started, 3)
+        manifest = {"inputs": inputs, "bundle": bundle.bundle_id, "seconds": seconds}
+        files.write_json(fresh / "manifest.json", {"step": "certify", **manifest})
     return bundle
 
 
@@ -159,6 +144,25 @@ def _scored(rows: ClassRows, split: str, scorer: StudentScorer) -> ScoredRows:
             "corpus.shares."
         )
     return ScoredRows(rows=part, logits=scorer.logits(part.texts))
+
+
+def _design(
+    settings: Certify, calibrate: ScoredRows, n_certify: int
+) -> tuple[Calibrator, ScoreChoice]:
+    """What calibrate rows decide: the temperature and the confidence score."""
+    # Fitted on the teacher's answers: a probability then says how likely the two agree.
+    answers = calibrate.rows.logprobs.argmax(axis=1)
+    calibrator = Calibrator(temperature=fit_temperature(calibrate.logits, answers))
+    choice = choose_score(
+        calibrator.probabilities(calibrate.logits),
+        calibrate.differs,
+        settings.alpha,
+        settings.delta,
+        n_certify,
+        settings.guarantee,
+        settings.scores,
+    )
+    return calibrator, choice
 
 
 def _certificate(

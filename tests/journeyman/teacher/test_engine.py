@@ -22,6 +22,7 @@ from journeyman.labels.replica import Counts, Replica, ReplicaSpec
 from journeyman.labels.store import LabelStore
 from journeyman.models import Model
 from journeyman.recipe import Labels
+from journeyman.teacher.engine import EngineDied
 from journeyman.teacher.tasks import ClassTask, ContextOverflow, EmptyTarget
 from tests.conftest import small_recipe
 
@@ -180,10 +181,11 @@ def test_a_row_that_kills_the_engine_each_time_is_found_and_the_others_are_kept(
 
     async def deadly(engine, row):
         if row["text"] == guilty:
+            died = engine._died  # of this engine: by and by another takes its place
             for process in engine_processes():
                 os.kill(process.pid, signal.SIGKILL)
-            while engine.alive:
-                await asyncio.sleep(0.05)
+            await asyncio.wait({died})
+            raise EngineDied
         return await run_row(engine, row)
 
     task.run = deadly

@@ -203,7 +203,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _label_line(progress: LabelProgress) -> str:
     if not progress.rows_per_s:
-        return f"label     {progress.rows_done:,}/{progress.rows:,} rows  starting the teacher"
+        return f"label     {progress.rows_done:,}/{progress.rows:,} rows, starting"
     eta = duration(progress.eta_s) if progress.eta_s is not None else "?"
     return (
         f"label     {progress.rows_done:,}/{progress.rows:,} rows  {progress.rows_per_s:.1f} rows/s"

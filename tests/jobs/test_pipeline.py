@@ -13,7 +13,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from journeyman import corpus, steps
+from journeyman import corpus, steps, summary
 from journeyman.errors import DataError
 from journeyman.labels import dataset
 from journeyman.labels.store import LabelStore
@@ -66,6 +66,20 @@ def test_labels_of_another_prompt_are_refused_with_the_difference(small_run: ste
     with pytest.raises(DataError, match=r"(?s)labels made otherwise:.*prompt: there.*--new"):
         other.execute("label")
     assert small_run.execute("label").seconds is None
+
+
+def test_the_cascade_answers_over_http_as_certified_and_the_report_shows_it(small_run: steps.Run):
+    served = small_run.execute("measure").manifest
+    data = summary.report_data(small_run)
+    assert served["requests"] == len(data.test) == 40
+    assert served["answered_by_student"] == data.test.accepted.mean()
+    assert served["student_rows_per_s"] > served["teacher_rows_per_s"]
+    page = Path(small_run.execute("report").manifest["page"]).read_text()
+    table = summary.table(data.summary)
+    for row in data.summary:
+        assert row.value in page and row.value in table
+    agreement = 1 - data.test.differs.mean()
+    assert f"{agreement:.3f}" in table
 
 
 def shards_done(run: Path) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from journeyman import cluster, models, recipe, steps
@@ -59,6 +61,16 @@ def small_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> st
     for name in ("prepare", "label", "train", "certify"):
         run.execute(name)
     return run
+
+
+def children(title: str, of: psutil.Process | None = None) -> list[psutil.Process]:
+    """Living processes below one (this one by default) whose title holds these words."""
+    found = []
+    for process in (of or psutil.Process()).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # zombies, too
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def journeyman(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

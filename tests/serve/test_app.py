@@ -19,6 +19,7 @@ from journeyman.certify.calibration import Calibrator
 from journeyman.certify.scores import score
 from journeyman.errors import ClusterError
 from journeyman.teacher.tasks import ClassLabels
+from tests.conftest import children
 from tests.serve import tiny
 from tests.serve.conftest import Running
 
@@ -210,9 +211,8 @@ def test_a_killed_teacher_comes_back_and_meanwhile_the_student_answers(cascade: 
 
 def teachers_engines() -> list[psutil.Process]:
     """Engine processes of this test's own teacher; others may run on this machine."""
-    ours = psutil.Process().children(recursive=True)
-    [teacher] = [p for p in ours if "ServeReplica:cascade:Teacher" in " ".join(p.cmdline())]
-    return [p for p in teacher.children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
+    [teacher] = children("ServeReplica:cascade:Teacher")
+    return children("EngineCore", of=teacher)
 
 
 def until(ask, status: int, timeout_s: float) -> httpx.Response:

@@ -51,6 +51,9 @@ def main(rank: int, encoder: Path, work: Path) -> None:
     place = worker.Place(rank=rank, world_size=2, device=torch.device("cpu"))
     found = steps(encoder, work / str(rank), place)
     (work / f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    # Without this gloo's threads may outlive the interpreter, which then aborts.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.timeout(120)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +23,7 @@ from journeyman.models import Model
 from journeyman.recipe import Labels
 from journeyman.teacher.engine import EngineDied
 from journeyman.teacher.tasks import ClassTask, ContextOverflow, EmptyTarget
-from tests.conftest import small_recipe
+from tests.conftest import children, small_recipe
 
 TEXTS = [
     "how do i send money to my sister",
@@ -145,11 +144,6 @@ def test_every_row_of_a_shard_is_labeled_or_quarantined_with_its_reason(replica:
     assert commit.sha256 == files.file_digest(store.directory / commit.data)
 
 
-def engine_processes() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [p for p in children if "EngineCore" in " ".join(p.cmdline())]
-
-
 def test_an_engine_that_is_killed_is_replaced_and_no_row_is_lost(
     replica: Replica, reports: list[Counts]
 ):
@@ -160,7 +154,7 @@ def test_an_engine_that_is_killed_is_replaced_and_no_row_is_lost(
     def kill_in_mid_shard() -> None:
         while sum(counts.rows for counts in reports) == done_before:
             time.sleep(0.02)
-        for process in engine_processes():
+        for process in children("EngineCore"):
             os.kill(process.pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_in_mid_shard)
@@ -182,7 +176,7 @@ def test_a_row_that_kills_the_engine_each_time_is_found_and_the_others_are_kept(
     async def deadly(engine, row):
         if row["text"] == guilty:
             died = engine._died  # of this engine: by and by another takes its place
-            for process in engine_processes():
+            for process in children("EngineCore"):
                 os.kill(process.pid, signal.SIGKILL)
             await asyncio.wait({died})
             raise EngineDied

@@ -18,7 +18,7 @@ import numpy as np
 
 from journeyman import corpus
 from journeyman.cluster import quiet_ray_data, reason_of
-from journeyman.errors import DataError
+from journeyman.errors import ClusterError, DataError, JourneymanError
 from journeyman.labels import dataset, prior
 from journeyman.labels.replica import Counts, Replica, ReplicaSpec
 from journeyman.labels.schema import Commit
@@ -125,8 +125,13 @@ class _ShardLabeler:
         self._replica = Replica(spec, lambda counts: counter.add.remote(counts))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        commits = [self._replica.label(str(shard)) for shard in batch["shard"]]
-        return {"commit": [json.dumps(dataclasses.asdict(commit)) for commit in commits]}
+        """An error of ours comes back as a value: Ray Data would wrap it, and try again."""
+        try:
+            commits = [self._replica.label(str(shard)) for shard in batch["shard"]]
+        except JourneymanError as error:
+            return {"commit": [""], "error": [str(error)]}
+        records = [json.dumps(dataclasses.asdict(commit)) for commit in commits]
+        return {"commit": records, "error": [""] * len(records)}
 
 
 class _Counter:
@@ -187,8 +192,10 @@ def _run(spec: ReplicaSpec, shards: list[str], meter: _Meter) -> None:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        for _ in dataset_.iter_rows():
-            pass  # the commit files are what counts; they are read again at the end
+        for record in dataset_.iter_rows():
+            # The commit files are what counts; they are read again at the end.
+            if record["error"]:
+                raise ClusterError(record["error"])
         meter.show(ray.get(counter.total.remote()))
     except ray.exceptions.RayError as error:
         raise reason_of(error, "labeling") from error

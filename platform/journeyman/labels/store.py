@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from journeyman import files
-from journeyman.errors import DataError
+from journeyman.errors import ClusterError, DataError
 from journeyman.labels import schema
 from journeyman.labels.schema import SCHEMA_VERSION, Commit, Quarantined
 
@@ -99,7 +99,7 @@ class LabelStore:
 
     def _create(self, name: str, commit: Commit) -> Commit:
         import obstore
-        from obstore.exceptions import AlreadyExistsError
+        from obstore.exceptions import AlreadyExistsError, BaseError
         from obstore.store import LocalStore
 
         content = json.dumps(dataclasses.asdict(commit), indent=2).encode()
@@ -109,6 +109,12 @@ class LabelStore:
                 obstore.put(LocalStore(self.directory), name, content, mode="create")
             except AlreadyExistsError:
                 return Commit(**files.read_json(self.directory / name))
+            except BaseError as error:  # obstore's own, for a full disk as for a lost store
+                raise ClusterError(
+                    f"{self.directory / name}: the commit cannot be written, as on a full disk "
+                    f"({str(error).splitlines()[0]}); mend that and run the same command again: "
+                    "it goes on where it stopped."
+                ) from error
         return commit
 
     def read_shard(self, commit: Commit) -> pa.Table:

@@ -61,10 +61,11 @@ def build(bundle_dir: Path) -> Application:
     """The application of a bundle folder; raises BundleMismatch, ModelError, RecipeError."""
     bundle = bundles.load(bundle_dir)
     settings = recipe_of(bundle_dir)
-    _check_prompt(settings.labels)
+    labels = settings.classes()
+    _check_prompt(labels)
     student = models.resolve(str(_student_folder(bundle.student, bundle_dir)))
     teacher = models.resolve(settings.teacher.model, settings.teacher.revision)
-    fitting.check(bundle, student, teacher, settings.labels)
+    fitting.check(bundle, student, teacher, labels)
     cascade = settings.cascade
     runtime_env = {"env_vars": {"PYTHONPATH": cluster.python_path()}}
     teacher_deployment = serve.deployment(
@@ -86,7 +87,7 @@ def build(bundle_dir: Path) -> Application:
         ray_actor_options={"num_cpus": STUDENT_CPUS, "runtime_env": runtime_env},
     )
     spec = IngressSpec(bundle=bundle, student=student, settings=cascade)
-    return ingress.bind(spec, teacher_deployment.bind(settings.teacher, settings.labels, teacher))
+    return ingress.bind(spec, teacher_deployment.bind(settings.teacher, labels, teacher))
 
 
 def _bundle_dir(args: AppArgs) -> Path:
@@ -116,12 +117,12 @@ def _student_folder(reference: str, bundle_dir: Path) -> Path:
     return certified if certified.is_dir() else bundle_dir.resolve().parent / "student"
 
 
-def _check_prompt(labels: recipe.Labels) -> None:
+def _check_prompt(labels: recipe.Classes) -> None:
     """A request carries a text and no further columns."""
-    for name in ("prompt", "target"):
-        prompt = Prompt(getattr(labels, name), f"labels.{name}")
+    for name, template in labels.templates().items():
+        prompt = Prompt(template, name)
         if others := sorted(prompt.variables - {"text", "label"}):
             raise RecipeError(
-                f"labels.{name} names {', '.join(others)}, and a request to the cascade has only "
+                f"{name} names {', '.join(others)}, and a request to the cascade has only "
                 "text; a recipe with such a template cannot be served yet."
             )

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from journeyman.cascade.answering import Unlabeled
 from journeyman.errors import ModelError
 from journeyman.models import Model
-from journeyman.recipe import Labels
+from journeyman.recipe import Classes
 from journeyman.recipe import Teacher as TeacherSettings
 from journeyman.teacher.engine import Engine, EngineDied
 from journeyman.teacher.tasks import ClassLabels, ClassTask, RowError, row_values
@@ -37,7 +37,7 @@ class Unavailable:
 class Teacher:
     """Answers ``label`` and ``unready`` by handle."""
 
-    def __init__(self, settings: TeacherSettings, labels: Labels, model: Model) -> None:
+    def __init__(self, settings: TeacherSettings, labels: Classes, model: Model) -> None:
         """Starts the engine; raises ModelError or RecipeError."""
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True).start()

@@ -157,11 +157,14 @@ def _recipe_check(options: argparse.Namespace) -> int:
     loaded = _load(options)
     corpus.id_columns(loaded)
     urls = sources.expand(loaded.corpus.sources)
-    teacher = models.resolve(loaded.teacher.model, loaded.teacher.revision)
-    student = models.resolve(loaded.student.model, loaded.student.revision)
+    teacher = None
+    if not loaded.teacher.url:
+        teacher = models.resolve(loaded.teacher.model, loaded.teacher.revision)
+    student = loaded.student and models.resolve(loaded.student.model, loaded.student.revision)
     print(f"{options.recipe}: fine; {len(urls)} source files, recipe {loaded.hash}.")
-    print(f"teacher   {teacher.path} ({teacher.size_bytes / 1e6:,.0f} MB)")
-    print(f"student   {student.path} ({student.size_bytes / 1e6:,.0f} MB)")
+    for role, model in (("teacher", teacher), ("student", student)):
+        if model:
+            print(f"{role:<9} {model.path} ({model.size_bytes / 1e6:,.0f} MB)")
     return 0
 
 

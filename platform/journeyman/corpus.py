@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from journeyman import files, sources
 from journeyman.errors import DataError
 from journeyman.prompts import Prompt
-from journeyman.recipe import SPLITS, Corpus, Recipe, digest
+from journeyman.recipe import SPLITS, Classes, Corpus, Recipe, digest
 from journeyman.sources import Malformed
 
 if TYPE_CHECKING:
@@ -75,14 +75,13 @@ def inputs_digest(recipe: Recipe, urls: Sequence[str]) -> str:
         facts.append([url, info.get("size"), str(info.get("mtime") or info.get("ETag"))])
     settings = recipe.corpus.model_dump(mode="json")
     return digest(
-        [SCHEMA_VERSION, settings, id_columns(recipe), sorted(recipe.labels.classes), facts]
+        [SCHEMA_VERSION, settings, id_columns(recipe), _gold_labels(recipe), facts]
     )
 
 
 def id_columns(recipe: Recipe) -> list[str]:
     """Columns that the templates name, in a fixed order: what tells one row from another."""
-    prompts = (Prompt(recipe.labels.prompt, "labels.prompt"),
-               Prompt(recipe.labels.target, "labels.target"))  # fmt: skip
+    prompts = [Prompt(source, where) for where, source in recipe.labels.templates().items()]
     columns = ["text", *recipe.corpus.columns.meta]
     for prompt in prompts:
         prompt.check([*columns, "label"])
@@ -285,8 +284,16 @@ def _check_malformed(corpus: Corpus, tally: _Tally) -> None:
         )
 
 
+def _gold_labels(recipe: Recipe) -> list[str] | None:
+    """The labels that gold may hold; None where it may be anything."""
+    labels = recipe.labels
+    return sorted(labels.classes) if isinstance(labels, Classes) else None
+
+
 def _check_labels(recipe: Recipe, chosen: list[tuple[str, _Entry]]) -> None:
-    known = recipe.labels.classes
+    known = _gold_labels(recipe)
+    if known is None:
+        return
     unknown = Counter(
         label for _, entry in chosen if (label := _majority(entry.gold)) and label not in known
     )

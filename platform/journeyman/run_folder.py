@@ -41,7 +41,7 @@ class RunFolder:
 
     @cached_property
     def base_student(self) -> Model:
-        return models.resolve(self.recipe.student.model, self.recipe.student.revision)
+        return models.resolve(self.recipe.learner().model, self.recipe.learner().revision)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -137,7 +137,7 @@ def a_bundle(folder: Path, settings: recipe.Recipe, threshold: float) -> PolicyB
         teacher_digest=teacher.weights_digest,
         student_tokenizer_digest=student.tokenizer_digest,
         teacher_tokenizer_digest=teacher.tokenizer_digest,
-        prompt_digest=prompt_digest(settings.labels),
+        prompt_digest=prompt_digest(settings.classes()),
         label_names=LABELS,
         score="margin",
         temperature=TEMPERATURE,
@@ -211,7 +211,7 @@ def teacher_probabilities(run: Run, text: str) -> np.ndarray:
     model, tokenizer = _teacher(run.teacher_dir)
     target = tokenizer.encode(text, add_special_tokens=False)
     loglik = []
-    for words in run.recipe.labels.classes.values():
+    for words in run.recipe.classes().classes.values():
         context = tokenizer.encode(f"The user asks about {words}: ", add_special_tokens=False)
         with torch.inference_mode():
             logits = model(torch.tensor([context + target])).logits[0].double()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from journeyman.certify.bundle import PolicyBundle
 from journeyman.errors import BundleMismatch
 from journeyman.models import Model
-from journeyman.recipe import Labels
+from journeyman.recipe import Classes
 from journeyman.teacher.tasks import prompt_digest
 
 
-def check(bundle: PolicyBundle, student: Model, teacher: Model, labels: Labels) -> None:
+def check(bundle: PolicyBundle, student: Model, teacher: Model, labels: Classes) -> None:
     """Raises BundleMismatch, with all that differs, unless the bundle was made for these."""
     pairs: dict[str, tuple[str | tuple[str, ...], str | tuple[str, ...]]] = {
         f"the student's weights ({student.path})": (bundle.student_digest, student.weights_digest),

@@ -101,7 +101,7 @@ def certify(
         teacher_digest=teacher.weights_digest,
         student_tokenizer_digest=student.tokenizer_digest,
         teacher_tokenizer_digest=teacher.tokenizer_digest,
-        prompt_digest=prompt_digest(recipe.labels),
+        prompt_digest=prompt_digest(recipe.classes()),
         label_names=rows.labels,
         score=choice.name,
         temperature=calibrator.temperature,

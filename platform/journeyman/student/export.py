@@ -53,7 +53,7 @@ def _record(best: Evaluation, state: State, origin: Provenance) -> dict[str, obj
         "recipe": origin.recipe.hash,
         "labels": origin.labels_digest,
         "parent": origin.parent.identity,
-        "max_length": origin.recipe.student.max_length,
+        "max_length": origin.recipe.learner().max_length,
         "best": dataclasses.asdict(best),
         "evaluations": [dataclasses.asdict(e) for e in state.evaluations],
         "steps": state.total_steps,
@@ -65,7 +65,7 @@ def _record(best: Evaluation, state: State, origin: Provenance) -> dict[str, obj
 
 def _card(best: Evaluation, state: State, origin: Provenance) -> str:
     recipe, training = origin.recipe, origin.recipe.training
-    labels = "\n".join(f"| `{name}` | {words} |" for name, words in recipe.labels.classes.items())
+    labels = "\n".join(f"| `{name}` | {words} |" for name, words in recipe.classes().classes.items())
     gold = (
         ""
         if best.gold_accuracy is None
@@ -76,7 +76,7 @@ def _card(best: Evaluation, state: State, origin: Provenance) -> str:
 # {recipe.name}: a distilled classifier
 
 A small encoder that answers like a large language model: it sorts a text into one of
-{len(recipe.labels.classes)} classes. Made by Journeyman {journeyman.__version__}.
+{len(recipe.classes().classes)} classes. Made by Journeyman {journeyman.__version__}.
 
 ```python
 from transformers import pipeline
@@ -90,13 +90,13 @@ classify = pipeline("text-classification", model="PATH_OF_THIS_FOLDER")
 
 ## Where it comes from
 
-- Teacher: `{recipe.teacher.model}`, labels by `{recipe.labels.scoring}` scoring, prior correction
-  `{recipe.labels.prior_correction}`.
+- Teacher: `{recipe.teacher.model}`, labels by `{recipe.classes().scoring}` scoring, prior correction
+  `{recipe.classes().prior_correction}`.
 - Weights it started from: `{origin.parent.reference}` (SHA-256 `{origin.parent.weights_digest}`).
 - {state.n_rows} train rows, {training.epochs} epochs, batches of {training.batch_size}, learning
   rate {training.learning_rate:g} (head {training.head_learning_rate:g}), soft labels at
   temperature {training.temperature:g}{mixed}; {state.seconds:.0f} s on {origin.world_size}
-  worker(s). Texts are cut at {recipe.student.max_length} tokens.
+  worker(s). Texts are cut at {recipe.learner().max_length} tokens.
 
 ## How good it is
 

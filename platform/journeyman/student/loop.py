@@ -83,7 +83,7 @@ def train(
     before = checkpoints.latest()
     task = Task(
         training=recipe.training,
-        student=recipe.student,
+        student=recipe.learner(),
         model_dir=model.path,
         checkpoints=checkpoints,
         read_rows=read_rows,

@@ -210,7 +210,7 @@ def test_empty_split_is_named(empty: str, tiny_encoder: Model, tmp_path: Path) -
     recipe = make_recipe()
     task = Task(
         training=recipe.training,
-        student=recipe.student,
+        student=recipe.learner(),
         model_dir=tiny_encoder.path,
         checkpoints=checkpoints.Checkpoints.claim(tmp_path),
         read_rows=lambda: rows,

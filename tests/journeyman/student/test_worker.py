@@ -26,7 +26,7 @@ def steps(encoder: Path, work: Path, place: worker.Place) -> dict[str, np.ndarra
     recipe = make_recipe(gold_weight=0.3, batch_size=6)
     task = Task(
         training=recipe.training,
-        student=recipe.student,
+        student=recipe.learner(),
         model_dir=encoder,
         checkpoints=checkpoints.Checkpoints.claim(work),
         read_rows=lambda: make_rows(n_train=8, n_calibrate=2),

@@ -20,7 +20,7 @@ from journeyman import corpus, files
 from journeyman.labels.replica import Counts, Replica, ReplicaSpec
 from journeyman.labels.store import LabelStore
 from journeyman.models import Model
-from journeyman.recipe import Labels
+from journeyman.recipe import Classes
 from journeyman.teacher.engine import EngineDied
 from journeyman.teacher.tasks import ClassTask, ContextOverflow, EmptyTarget
 from tests.conftest import children, small_recipe
@@ -69,7 +69,7 @@ def logprobs(model, ids: list[int]) -> torch.Tensor:
 
 
 def task_of(replica: Replica, **changes: object) -> ClassTask:
-    labels = Labels.model_validate(replica._spec.recipe.labels.model_dump() | changes)
+    labels = Classes.model_validate(replica._spec.recipe.labels.model_dump() | changes)
     return ClassTask(labels, replica._engine.tokenizer, replica._engine.max_model_len)
 
 
@@ -82,7 +82,7 @@ def test_channel_scores_equal_a_float32_forward_pass(replica: Replica, reference
     model, tokenizer = reference
     target = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     loglik = []
-    for words in replica._spec.recipe.labels.classes.values():
+    for words in replica._spec.recipe.classes().classes.values():
         prompt = f"<|im_start|>system\nThe user asks about {words}.<|im_end|>\n<|im_start|>user\n"
         context = tokenizer.encode(prompt, add_special_tokens=False)
         table = logprobs(model, context + target)

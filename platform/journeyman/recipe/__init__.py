@@ -1,0 +1,50 @@
+"""The whole configuration of a distillation: one validated model, loaded from YAML.
+
+Owns the names, units and defaults of every setting and the sentences said about wrong ones.
+Knows nothing of what the steps do with them.
+"""
+
+from journeyman.recipe.base import SPLITS, Section, Split, digest
+from journeyman.recipe.cluster import Cluster
+from journeyman.recipe.corpus import Columns, Corpus
+from journeyman.recipe.labels import (
+    Classes,
+    Example,
+    Filters,
+    Generate,
+    Labels,
+    Logits,
+    Rationales,
+    TokenLabels,
+)
+from journeyman.recipe.loading import Recipe, load, parse
+from journeyman.recipe.serving import Cascade, Certify
+from journeyman.recipe.student import Student, Training
+from journeyman.recipe.teacher import Price, Teacher
+
+__all__ = [
+    "SPLITS",
+    "Cascade",
+    "Certify",
+    "Classes",
+    "Cluster",
+    "Columns",
+    "Corpus",
+    "Example",
+    "Filters",
+    "Generate",
+    "Labels",
+    "Logits",
+    "Price",
+    "Rationales",
+    "Recipe",
+    "Section",
+    "Split",
+    "Student",
+    "Teacher",
+    "TokenLabels",
+    "Training",
+    "digest",
+    "load",
+    "parse",
+]

@@ -1,0 +1,26 @@
+"""What every section of a recipe is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Split = Literal["train", "calibrate", "certify", "test"]
+SPLITS: tuple[Split, ...] = ("train", "calibrate", "certify", "test")
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def digest(value: object) -> str:
+    """128-bit BLAKE2b of a JSON-like value's canonical form, in hex."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,33 @@
+"""Where it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from journeyman.recipe.base import Count, Section
+
+
+class Replicas(Section):
+    """The autoscaling pool of labeling replicas."""
+
+    min: Count = Field(1, description="Replicas at least.")
+    max: Count = Field(1, description="Replicas at most.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Replicas:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) must not exceed max ({self.max})")
+        return self
+
+
+class Cluster(Section):
+    """Where it runs."""
+
+    address: str | None = Field(
+        None, description="Ray address; default RAY_ADDRESS, else a cluster on this machine."
+    )
+    replicas: Replicas = Field(default_factory=Replicas)
+    cpus_per_replica: Annotated[float, Field(ge=0)] = Field(1.0, description="Ray CPUs a replica.")
+    gpus_per_replica: Annotated[float, Field(ge=0)] = Field(0.0, description="Ray GPUs a replica.")

@@ -1,0 +1,258 @@
+"""What the teacher is asked, and what is kept of its answer: one section for each kind of label."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from journeyman.recipe.base import Count, Section, Share
+
+_PROMPT = (
+    "Jinja template over the row's columns (text, and those of columns.meta); with chat, of the "
+    "user's message; with channel scoring also over label, the label's words."
+)
+
+
+class Filters(Section):
+    """Which labeled rows to leave out; counted as filtered, kept on disk with the reason.
+
+    They run over finished labels: changing them asks the teacher nothing.
+    """
+
+    min_label_mass: Share | None = Field(
+        None, description="classes: probability that the teacher put on any label word at all."
+    )
+    max_entropy: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Entropy in nats: of the class distribution, or the mean over positions."
+    )
+    min_agreement: Share | None = Field(
+        None, description="rationales: share of the samples with the majority's answer."
+    )
+    min_tokens: Count | None = Field(
+        None, description="Tokens of the answer, or of the text scored, at least."
+    )
+    max_tokens: Count | None = Field(
+        None, description="Tokens of the answer, or of the text scored, at most."
+    )
+    max_repetition: Share | None = Field(
+        None, description="Share of the answer's word 4-grams that occurred in it before."
+    )
+    finished: bool = Field(
+        False, description="generate, rationales: leave out answers cut off at max_tokens."
+    )
+    matches_gold: bool = Field(
+        False, description="Leave out rows where the teacher differs from their gold label."
+    )
+
+
+class Example(Section):
+    """One worked example for few-shot prompts."""
+
+    row: dict[str, Any] = Field(description="Columns for the prompt's template.")
+    answer: str = Field(description="What the teacher should have said.")
+
+
+class _Common(Section):
+    overflow: Literal["quarantine", "truncate_left", "truncate_right", "skip"] = Field(
+        "quarantine",
+        description="A row longer than the teacher's context: quarantine it, cut its text at the "
+        "left or the right until it fits, or skip it (counted as filtered).",
+    )
+    filters: Filters = Field(default_factory=Filters)
+    shards_in_flight: Count = Field(
+        2, description="Shards that one replica works on at a time, to keep its batches full."
+    )
+    max_attempts: Count = Field(3, description="Attempts at a row before it is quarantined.")
+    cache: str | None = Field(
+        None,
+        description="Folder or URL of a content-addressed cache: a row that the same teacher has "
+        "labeled in the same way, in any dataset, is copied from there.",
+    )
+    destination: str | None = Field(
+        None,
+        description="URL (s3://, gs://, az://, file://) or folder of the label dataset; default "
+        "labels/ in the run's folder.",
+    )
+
+    def templates(self) -> dict[str, str]:
+        """The templates over a row's columns, by YAML path."""
+        return {}
+
+    def asked(self) -> dict[str, Any]:
+        """Settings that decide what the teacher says of a row: a dataset's identity."""
+        return self.model_dump(mode="json", exclude=_NOT_ASKED)
+
+
+_NOT_ASKED = {"filters", "shards_in_flight", "max_attempts", "cache", "destination"}
+
+
+class _Asked(_Common):
+    prompt: str = Field(description=_PROMPT)
+    chat: bool = Field(
+        False, description="Wrap the prompt in the teacher's own chat template, as a user message."
+    )
+    system: str | None = Field(None, description="chat: the system message.")
+    examples: tuple[Example, ...] = Field(
+        (), description="chat: worked examples (few-shot), as earlier turns of the conversation."
+    )
+
+    def templates(self) -> dict[str, str]:
+        return {"labels.prompt": self.prompt}
+
+    @model_validator(mode="after")
+    def _chat_has_turns(self) -> _Asked:
+        if not self.chat and (self.system is not None or self.examples):
+            raise ValueError("system and examples need chat: true (or write them into prompt)")
+        return self
+
+
+class _Recorded(Section):
+    codec: Literal["topk_fp16", "topk_q8", "sampled"] = Field(
+        "topk_fp16",
+        description="topk_fp16: the k most likely tokens, 16-bit log-probabilities and the tail's "
+        "mass. topk_q8: the same in 8 bits. sampled: true draws from the whole distribution "
+        "(Random Sampling KD, Anshumann et al. 2025).",
+    )
+    k: Count = Field(64, description="topk codecs: tokens kept at each position.")
+    draws: Annotated[int, Field(ge=1, le=1024)] = Field(
+        50, description="sampled: draws at each position."
+    )
+
+
+class Logits(_Common, _Recorded):
+    """The teacher's next-token distribution at every position of a given text."""
+
+    kind: Literal["logits"] = "logits"
+    target: str = Field(
+        "{{ text }}", description="Template of the text whose positions are recorded."
+    )
+    context: str = Field(
+        "", description="Template of what stands in front of it, not recorded (a prompt, say)."
+    )
+
+    def templates(self) -> dict[str, str]:
+        return {"labels.target": self.target, "labels.context": self.context}
+
+
+class Structured(Section):
+    """What an answer must look like; vLLM masks all else while it generates."""
+
+    json_schema: dict[str, Any] | None = Field(None, description="JSON Schema of the answer.")
+    regex: str | None = Field(None, description="Regular expression that the answer matches.")
+    choice: tuple[str, ...] | None = Field(None, description="The answer is one of these.")
+    grammar: str | None = Field(None, description="Context-free grammar (EBNF) of the answer.")
+
+    @model_validator(mode="after")
+    def _one(self) -> Structured:
+        given = [n for n in type(self).model_fields if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of json_schema, regex, choice, grammar; got {given}")
+        return self
+
+
+class _Sampled(Section):
+    max_tokens: Count = Field(256, description="Tokens of an answer at most.")
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Of sampling; 0 is greedy. Recorded log-probabilities are at 1."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling.")
+    stop: tuple[str, ...] = Field((), description="Strings at which an answer ends.")
+
+
+class Generate(_Asked, _Recorded, _Sampled):
+    """The teacher's answer, with its next-token distribution at every position."""
+
+    kind: Literal["generate"] = "generate"
+    structured: Structured | None = Field(None, description="The form that answers must have.")
+
+
+class Rationales(_Asked, _Sampled):
+    """Sampled reasonings with their answers, and the majority's answer."""
+
+    kind: Literal["rationales"] = "rationales"
+    samples: Count = Field(
+        1, description="Reasonings of each row (self-consistency, Wang et al. 2023)."
+    )
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        0.7, description="Of sampling; 0 is greedy, and then one sample is enough."
+    )
+    answer_pattern: str = Field(
+        r"(?i)answer(?: is|:)\s*(?P<answer>[^\n]+?)\s*\.?\s*$",
+        description="Regular expression whose group `answer` is the answer; the last match counts.",
+    )
+    number: bool = Field(
+        False, description="Answers are numbers: 1,000 and $1000.00 are the same one."
+    )
+    classes: dict[str, str] = Field(
+        default_factory=dict,
+        description="Label to label words: also score each label behind the reasoning (a second "
+        "pass, by prefill), for the class distribution given the reasoning.",
+    )
+    answer_prompt: str = Field(
+        "\nThe answer is", description="classes: what stands between reasoning and label words."
+    )
+
+    @model_validator(mode="after")
+    def _pattern_has_an_answer(self) -> Rationales:
+        try:
+            groups = re.compile(self.answer_pattern).groupindex
+        except re.error as error:
+            raise ValueError(f"answer_pattern is not a regular expression ({error})") from error
+        if "answer" not in groups:
+            raise ValueError("answer_pattern needs a group called answer: (?P<answer>...)")
+        if self.samples > 1 and not self.temperature:
+            raise ValueError("samples > 1 at temperature 0 are all the same: raise temperature")
+        if len(self.classes) == 1:
+            raise ValueError("classes needs two labels at least")
+        return self
+
+
+class Classes(_Asked):
+    """The teacher's distribution over label words."""
+
+    kind: Literal["classes"] = "classes"
+    classes: dict[str, str] = Field(
+        min_length=2,
+        description="Label (as in the gold column) to the words that name it in the prompt.",
+    )
+    scoring: Literal["direct", "verbalizer", "channel"] = Field(
+        "direct",
+        description="direct: log P(label word | prompt), one prefill; each label's words are one "
+        "token. verbalizer: the same for words of several tokens, one prefill a label. channel: "
+        "log P(target | prompt with the label), one prefill a label (Min et al. 2022); far better "
+        "with small teachers.",
+    )
+    target: str = Field(
+        "{{ text }}", description="channel: template of what is scored behind the prompt."
+    )
+    prior_correction: Literal["batch", "none"] = Field(
+        "batch",
+        description="batch: divide by the mean class probability over train rows (Batch "
+        "Calibration, Zhou et al. 2024).",
+    )
+
+    def templates(self) -> dict[str, str]:
+        return {"labels.prompt": self.prompt, "labels.target": self.target}
+
+    @model_validator(mode="after")
+    def _prompt_fits_scoring(self) -> Classes:
+        if self.scoring == "channel" and "label" not in self.prompt:
+            raise ValueError("prompt must name {{ label }} when scoring is channel")
+        if self.scoring != "channel" and len(set(self.classes.values())) < len(self.classes):
+            raise ValueError("classes must have label words that differ from one another")
+        if self.scoring == "channel" and self.chat:
+            raise ValueError("chat does not go with scoring: channel; write the turns into prompt")
+        return self
+
+
+TokenLabels = Logits | Generate
+Labels = Annotated[
+    Classes | Logits | Generate | Rationales,
+    Field(
+        discriminator="kind",
+        description="kind: classes (the default), logits, generate or rationales; each has "
+        "settings of its own.",
+    ),
+]

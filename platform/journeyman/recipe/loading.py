@@ -1,0 +1,196 @@
+"""One recipe: all sections together, loaded from YAML, and the sentences about wrong ones."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from journeyman.errors import RecipeError
+from journeyman.recipe.base import Section, digest
+from journeyman.recipe.cluster import Cluster
+from journeyman.recipe.corpus import Corpus
+from journeyman.recipe.labels import Classes, Generate, Labels, Logits, Rationales
+from journeyman.recipe.serving import Cascade, Certify
+from journeyman.recipe.student import Student, Training
+from journeyman.recipe.teacher import Teacher
+
+_KINDS: dict[str, type[BaseModel]] = {
+    "classes": Classes,
+    "logits": Logits,
+    "generate": Generate,
+    "rationales": Rationales,
+}
+
+
+class Recipe(Section):
+    """One distillation, from its corpus to its cascade."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run.")
+    output: str = Field(
+        "runs", description="Folder in which the run's folder, called by its name, is made."
+    )
+    corpus: Corpus
+    teacher: Teacher
+    ensemble: dict[str, Teacher] = Field(
+        default_factory=dict,
+        description="classes: further teachers by name; each labels the corpus, each one's labels "
+        "are kept, and the dataset holds the mean of their class probabilities.",
+    )
+    labels: Labels
+    student: Student | None = Field(
+        None, description="The model that learns; labeling alone needs none."
+    )
+    training: Training = Field(default_factory=Training)
+    certify: Certify = Field(default_factory=Certify)
+    cascade: Cascade = Field(default_factory=Cascade)
+    cluster: Cluster = Field(default_factory=Cluster)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output) / self.name
+
+    @property
+    def hash(self) -> str:
+        """Digest of every setting, defaults included; equal recipes have equal hashes."""
+        return digest(self.model_dump(mode="json"))
+
+    def classes(self) -> Classes:
+        """The labels section, for the steps that work on class distributions only."""
+        if not isinstance(self.labels, Classes):
+            raise RecipeError(
+                f"labels.kind is {self.labels.kind}: training, certifying and serving take classes "
+                "so far. Labels of this kind are read with journeyman.labels.dataset.read, or "
+                "written out by journeyman labels export."
+            )
+        return self.labels
+
+    def learner(self) -> Student:
+        """The student section; raises RecipeError where the recipe has none."""
+        if self.student is None:
+            raise RecipeError("student is missing: name the model that learns in student.model.")
+        return self.student
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_is_classes_by_default(cls, data: Any) -> Any:
+        labels = data.get("labels") if isinstance(data, dict) else None
+        if isinstance(labels, dict) and "kind" not in labels:
+            return data | {"labels": {"kind": "classes", **labels}}
+        return data
+
+    @model_validator(mode="after")
+    def _ensemble_of_classes(self) -> Recipe:
+        if self.ensemble and self.labels.kind != "classes":
+            raise ValueError(f"ensemble goes with labels.kind: classes, got {self.labels.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _gold_is_there(self) -> Recipe:
+        if self.training.gold_weight and not self.corpus.columns.label:
+            raise ValueError("training.gold_weight needs gold labels: set corpus.columns.label")
+        return self
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply ``a.b=c`` overrides (values in YAML).
+
+    Raises RecipeError with a sentence that names the file and the YAML path.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: the recipe cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}, column {where.column + 1}" if where else ""
+        problem = getattr(error, "problem", None) or error
+        raise RecipeError(f"{path}: not valid YAML{line}: {problem}.") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: the recipe must be a mapping of sections, got {_kind(data)}.")
+    for override in overrides:
+        _apply(data, override)
+    return parse(data, str(path))
+
+
+def parse(data: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a mapping; raises RecipeError with one sentence a mistake."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_sentence(e, where) for e in error.errors())) from error
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override}: write it as key=value, e.g. training.epochs=3.")
+    *parents, last = key.split(".")
+    node = data
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"--set {override}: {parent} is {_kind(node)}, not a section.")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: {text!r} is not a YAML value.") from error
+
+
+def _kind(value: object) -> str:
+    names = {dict: "a mapping", list: "a list", str: "text", type(None): "nothing"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _sentence(error: Any, where: str) -> str:
+    # Union branches and dict-key markers are pydantic's own steps, not keys of the user's YAML.
+    loc = [p for p in error["loc"] if not (isinstance(p, str) and p.endswith((")", "]")))]
+    kind = loc[1] if loc[0:1] == ["labels"] and loc[1:2] and loc[1] in _KINDS else None
+    loc = [*loc[:1], *loc[2:]] if kind else loc  # the union's tag is no key of the YAML either
+    path = ".".join(str(p) for p in loc)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(loc[:-1], kind)
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}."
+        return f"{where}: unknown key {path}; {hint}"
+    if error["type"] == "missing":
+        return f"{where}: {path} is missing; {_describe(loc, kind)}"
+    if error["type"] == "value_error":
+        return f"{where}: {path + ': ' if path else ''}{error['ctx']['error']}."
+    if error["type"] == "union_tag_invalid":
+        kinds = ", ".join(_KINDS)
+        return f"{where}: {path}.kind is {error['ctx']['tag']!r}; it must be one of {kinds}."
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{where}: {path}: {message}, got {error['input']!r}."
+
+
+def _section_at(loc: Sequence[object], kind: object) -> type[BaseModel] | None:
+    model: type[BaseModel] = Recipe
+    for part in loc:
+        if model is Recipe and part == "labels":
+            model = _KINDS[str(kind)]
+            continue
+        field = model.model_fields.get(str(part))
+        candidates = (field.annotation, *get_args(field.annotation)) if field else ()
+        found = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)),
+                     None)  # fmt: skip
+        if found is None:
+            return None
+        model = found
+    return model
+
+
+def _known_keys(loc: Sequence[object], kind: object) -> list[str]:
+    section = _section_at(loc, kind)
+    return list(section.model_fields) if section else []
+
+
+def _describe(loc: Sequence[object], kind: object) -> str:
+    section = _section_at(loc[:-1], kind)
+    field = section.model_fields.get(str(loc[-1])) if section else None
+    return (field.description if field else None) or "it has no default."

@@ -127,3 +127,18 @@ class Completion:
     finish_reason: str
     token_logprobs: np.ndarray | None = None
     recorded: Recorded | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spoken:
+    """What came of one request to generate: n completions, and the tokens it took in all."""
+
+    completions: list[Completion]
+    n_prompt_tokens: int
+    n_output_tokens: int
+    n_cached_tokens: int
+    truncated: bool = False
+
+
+# The columns behind these, per kind, are in labels.schema.
+Labeled = ClassLabels | LogitLabels | GeneratedLabels | RationaleLabels

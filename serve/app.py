@@ -64,7 +64,12 @@ def build(bundle_dir: Path) -> Application:
     labels = settings.classes()
     _check_prompt(labels)
     student = models.resolve(str(_student_folder(bundle.student, bundle_dir)))
-    teacher = models.resolve(settings.teacher.model, settings.teacher.revision)
+    if settings.teacher.url or settings.ensemble:
+        raise RecipeError(
+            "serving runs the teacher on an engine of its own: a recipe with teacher.url or with "
+            "an ensemble can be labeled, trained on and certified, but not served yet."
+        )
+    teacher = models.teacher(settings.teacher)
     fitting.check(bundle, student, teacher, labels)
     cascade = settings.cascade
     runtime_env = {"env_vars": {"PYTHONPATH": cluster.python_path()}}

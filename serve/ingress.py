@@ -20,7 +20,7 @@ from journeyman.errors import BundleMismatch
 from journeyman.models import Model
 from journeyman.recipe import Cascade as CascadeSettings
 from journeyman.student.models import Classifier
-from journeyman.teacher.tasks import ClassLabels
+from journeyman.teacher.answers import ClassLabels
 from serve.http import api
 from serve.teacher import Unavailable
 

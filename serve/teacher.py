@@ -18,8 +18,10 @@ from journeyman.errors import ModelError
 from journeyman.models import Model
 from journeyman.recipe import Classes
 from journeyman.recipe import Teacher as TeacherSettings
+from journeyman.teacher.answers import ClassLabels, RowError
+from journeyman.teacher.classes import ClassTask
 from journeyman.teacher.engine import Engine, EngineDied
-from journeyman.teacher.tasks import ClassLabels, ClassTask, RowError, row_values
+from journeyman.teacher.tasks import row_values
 
 T = TypeVar("T")
 
@@ -44,7 +46,7 @@ class Teacher:
         self._engine = Engine(settings, model)
         self._failure: str | None = None  # why the engine did not start again
         asyncio.run_coroutine_threadsafe(self._engine.start(), self._loop).result()
-        self._task = ClassTask(labels, self._engine.tokenizer, self._engine.max_model_len)
+        self._task = ClassTask(labels, self._engine)
         self._watching = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
 
     async def label(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled] | Unavailable:
@@ -81,7 +83,7 @@ class Teacher:
 
     async def _label_one(self, text: str) -> ClassLabels | Unlabeled:
         try:
-            return await self._task.run(self._engine, row_values(text, {}))
+            return await self._task.run(row_values(text, {}))
         except RowError as error:
             return Unlabeled(reason=str(error))
 

@@ -1,6 +1,7 @@
-"""Any source to canonical corpus shards: stable ids, splits, exact duplicates collapsed.
+"""Any source to canonical corpus shards: stable ids, splits, duplicates collapsed.
 
-Writes ``part-*.parquet``, ``quarantine.parquet`` (malformed rows) and ``manifest.json``.
+Writes ``part-*.parquet``, ``quarantine.parquet`` (malformed rows), ``near_duplicates.parquet``
+(rows left out for one that they nearly repeat) and ``manifest.json``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from journeyman import files, sources
+from journeyman import files, near_duplicates, sources
 from journeyman.errors import DataError
 from journeyman.prompts import Prompt
 from journeyman.recipe import SPLITS, Classes, Corpus, Recipe, digest
@@ -39,6 +40,15 @@ class _Entry:
     meta: dict[str, Any]
     gold: Counter[str] = field(default_factory=Counter)
     count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeat:
+    """A row that nearly repeats another one; field names are columns of the file."""
+
+    id: str
+    kept_id: str
+    similarity: float
 
 
 @dataclass(slots=True)
@@ -74,9 +84,7 @@ def inputs_digest(recipe: Recipe, urls: Sequence[str]) -> str:
         info = filesystem.info(path)
         facts.append([url, info.get("size"), str(info.get("mtime") or info.get("ETag"))])
     settings = recipe.corpus.model_dump(mode="json")
-    return digest(
-        [SCHEMA_VERSION, settings, id_columns(recipe), _gold_labels(recipe), facts]
-    )
+    return digest([SCHEMA_VERSION, settings, id_columns(recipe), _gold_labels(recipe), facts])
 
 
 def id_columns(recipe: Recipe) -> list[str]:
@@ -101,6 +109,9 @@ def prepare(recipe: Recipe, out_dir: Path) -> dict[str, Any]:
     tally = _Tally()
     entries = _distinct(recipe, urls, tally)
     _check_malformed(recipe.corpus, tally)
+    repeats = _near_duplicates(recipe, entries)
+    for repeat in repeats:
+        del entries[repeat.id]
     chosen = _limited(recipe.corpus, entries)
     if not chosen:
         raise DataError(_why_empty(recipe.corpus, tally))
@@ -108,7 +119,8 @@ def prepare(recipe: Recipe, out_dir: Path) -> dict[str, Any]:
     _check_labels(recipe, chosen)
     with files.replaced_directory(out_dir) as fresh:
         shards = _write_shards(chosen, recipe.corpus.rows_per_shard, fresh)
-        _write_quarantine(tally.malformed, fresh)
+        _write_records(tally.malformed, fresh / "quarantine.parquet")
+        _write_records(repeats, fresh / "near_duplicates.parquet")
         manifest = {
             "schema": SCHEMA_VERSION,
             "step": "prepare",
@@ -124,6 +136,7 @@ def prepare(recipe: Recipe, out_dir: Path) -> dict[str, Any]:
             "filtered": tally.filtered,
             "without_split": tally.unmapped,
             "duplicates": tally.duplicates,
+            "near_duplicates": len(repeats),
             "conflicting_gold": tally.conflicts,
             "over_limit": len(entries) - len(chosen),
             "malformed": {
@@ -196,6 +209,31 @@ def _distinct(recipe: Recipe, urls: Sequence[str], tally: _Tally) -> dict[str, _
         if columns.label and row.get(columns.label) is not None:
             entry.gold[str(row[columns.label])] += 1
     return entries
+
+
+def _near_duplicates(recipe: Recipe, entries: dict[str, _Entry]) -> list[_Repeat]:
+    """Rows whose text nearly repeats that of a row as far from training or farther.
+
+    Rows that differ in another column that a template names ask the teacher another thing, so
+    they repeat each other only where these columns are the same.
+    """
+    settings = recipe.corpus.near_duplicates
+    if settings is None:
+        return []
+    ids, rows = list(entries), list(entries.values())
+    texts = [row.text for row in rows]
+    others = [column for column in id_columns(recipe) if column != "text"]
+    kept = near_duplicates.find(
+        texts,
+        [SPLITS.index(row.split) for row in rows],
+        settings,
+        contexts=[digest([row.meta[c] for c in others]) for row in rows] if others else None,
+    )
+    return [
+        _Repeat(ids[i], ids[k], near_duplicates.similarity(texts[i], texts[k], settings.shingle))
+        for i, k in enumerate(kept)
+        if k is not None
+    ]
 
 
 def _clean_rows(
@@ -349,13 +387,14 @@ def _write_shards(
     return shards
 
 
-def _write_quarantine(malformed: list[Malformed], directory: Path) -> None:
+def _write_records(records: Sequence[Malformed | _Repeat], path: Path) -> None:
+    """A Parquet file with a column for each field; none where there are no records."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if malformed:
-        rows = [{s: getattr(m, s) for s in Malformed.__slots__} for m in malformed]
-        pq.write_table(pa.Table.from_pylist(rows), directory / "quarantine.parquet")
+    if records:
+        rows = [{name: getattr(record, name) for name in record.__slots__} for record in records]
+        pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def _by_split(chosen: list[tuple[str, _Entry]]) -> dict[str, int]:

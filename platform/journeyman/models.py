@@ -7,6 +7,7 @@ but hub ids that are not in the Hugging Face cache yet.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from journeyman.errors import ModelError
 from journeyman.files import file_digest, replaced_directory
+from journeyman.recipe import Teacher
 
 _PACKAGE = "package://"
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -42,6 +44,8 @@ class Model:
     weights_digest: str  # SHA-256 over config and weight files, hex
     tokenizer_digest: str  # SHA-256 over the tokenizer's files, hex
     size_bytes: int  # of the weight files
+    vocab_size: int = 0  # ids that its output layer knows
+    adapter: Path | None = None  # a LoRA adapter on it; the weights' digest is of both then
 
     @property
     def identity(self) -> dict[str, str]:
@@ -68,6 +72,7 @@ def resolve(reference: str, revision: str | None = None, cache: Path | None = No
             f"{reference}: {path} is no Hugging Face model folder (config.json is missing)."
         )
     weights = _files(path, _WEIGHTS)
+    config = json.loads((path / "config.json").read_text())
     if not weights:
         raise ModelError(f"{reference}: {path} holds no weights (*.safetensors or *.bin).")
     return Model(
@@ -76,6 +81,40 @@ def resolve(reference: str, revision: str | None = None, cache: Path | None = No
         weights_digest=_digest([path / "config.json", *weights], cache),
         tokenizer_digest=_digest(_files(path, _TOKENIZER), cache),
         size_bytes=sum(file.stat().st_size for file in weights),
+        vocab_size=config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0),
+    )
+
+
+def teacher(settings: Teacher, cache: Path | None = None) -> Model:
+    """The model of a recipe's teacher, its LoRA adapter included; raises ModelError.
+
+    Behind a URL there is no folder: its digests are of the URL and the name alone.
+    """
+    if settings.url:
+        name = hashlib.sha256(f"{settings.url} {settings.model}".encode()).hexdigest()
+        return Model(
+            reference=f"{settings.model} at {settings.url}",
+            path=Path(),
+            weights_digest=name,
+            tokenizer_digest=name,
+            size_bytes=0,
+        )
+    model = resolve(settings.model, settings.revision, cache)
+    if settings.lora is None:
+        return model
+    adapter = _locate(settings.lora, None)
+    weights = _files(adapter, _WEIGHTS)
+    if not (adapter / "adapter_config.json").is_file() or not weights:
+        raise ModelError(
+            f"{settings.lora}: {adapter} is no LoRA adapter (adapter_config.json and "
+            "adapter_model.safetensors); check teacher.lora."
+        )
+    own = _digest([adapter / "adapter_config.json", *weights], cache or _default_cache())
+    return dataclasses.replace(
+        model,
+        reference=f"{model.reference} with {settings.lora}",
+        weights_digest=hashlib.sha256(f"{model.weights_digest} {own}".encode()).hexdigest(),
+        adapter=adapter,
     )
 
 

@@ -63,15 +63,28 @@ class Prompt:
 
     def segments(self, row: Mapping[str, Any], label: str | None = None) -> list[tuple[str, bool]]:
         """Rendered pieces in order, each with whether it is text from the row."""
+        return split_marked(self.render(row, label))
+
+    def render(self, row: Mapping[str, Any], label: str | None = None) -> str:
+        """The rendered template, its text still marked: for ``split_marked`` or ``plain``."""
         values: dict[str, Any] = dict(row)
         if label is not None:
             values["label"] = _LabelWords(label)
-        rendered = self._template.render(values)
-        pieces: list[tuple[str, bool]] = []
-        for i, part in enumerate(rendered.split(_OPEN)):
-            text, _, template = part.partition(_CLOSE) if i else ("", "", part)
-            pieces += [(text, True), (template, False)]
-        return [(piece, is_text) for piece, is_text in pieces if piece]
+        return self._template.render(values)
+
+
+def split_marked(rendered: str) -> list[tuple[str, bool]]:
+    """Pieces of a marked string in order, each with whether it is text from the row."""
+    pieces: list[tuple[str, bool]] = []
+    for i, part in enumerate(rendered.split(_OPEN)):
+        text, _, template = part.partition(_CLOSE) if i else ("", "", part)
+        pieces += [(text, True), (template, False)]
+    return [(piece, is_text) for piece, is_text in pieces if piece]
+
+
+def plain(rendered: str) -> str:
+    """A marked string without its marks."""
+    return rendered.replace(_OPEN, "").replace(_CLOSE, "")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, segments: Sequence[tuple[str, bool]]) -> list[int]:

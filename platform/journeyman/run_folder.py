@@ -35,9 +35,14 @@ class RunFolder:
         """The folder that a step writes."""
         return self.directory / _FOLDERS[step]
 
+    @property
+    def labels(self) -> str | Path:
+        """Where the label dataset is."""
+        return self.recipe.labels.destination or self.path("label")
+
     @cached_property
     def teacher(self) -> Model:
-        return models.resolve(self.recipe.teacher.model, self.recipe.teacher.revision)
+        return models.teacher(self.recipe.teacher)
 
     @cached_property
     def base_student(self) -> Model:

@@ -132,7 +132,11 @@ def _jsonl_rows(url: str, file: BinaryIO) -> Iterator[Row | Malformed]:
         try:
             row = json.loads(text)
             reason = "" if isinstance(row, dict) else "not a JSON object"
-        except ValueError as error:
+            if "\\u" in text:  # an escape can spell half a character, which no file can hold
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            reason = "an escape spells half of a surrogate pair"
+        except (ValueError, RecursionError) as error:
             reason = f"not JSON: {error}"
         if reason:
             yield Malformed(source=url, line=number, reason=reason, content=content)
@@ -190,13 +194,30 @@ def _parquet_rows(url: str, columns: Sequence[str]) -> Iterator[Row | Malformed]
         try:
             table = pq.ParquetFile(file)
             names = table.schema_arrow.names
+            n_before = 0
             for batch in table.iter_batches(columns=[c for c in columns if c in names]):
-                yield from batch.to_pylist()
+                yield from _batch_rows(url, n_before, batch)
+                n_before += batch.num_rows
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(
                 f"{url}: not a readable Parquet file ({reason}); it may be cut short: copy it anew."
             ) from error
+
+
+def _batch_rows(url: str, n_before: int, batch: Any) -> Iterator[Row | Malformed]:
+    """Rows of an Arrow batch; Parquet's strings may hold any bytes."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(batch.num_rows):
+            try:
+                yield from batch.slice(i, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                reason = f"not UTF-8 at byte {error.start}"
+                yield Malformed(
+                    source=url, line=n_before + i + 1, reason=reason, content=error.object
+                )
 
 
 def _hf_rows(url: str, columns: Sequence[str]) -> Iterator[Row]:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from journeyman import cluster, corpus, files, models, sources
-from journeyman.errors import JourneymanError
-from journeyman.labels import dataset, pipeline
-from journeyman.labels.pipeline import LabelProgress
+from journeyman.errors import JourneymanError, RecipeError
+from journeyman.labels import dataset, ensemble, pipeline
+from journeyman.labels.cost import Estimate
+from journeyman.labels.progress import LabelProgress
 from journeyman.labels.store import LabelStore
-from journeyman.progress import LiveLine, duration
+from journeyman.progress import LiveLine
 from journeyman.recipe import Recipe, digest
 from journeyman.run_folder import RunFolder
 from journeyman.teacher.tasks import prompt_digest
@@ -64,42 +65,91 @@ class Run(RunFolder):
         return corpus.prepare(self.recipe, folder), True
 
     def _label(self, new: bool) -> tuple[dict[str, Any], bool]:
-        folder, corpus_dir = self.path("label"), self.path("prepare")
+        from journeyman.labels import finishing
+
         if new:
-            files.set_aside(folder)
-        store = LabelStore(folder)
-        identity = pipeline.identity(
-            self.recipe, self.teacher, corpus.read_manifest(corpus_dir)["digest"]
-        )
-        store.open(identity)
+            self._set_labels_aside()
+        store = LabelStore(self.labels)
+        store.open(self._identity())
         there = store.manifest()
         if there.get("complete"):
-            return there, False
+            # Filters may have changed: they are over finished labels, and cost the teacher nothing.
+            now = finishing.complete(store, self.recipe)
+            return now, now["filtered"] != there["filtered"]
+        return self._labeled(requeue=False), True
+
+    def requeue(self) -> StepResult:
+        """Label the rows in quarantine again."""
+        if self.recipe.ensemble:
+            raise RecipeError("labels requeue works on one teacher's labels, not on an ensemble's.")
+        started = time.monotonic()
+        dataset.finished_manifest(LabelStore(self.labels))
+        manifest = self._labeled(requeue=True)
+        return StepResult(name="requeue", manifest=manifest, seconds=time.monotonic() - started)
+
+    def estimate(self, n_rows: int) -> Estimate:
+        """What labeling the rows still to do will take, from trying so many of them."""
+        cluster.connect(self.recipe.cluster)
+        with LiveLine() as line:
+            line.show(f"label     starting the teacher to try {n_rows} rows")
+            return pipeline.estimated(
+                self.recipe, self.teacher, self.path("prepare"), self.labels, n_rows
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        corpus_digest = corpus.read_manifest(self.path("prepare"))["digest"]
+        own = pipeline.identity(self.recipe, self.teacher, corpus_digest)
+        if not self.recipe.ensemble:
+            return own
+        others = {
+            name: pipeline.identity(self.recipe, models.teacher(teacher), corpus_digest, teacher)
+            for name, teacher in self.recipe.ensemble.items()
+        }
+        return ensemble.identity({"teacher": own} | others)
+
+    def _labeled(self, *, requeue: bool) -> dict[str, Any]:
         started = time.monotonic()
         cluster.connect(self.recipe.cluster)
         with LiveLine() as line:
             line.show("label     starting the teacher")
-            manifest = pipeline.label(
-                self.recipe,
-                self.teacher,
-                corpus_dir,
-                folder,
-                lambda progress: line.show(_label_line(progress)),
-            )
+
+            def show(progress: LabelProgress) -> None:
+                line.show(f"label     {progress.text()}")
+
+            if self.recipe.ensemble:
+                manifest = pipeline.label_ensemble(
+                    self.recipe, self.teacher, self.path("prepare"), self.labels, show
+                )
+            else:
+                manifest = pipeline.label(
+                    self.recipe, self.teacher, self.path("prepare"), self.labels, show,
+                    requeue=requeue,
+                )  # fmt: skip
         seconds = round(time.monotonic() - started, 3)
-        return store.finish({"seconds": manifest.get("seconds", 0.0) + seconds}), True
+        store = LabelStore(self.labels)
+        return store.finish({"seconds": manifest.get("seconds", 0.0) + seconds})
+
+    def _set_labels_aside(self) -> None:
+        directory = LabelStore(self.labels).directory
+        if directory is None:
+            raise RecipeError(
+                f"--new keeps the old labels as a folder beside the new ones, and {self.labels} is "
+                "no local folder; name another labels.destination instead."
+            )
+        files.set_aside(directory)
 
     def _train(self) -> tuple[dict[str, Any], bool]:
         from journeyman.student import loop
 
-        folder, labels_dir = self.path("train"), self.path("label")
-        labels = dataset.finished_manifest(LabelStore(labels_dir))
+        folder = self.path("train")
+        self.recipe.classes()  # or says what else can be done with other kinds
+        labels = dataset.finished_manifest(LabelStore(self.labels))
         inputs = digest(
             [
                 labels["digest"],
                 labels["log_prior"],
                 self.base_student.identity,
-                self.recipe.student.model_dump(mode="json"),
+                self.recipe.learner().model_dump(mode="json"),
                 self.recipe.training.model_dump(mode="json"),
             ]
         )
@@ -109,7 +159,7 @@ class Run(RunFolder):
         cluster.connect(self.recipe.cluster)
         read_rows = partial(
             dataset.read_classes,
-            labels_dir.resolve(),
+            LabelStore(self.labels).where,
             self.path("prepare").resolve(),
             ("train", "calibrate"),
         )
@@ -131,21 +181,21 @@ class Run(RunFolder):
         from journeyman.student.models import Classifier
 
         folder = self.path("certify")
-        labels = dataset.finished_manifest(LabelStore(self.path("label")))
+        labels = dataset.finished_manifest(LabelStore(self.labels))
         student = models.resolve(str(self.path("train")))
         inputs = digest(
             [
                 labels["digest"],
                 labels["log_prior"],
                 student.weights_digest,
-                prompt_digest(self.recipe.labels),
+                prompt_digest(self.recipe.classes()),
                 self.recipe.certify.model_dump(mode="json"),
             ]
         )
         there = _read(folder / MANIFEST)
         if there and there.get("inputs") == inputs:
             return there, False
-        rows = dataset.read_classes(self.path("label"), self.path("prepare"))
+        rows = dataset.read_classes(self.labels, self.path("prepare"))
         step.certify(
             self.recipe,
             rows,
@@ -169,7 +219,7 @@ class Run(RunFolder):
             return there, False
         started = time.monotonic()
         cluster.connect(self.recipe.cluster)
-        rows = dataset.read_classes(self.path("label"), self.path("prepare"), ("test",))
+        rows = dataset.read_classes(self.labels, self.path("prepare"), ("test",))
         with LiveLine() as line:
             line.show("measure   starting the cascade")
             with cluster.serve_module("running").running(self.path("certify")) as base_url:
@@ -199,16 +249,6 @@ def _read(path: Path) -> dict[str, Any] | None:
         return files.read_json(path) if path.exists() else None
     except JourneymanError:
         return None
-
-
-def _label_line(progress: LabelProgress) -> str:
-    if not progress.rows_per_s:
-        return f"label     {progress.rows_done:,}/{progress.rows:,} rows, starting"
-    eta = duration(progress.eta_s) if progress.eta_s is not None else "?"
-    return (
-        f"label     {progress.rows_done:,}/{progress.rows:,} rows  {progress.rows_per_s:.1f} rows/s"
-        f"  {progress.tokens_per_s:,.0f} tokens/s  quarantined {progress.quarantined}  ETA {eta}"
-    )
 
 
 Reporter = Callable[[StepResult], None]

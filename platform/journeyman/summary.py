@@ -28,7 +28,7 @@ from journeyman.run_folder import RunFolder
 
 def report_data(run: RunFolder) -> ReportData:
     """Everything on the report's page, read from the run's folders."""
-    rows = dataset.read_classes(run.path("label"), run.path("prepare"))
+    rows = dataset.read_classes(run.labels, run.path("prepare"))
     bundle = bundles.load(run.path("certify"))
     test = _test_rows(rows.split("test"), run.path("certify"), bundle)
     answers = Counter(rows.labels[i] for i in rows.logprobs.argmax(axis=1))
@@ -135,7 +135,7 @@ def _sizes(run: RunFolder) -> list[SummaryRow]:
 
 def _costs(run: RunFolder) -> list[SummaryRow]:
     prepared = corpus.read_manifest(run.path("prepare"))
-    labels = LabelStore(run.path("label")).manifest()
+    labels = LabelStore(run.labels).manifest()
     student = files.read_json(run.path("train") / "journeyman.json")
     totals = labels["totals"]
     tokens = totals["prompt_tokens"] + totals["output_tokens"]

@@ -185,6 +185,30 @@ def test_malformed_rows_are_counted_listed_and_kept_aside(tmp_path: Path):
     assert quarantine[0]["content"].rstrip() == lines[5]
 
 
+def test_text_that_no_utf8_file_can_hold_is_malformed(tmp_path: Path):
+    lines = [json.dumps(row) for row in ROWS * 30]
+    lines[5] = r'{"text": "half \ud83d of a character"}'
+    lines[7] = '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    lines[9] = json.dumps({"text": "a whole one: \U0001f600", "label": "bank"})
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    manifest = corpus.prepare(made([tmp_path / "a.jsonl"], max_malformed=0.05), tmp_path / "out")
+    reasons = {m["line"]: m["reason"] for m in manifest["malformed"]["first"]}
+    assert reasons.keys() == {6, 8}
+    assert reasons[6] == "an escape spells half of a surrogate pair"
+    assert reasons[8].startswith("not JSON: maximum recursion depth")
+
+
+def test_parquet_strings_of_other_bytes_are_malformed(tmp_path: Path):
+    texts = [*(f"row {i}".encode() for i in range(120)), b"caf\xe9", b"last"]
+    column = pa.array(texts, pa.binary()).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    recipe_ = made([tmp_path / "a.parquet"], columns={}, max_malformed=0.05)
+    manifest = corpus.prepare(recipe_, tmp_path / "out")
+    assert manifest["rows"] == 121
+    (bad,) = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
+    assert (bad["line"], bad["reason"], bad["content"]) == (121, "not UTF-8 at byte 3", b"caf\xe9")
+
+
 def test_too_many_malformed_rows_stop_the_step_and_change_nothing(tmp_path: Path):
     good = made([jsonl(tmp_path / "good.jsonl", ROWS)])
     before = corpus.prepare(good, tmp_path / "out")

@@ -29,6 +29,7 @@ RANKS = {
                 "models",
                 "prompts",
                 "corpus",
+                "near_duplicates",
                 "sources",
                 "cluster",
                 "traffic",

@@ -18,7 +18,7 @@ from journeyman.cascade.refusals import DeadlinePassed
 from journeyman.certify.calibration import Calibrator
 from journeyman.certify.scores import score
 from journeyman.errors import ClusterError
-from journeyman.teacher.tasks import ClassLabels
+from journeyman.teacher.answers import ClassLabels
 from tests.conftest import children
 from tests.serve import tiny
 from tests.serve.conftest import Running

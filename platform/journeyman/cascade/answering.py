@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from journeyman.cascade.policy import Decision, Escalation, Policy, student_answers
 from journeyman.cascade.refusals import DeadlinePassed, Overloaded, TextRefused
-from journeyman.teacher.tasks import ClassLabels
+from journeyman.teacher.answers import ClassLabels
 
 Asked = Literal["cascade", "student", "teacher"]
 

@@ -1,21 +1,30 @@
-"""Reading a finished label dataset: corpus rows joined with what the teacher said of them."""
+"""Reading a finished label dataset: as Arrow tables, a Ray or a Hugging Face dataset, or joined
+with its corpus. Rows that the recipe's filters leave out are left out by every reader."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from journeyman import corpus
+from journeyman import corpus, files
 from journeyman.errors import DataError
+from journeyman.labels.codec import Codec, Distributions
 from journeyman.labels.prior import corrected
+from journeyman.labels.schema import Commit, label_schema
 from journeyman.labels.store import LabelStore
+from journeyman.recipe import digest
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow as pa
+    import ray.data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,42 +59,126 @@ class ClassRows:
         )
 
 
-def read(labels_dir: Path) -> pa.Table:
-    """A finished dataset as one Arrow table, shards in corpus order, log-probabilities as
-    captured (before prior correction); raises DataError if it is not finished or damaged."""
-    import pyarrow as pa
-
-    store = LabelStore(labels_dir)
-    manifest = finished_manifest(store)
-    commits = store.commits()
-    missing = [s for s in manifest["shards"] if s not in commits]
-    if missing:
-        raise DataError(f"{labels_dir}: shard {missing[0]} has no commit; run journeyman label.")
-    return pa.concat_tables([store.read_shard(commits[s]) for s in manifest["shards"]])
-
-
 def finished_manifest(store: LabelStore) -> dict[str, Any]:
     manifest = store.manifest()
     if not manifest.get("complete"):
-        raise DataError(f"{store.directory}: not finished; run journeyman label again.")
+        raise DataError(f"{store.where}: not finished; run journeyman label again.")
     return manifest
 
 
+def codec_of(manifest: dict[str, Any]) -> Codec | None:
+    """What the dataset's distributions are written in; None where it has none."""
+    codec = manifest.get("codec")
+    return codec and Codec(name=codec["name"], vocab_size=codec["vocab_size"], k=codec["k"])
+
+
+def read(where: str | Path, *, filtered: bool = False) -> pa.Table:
+    """A finished dataset as one Arrow table, shards in corpus order, log-probabilities as
+    captured (before prior correction). filtered: with the rows that filters leave out.
+
+    Raises DataError if it is not finished or damaged. ``tables`` takes one shard's memory.
+    """
+    import pyarrow as pa
+
+    kind = finished_manifest(LabelStore(where))["identity"]["kind"]
+    return pa.concat_tables([label_schema(kind).empty_table(), *tables(where, filtered=filtered)])
+
+
+def tables(where: str | Path, *, filtered: bool = False) -> Iterator[pa.Table]:
+    """The same, shard by shard."""
+    store = LabelStore(where)
+    manifest = finished_manifest(store)
+    left_out = None if filtered else _left_out(store, manifest)
+    for commit in _finished_commits(store, manifest):
+        yield _kept(store.read_shard(commit), left_out)
+
+
+def distributions(table: pa.Table, codec: Codec) -> Iterator[Distributions | None]:
+    """Decoded rows of a dataset of token labels; None where the teacher gave no distributions."""
+    for column in table.select(["logprobs", "n_positions"]).to_batches():
+        for data, n_positions in zip(column[0], column[1].to_pylist(), strict=True):
+            yield codec.decode(data.as_py(), n_positions) if data.is_valid else None
+
+
+def read_ray(where: str | Path, *, filtered: bool = False) -> ray.data.Dataset:
+    """A Ray dataset that streams a finished one, a block for each shard, in corpus order.
+
+    Ray must be initialised, and ``where`` be readable on all nodes.
+    """
+    import ray
+    import ray.data
+
+    store = LabelStore(where)
+    manifest = finished_manifest(store)
+    if store.directory is not None:  # workers have working directories of their own
+        store = LabelStore(store.directory.resolve())
+    commits = _finished_commits(store, manifest)
+    left_out = None if filtered else _left_out(store, manifest)
+    return ray.data.from_items(
+        [{"commit": json.dumps(dataclasses.asdict(commit))} for commit in commits],
+        override_num_blocks=len(commits),
+    ).map_batches(
+        _read_commits,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_args=(store, ray.put(left_out)),
+    )
+
+
+def _read_commits(batch: pa.Table, store: LabelStore, left_out: pa.Array | None) -> pa.Table:
+    import pyarrow as pa
+
+    commits = [Commit(**json.loads(commit)) for commit in batch["commit"].to_pylist()]
+    return pa.concat_tables([_kept(store.read_shard(commit), left_out) for commit in commits])
+
+
+def to_hf(where: str | Path, *, filtered: bool = False) -> datasets.Dataset:
+    """A Hugging Face dataset: a memory-mapped copy in the cache folder of ``datasets``.
+
+    Written shard by shard, once for each state of the dataset.
+    """
+    import datasets
+    import pyarrow as pa
+
+    manifest = finished_manifest(LabelStore(where))
+    state = digest([manifest["digest"], manifest.get("filtered"), filtered])
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "journeyman" / f"{state}.arrow"
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with files.disk_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                columns = label_schema(manifest["identity"]["kind"])
+                with pa.ipc.new_stream(temporary, columns) as stream:
+                    for table in tables(where, filtered=filtered):
+                        stream.write_table(table)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    return datasets.Dataset.from_file(str(path))
+
+
 def read_classes(
-    labels_dir: Path, corpus_dir: Path, splits: Sequence[str] | None = None
+    labels_dir: str | Path, corpus_dir: Path, splits: Sequence[str] | None = None
 ) -> ClassRows:
     """Labeled rows of the wanted splits (all by default), with their texts.
 
-    Raises DataError: dataset not finished, damaged, or made of another corpus.
+    Raises DataError: dataset not finished, damaged, of another kind, or made of another corpus.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     manifest = finished_manifest(LabelStore(labels_dir))
-    if corpus.read_manifest(corpus_dir)["digest"] != manifest["identity"]["corpus"]:
+    identity = manifest["identity"]
+    if identity["kind"] != "classes":
+        raise DataError(
+            f"{labels_dir} holds labels of kind {identity['kind']}, where class distributions are "
+            "needed; set labels.kind: classes and label again."
+        )
+    if corpus.read_manifest(corpus_dir)["digest"] != identity["corpus"]:
         raise DataError(f"{labels_dir} labels another corpus than {corpus_dir} holds now; "
                         "run journeyman label --new.")  # fmt: skip
-    labels = tuple(manifest["identity"]["classes"])
+    labels = tuple(identity["labels"]["classes"])
     table = read(labels_dir)
     if splits is not None:
         table = table.filter(pc.is_in(table["split"], pa.array(list(splits))))
@@ -104,6 +197,29 @@ def read_classes(
             flat.reshape(len(ids), len(labels)), None if prior is None else np.asarray(prior)
         ),
     )
+
+
+def _finished_commits(store: LabelStore, manifest: dict[str, Any]) -> list[Commit]:
+    """In corpus order."""
+    commits = store.commits()
+    missing = [shard for shard in manifest["shards"] if shard not in commits]
+    if missing:
+        raise DataError(f"{store.where}: shard {missing[0]} has no commit; run journeyman label.")
+    return [commits[shard] for shard in manifest["shards"]]
+
+
+def _left_out(store: LabelStore, manifest: dict[str, Any]) -> pa.Array | None:
+    """Ids of the rows that filters leave out."""
+    file = (manifest.get("filtered") or {}).get("file")
+    return file and store.read_table(file)["id"].combine_chunks()
+
+
+def _kept(table: pa.Table, left_out: pa.Array | None) -> pa.Table:
+    import pyarrow.compute as pc
+
+    if left_out is None:
+        return table
+    return table.filter(pc.invert(pc.is_in(table["id"], left_out)))
 
 
 def _texts(corpus_dir: Path) -> dict[str, str]:

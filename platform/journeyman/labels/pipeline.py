@@ -7,263 +7,351 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from journeyman import corpus
+from journeyman import corpus, models
 from journeyman.cluster import quiet_ray_data, reason_of
 from journeyman.errors import ClusterError, DataError, JourneymanError
-from journeyman.labels import dataset, prior
-from journeyman.labels.replica import Counts, Replica, ReplicaSpec
+from journeyman.labels import ensemble, planning
+from journeyman.labels.cost import Estimate, estimate
+from journeyman.labels.finishing import finish
+from journeyman.labels.progress import LabelProgress, Meter, Tally
+from journeyman.labels.replica import Replica, ReplicaSpec, Trial, Work, codec_of
 from journeyman.labels.schema import Commit
 from journeyman.labels.store import LabelStore
 from journeyman.models import Model
-from journeyman.recipe import Recipe, digest
-from journeyman.teacher import engine, tasks
+from journeyman.recipe import Recipe, Teacher
+from journeyman.teacher import tasks
 
 _POLL_S = 0.5
-_RATE_WINDOW_S = 30.0
+_PACKED, _SHARDS_PER_BLOCK = 1000, 20  # from so many shards on, so many at most a Ray Data block
+_JUDGED = 200  # rows after which a run may be stopped for what it quarantines
+_TRIED_SHARDS = 4
+# Engine arguments that change what a model says.
+_DECIDING_ARGUMENTS = ("quantization", "kv_cache_dtype", "hf_overrides", "load_format")
+
+OnProgress = Callable[[LabelProgress], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LabelProgress:
-    """Where a labeling run stands; rates are those of the last half minute."""
-
-    rows: int
-    rows_done: int
-    rows_per_s: float
-    tokens_per_s: float
-    quarantined: int
-    eta_s: float | None
-
-
-def identity(recipe: Recipe, model: Model, corpus_digest: str) -> dict[str, Any]:
+def identity(
+    recipe: Recipe, model: Model, corpus_digest: str, teacher: Teacher | None = None
+) -> dict[str, Any]:
     """What a dataset's labels depend on; a dataset takes only labels of one identity."""
-    labels = recipe.labels
-    return {
-        "kind": labels.kind,
-        "scoring": labels.scoring,
-        "classes": list(labels.classes),
-        "prompt": tasks.prompt_digest(labels),
-        "prior_correction": labels.prior_correction,
+    settings = teacher or recipe.teacher
+    facts: dict[str, Any] = {
+        "kind": recipe.labels.kind,
+        "labels": recipe.labels.asked(),
         "teacher": model.identity,
-        "dtype": recipe.teacher.dtype,
+        "dtype": settings.dtype,
+        "engine_args": {
+            name: value
+            for name, value in settings.engine_args.items()
+            if name in _DECIDING_ARGUMENTS
+        },
         "corpus": corpus_digest,
     }
+    if recipe.labels.overflow.startswith("truncate"):
+        facts["max_model_len"] = settings.max_model_len
+    return facts
 
 
 def label(
     recipe: Recipe,
     model: Model,
     corpus_dir: Path,
-    labels_dir: Path,
-    on_progress: Callable[[LabelProgress], None] = lambda _: None,
+    labels: str | Path,
+    on_progress: OnProgress = lambda _: None,
+    *,
+    teacher: Teacher | None = None,
+    requeue: bool = False,
 ) -> dict[str, Any]:
     """Label every corpus shard that has no commit yet; returns the dataset's manifest.
 
-    Ray must be initialised. Raises DataError (another identity, counts that do not add up),
-    ModelError (the engine does not start), ClusterError (a full disk, lost replicas).
+    teacher: another one than the recipe's first (of an ensemble), whose model ``model`` is.
+    requeue: label quarantined rows again; a run of it that was stopped is gone on with anyway.
+
+    Ray must be initialised. Raises DataError (another identity, counts that do not add up, too
+    many rows in quarantine), ModelError (the teacher does not start), ClusterError (a full disk,
+    lost replicas).
     """
+    teacher = teacher or recipe.teacher
+    if teacher.url:
+        tasks.check_remote(recipe.labels)
     manifest = corpus.read_manifest(corpus_dir)
-    store = LabelStore(labels_dir)
-    store.open(identity(recipe, model, manifest["digest"]))
-    done = store.commits()
-    todo = [s["name"] for s in manifest["shards"] if s["name"] not in done]
+    store = LabelStore(labels)
+    store.open(identity(recipe, model, manifest["digest"], teacher))
+    generation = _generation(store, requeue)
+    todo = planning.todo(manifest, store, generation)
     if todo:
-        spec = ReplicaSpec(
-            recipe=recipe,
-            model=model,
-            corpus_dir=corpus_dir.resolve(),
-            labels_dir=labels_dir.resolve(),
-        )
-        before = sum(commit.rows for commit in done.values())
-        _run(spec, todo, _Meter(manifest["rows"], before, on_progress))
-    return _finish(store, recipe, manifest)
+        spec = _spec(recipe, teacher, model, corpus_dir, store)
+        before = store.commits() if generation else {}
+        work = [Work(shard=s, generation=generation, before=before.get(s)) for s in todo]
+        _Run(spec, work, manifest, on_progress).run()
+    return finish(store, recipe, teacher, codec_of(recipe.labels, model), manifest)
 
 
-class _Meter:
-    """Turns replicas' counts into progress; rates are those of the last half minute."""
+def label_ensemble(
+    recipe: Recipe,
+    model: Model,
+    corpus_dir: Path,
+    labels: str | Path,
+    on_progress: OnProgress = lambda _: None,
+) -> dict[str, Any]:
+    """Label with each teacher, into a dataset of its own, and commit the mean of their class
+    probabilities; returns that dataset's manifest. Raises as ``label``."""
+    store = LabelStore(labels)
+    stores = []
+    for name, teacher in members(recipe):
+        own = model if name == "teacher" else models.teacher(teacher)
+        stores.append(LabelStore(ensemble.member(store.where, name)))
+        label(recipe, own, corpus_dir, stores[-1].where, on_progress, teacher=teacher)
+    manifest = corpus.read_manifest(corpus_dir)
+    ensemble.combine(store, stores, [shard["name"] for shard in manifest["shards"]])
+    return finish(store, recipe, recipe.teacher, None, manifest)
 
-    def __init__(
-        self, rows: int, rows_before: int, on_progress: Callable[[LabelProgress], None]
-    ) -> None:
-        self._rows, self._before, self._on_progress = rows, rows_before, on_progress
-        self._seen: deque[tuple[float, int, int]] = deque()  # time, rows, tokens
 
-    def show(self, counts: Counts) -> None:
-        now, tokens = time.monotonic(), counts.prompt_tokens + counts.output_tokens
-        if counts.rows:  # engines have started
-            self._seen.append((now, counts.rows, tokens))
-        while self._seen and now - self._seen[0][0] > _RATE_WINDOW_S:
-            self._seen.popleft()
-        then, rows_then, tokens_then = self._seen[0] if self._seen else (now, 0, 0)
-        elapsed = max(now - then, 1.0)
-        rows_per_s = (counts.rows - rows_then) / elapsed
-        left = self._rows - self._before - counts.rows
-        self._on_progress(
-            LabelProgress(
-                rows=self._rows,
-                rows_done=self._before + counts.rows,
-                rows_per_s=rows_per_s,
-                tokens_per_s=(tokens - tokens_then) / elapsed,
-                quarantined=counts.quarantined,
-                eta_s=left / rows_per_s if rows_per_s else None,
-            )
-        )
+def estimated(
+    recipe: Recipe, model: Model, corpus_dir: Path, labels: str | Path, n_rows: int
+) -> Estimate:
+    """What labeling the rows still to do will take, from trying a few; writes nothing."""
+    import ray
+
+    manifest = corpus.read_manifest(corpus_dir)
+    store = LabelStore(labels)
+    done = store.done()
+    todo = [shard for shard in manifest["shards"] if shard["name"] not in done]
+    if not todo:
+        raise DataError(f"{store.where}: every row is labeled already; there is nothing to do.")
+    spec = _spec(recipe, recipe.teacher, model, corpus_dir, store,
+                 identity(recipe, model, manifest["digest"]))  # fmt: skip
+    step = max(1, len(todo) // _TRIED_SHARDS)
+    tried = [shard["name"] for shard in todo[::step][:_TRIED_SHARDS]]
+    settings = recipe.cluster
+    actor = (
+        ray.remote(_Trier)
+        .options(num_cpus=settings.cpus_per_replica, num_gpus=settings.gpus_per_replica or None)
+        .remote(spec)
+    )
+    try:
+        trials = ray.get(actor.run.remote(tried, -(-n_rows // len(tried))))
+    except ray.exceptions.RayError as error:
+        raise reason_of(error, "the estimate") from error
+    finally:
+        ray.kill(actor)
+    rows = sum(shard["rows"] for shard in todo)
+    return estimate(trials, rows, settings.replicas.max, recipe.teacher.price)
+
+
+class _Trier:
+    """An actor with a replica that only tries rows."""
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        self._replica = Replica(spec, lambda *_: None)
+
+    def run(self, shards: Sequence[str], n_rows: int) -> list[Trial]:
+        return [self._replica.try_rows(shard, n_rows) for shard in shards]
+
+
+def _spec(
+    recipe: Recipe,
+    teacher: Teacher,
+    model: Model,
+    corpus_dir: Path,
+    store: LabelStore,
+    of: dict[str, Any] | None = None,
+) -> ReplicaSpec:
+    return ReplicaSpec(
+        recipe=recipe,
+        teacher=teacher,
+        model=model,
+        corpus_dir=corpus_dir.resolve(),
+        labels=store.where,
+        identity=of or store.manifest()["identity"],
+    )
+
+
+def _generation(store: LabelStore, requeue: bool) -> int:
+    """The generation of commits to make; a new one begins when a finished dataset is requeued."""
+    manifest = store.manifest()
+    generation = manifest.get("generation", 0)
+    if not requeue or not manifest.get("complete"):
+        return generation
+    store.finish({"generation": generation + 1, "complete": False})
+    return generation + 1
 
 
 class _ShardLabeler:
-    """The Ray Data UDF: a replica in an actor; one shard name in, one commit record out."""
+    """The Ray Data UDF: a replica in an actor; one shard's work in, one commit record out."""
 
-    def __init__(self, spec: ReplicaSpec, counter: Any) -> None:
-        self._replica = Replica(spec, lambda counts: counter.add.remote(counts))
+    def __init__(self, spec: ReplicaSpec, tally: Any) -> None:
+        self._failed = ""
+        try:
+            self._replica = Replica(spec, lambda *report: tally.add.remote(*report))
+        except JourneymanError as error:
+            self._failed = str(error)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """An error of ours comes back as a value: Ray Data would wrap it, and try again."""
+        if self._failed:
+            return {"commit": [""], "error": [self._failed]}
         try:
-            commits = [self._replica.label(str(shard)) for shard in batch["shard"]]
+            commits = [self._replica.label(_work(str(work))) for work in batch["work"]]
         except JourneymanError as error:
             return {"commit": [""], "error": [str(error)]}
         records = [json.dumps(dataclasses.asdict(commit)) for commit in commits]
         return {"commit": records, "error": [""] * len(records)}
 
 
-class _Counter:
-    """The named actor that replicas push their counts to."""
-
-    def __init__(self) -> None:
-        self._total = Counts()
-
-    def add(self, more: Counts) -> None:
-        sums = {n: getattr(self._total, n) + getattr(more, n) for n in Counts.__slots__}
-        self._total = Counts(**sums)
-
-    def total(self) -> Counts:
-        return self._total
-
-
-def _run(spec: ReplicaSpec, shards: list[str], meter: _Meter) -> None:
-    import threading
-
-    import ray
-    import ray.data
-    from ray.data import ActorPoolStrategy, DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    # Ray Data gives up after half an hour without progress, waiting for GPU nodes included.
-    context.execution_no_progress_timeout_s = -1
-    recipe = spec.recipe
-    in_flight = recipe.labels.shards_in_flight
-    replicas = recipe.cluster.replicas
-    counter = ray.remote(num_cpus=0)(_Counter).remote()
-    dataset_ = ray.data.from_items(
-        [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
-    ).map_batches(
-        _ShardLabeler,
-        fn_constructor_args=(spec, counter),
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=recipe.cluster.cpus_per_replica,
-        num_gpus=recipe.cluster.gpus_per_replica or None,
-        compute=ActorPoolStrategy(
-            min_size=replicas.min,
-            max_size=replicas.max,
-            initial_size=min(replicas.max, max(replicas.min, len(shards) // (2 * in_flight))),
-            max_concurrent_calls_per_actor=in_flight,
-            # The pool grows from a utilisation of 1.75 on: tasks in flight over concurrent calls.
-            max_tasks_in_flight_per_actor=2 * in_flight,
-            enable_true_multi_threading=True,
-        ),
+def _work(text: str) -> Work:
+    value = json.loads(text)
+    before = value["before"]
+    return Work(
+        shard=value["shard"],
+        generation=value["generation"],
+        before=Commit(**before) if before else None,
     )
-    quiet_ray_data()
-    stop = threading.Event()
 
-    def watch() -> None:
-        while not stop.wait(_POLL_S):
-            meter.show(ray.get(counter.total.remote()))
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        for record in dataset_.iter_rows():
+class _Run:
+    """One pass of Ray Data over the shards that are left."""
+
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        work: Sequence[Work],
+        corpus_manifest: dict[str, Any],
+        on_progress: OnProgress,
+    ) -> None:
+        self._spec = spec
+        self._work = work
+        self._on_progress = on_progress
+        self._left = len(work)
+        rows = {shard["name"]: shard["rows"] for shard in corpus_manifest["shards"]}
+        total = corpus_manifest["rows"]
+        before = total - sum(w.before.quarantined if w.before else rows[w.shard] for w in work)
+        self._meter = Meter(total, before, spec.teacher.price)
+        self._stopped = ""
+
+    def run(self) -> None:
+        import ray
+
+        self._tally = ray.remote(num_cpus=0)(Tally).remote(self._spec.recipe.name)
+        dataset = self._dataset()
+        quiet_ray_data()
+        stop = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(stop,), daemon=True)
+        watcher.start()
+        try:
             # The commit files are what counts; they are read again at the end.
-            if record["error"]:
-                raise ClusterError(record["error"])
-        meter.show(ray.get(counter.total.remote()))
-    except ray.exceptions.RayError as error:
-        raise reason_of(error, "labeling") from error
-    finally:
-        stop.set()
-        watcher.join(timeout=2 * _POLL_S)
+            for record in dataset.iter_rows():
+                if record["error"]:
+                    raise ClusterError(record["error"])
+                self._left -= 1
+                if self._stopped:
+                    raise DataError(self._stopped)
+            self._show()
+        except ray.exceptions.RayError as error:
+            raise reason_of(error, "labeling") from error
+        finally:
+            stop.set()
+            watcher.join(timeout=2 * _POLL_S)
+            ray.kill(self._tally)
 
+    def _dataset(self) -> Any:
+        import ray.data
+        from ray.data import ActorPoolStrategy, DataContext
 
-def _finish(store: LabelStore, recipe: Recipe, corpus_manifest: dict[str, Any]) -> dict[str, Any]:
-    """Check that every row is accounted for, fit the prior, and complete the manifest."""
-    commits = store.commits()
-    for shard in corpus_manifest["shards"]:
-        commit = commits.get(shard["name"])
-        _check(commit, shard, store)
-    ordered = [commits[s["name"]] for s in corpus_manifest["shards"]]
-    totals = {
-        name: sum(getattr(commit, name) for commit in ordered)
-        for name in ("rows", "ok", "quarantined", "filtered", "prompt_tokens", "output_tokens",
-                     "bytes", "engine_restarts")
-    }  # fmt: skip
-    if not totals["ok"]:
-        raise DataError(
-            f"{store.directory}: all {totals['rows']} rows are in quarantine; the first reason: "
-            f"{_first_reason(store, ordered)}"
-        )
-    facts = {
-        "complete": True,
-        "recipe": recipe.hash,
-        "versions": {"vllm": engine.version()},
-        "shards": [s["name"] for s in corpus_manifest["shards"]],
-        "totals": totals,
-        "log_prior": None,
-        "digest": digest([commit.sha256 for commit in ordered]),
-    }
-    manifest = store.finish(facts)
-    if recipe.labels.prior_correction == "batch":
-        manifest = store.finish({"log_prior": _log_prior(store)})
-    return manifest
-
-
-def _log_prior(store: LabelStore) -> list[float]:
-    import pyarrow.compute as pc
-
-    table = dataset.read(store.directory)
-    train = table.filter(pc.equal(table["split"], "train"))
-    if not len(train):
-        raise DataError(
-            f"{store.directory}: no train rows to fit the prior on; set "
-            "labels.prior_correction: none, or give corpus.splits some train rows."
-        )
-    rows = np.array(train["class_logprobs"].to_pylist())
-    return [float(v) for v in prior.fit_log_prior(rows)]
-
-
-def _check(commit: Commit | None, shard: dict[str, Any], store: LabelStore) -> None:
-    if commit is None:
-        raise DataError(f"{store.directory}: {shard['name']} has no commit; run the command again.")
-    accounted = commit.ok + commit.quarantined + commit.filtered
-    if not commit.rows == accounted == shard["rows"]:
-        raise DataError(
-            f"{store.directory}: {shard['name']} has {shard['rows']} rows, but its commit accounts "
-            f"for {accounted} of {commit.rows}; remove the commit and label again."
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        # Ray Data gives up after half an hour without progress, waiting for GPU nodes included.
+        context.execution_no_progress_timeout_s = -1
+        recipe, n_shards = self._spec.recipe, len(self._work)
+        in_flight = recipe.labels.shards_in_flight
+        low, high = recipe.cluster.replicas.min, recipe.cluster.replicas.max
+        if self._spec.teacher.url:
+            low = high = 1  # one event loop keeps an API busy, and its rate limit is one
+        packed = min(_SHARDS_PER_BLOCK, max(1, n_shards // _PACKED))
+        items = [{"work": json.dumps(dataclasses.asdict(work))} for work in self._work]
+        return ray.data.from_items(items, override_num_blocks=-(-n_shards // packed)).map_batches(
+            _ShardLabeler,
+            fn_constructor_args=(self._spec, self._tally),
+            batch_size=1,
+            batch_format="numpy",
+            compute=ActorPoolStrategy(
+                min_size=low,
+                max_size=high,
+                initial_size=min(high, max(low, n_shards // (2 * in_flight))),
+                max_concurrent_calls_per_actor=in_flight,
+                # The pool grows from a utilisation of 1.75 on: tasks over concurrent calls.
+                max_tasks_in_flight_per_actor=2 * in_flight,
+                enable_true_multi_threading=True,
+            ),
+            **_resources(recipe, self._spec.teacher),
         )
 
+    def _watch(self, stop: threading.Event) -> None:
+        while not stop.wait(_POLL_S):
+            self._show()
 
-def _first_reason(store: LabelStore, commits: list[Commit]) -> str:
-    import pyarrow.parquet as pq
+    def _show(self) -> None:
+        import ray
 
-    path = next(commit.quarantine for commit in commits if commit.quarantine)
-    row = pq.read_table(store.directory / path).slice(0, 1).to_pylist()[0]
-    return f"{row['error_class']}: {row['message']}"
+        counts, replicas = ray.get(self._tally.total.remote())
+        progress = self._meter.read(counts, replicas, self._left)
+        self._tally.show.remote(progress)
+        self._on_progress(progress)
+        share = self._spec.recipe.labels.max_quarantined
+        if counts.rows >= _JUDGED and counts.quarantined > share * counts.rows:
+            self._stopped = (
+                f"{counts.quarantined} of the first {counts.rows} rows went to quarantine, more "
+                f"than labels.max_quarantined = {share:g} allows; look at them with journeyman "
+                "labels stats, mend the cause, and label again."
+            )
+
+
+def _resources(recipe: Recipe, teacher: Teacher) -> dict[str, Any]:
+    """What a replica asks of the cluster.
+
+    A teacher on several GPUs of one node is one actor that holds them all. With
+    ``engine_args.distributed_executor_backend: ray`` vLLM starts a worker for each GPU, on any
+    node, inside the placement group that the actor is made in.
+    """
+    settings = recipe.cluster
+    n_gpus = teacher.tensor_parallel_size * teacher.pipeline_parallel_size
+    if teacher.url:
+        return {"num_cpus": settings.cpus_per_replica}
+    if n_gpus > 1 and teacher.engine_args.get("distributed_executor_backend") == "ray":
+        return {"num_cpus": 0, "ray_remote_args_fn": _PlacementGroup(recipe, n_gpus)}
+    gpus = settings.gpus_per_replica * n_gpus if n_gpus > 1 else settings.gpus_per_replica
+    return {"num_cpus": settings.cpus_per_replica, "num_gpus": gpus or None}
+
+
+class _PlacementGroup:
+    """Makes a placement group for each replica: a bundle for its actor, and one for each GPU."""
+
+    def __init__(self, recipe: Recipe, n_gpus: int) -> None:
+        cpus, gpus = recipe.cluster.cpus_per_replica, recipe.cluster.gpus_per_replica
+        worker = {"GPU": gpus} if gpus else {"CPU": cpus}
+        self._bundles = [{"CPU": cpus}, *([worker] * n_gpus)]
+
+    def __call__(self) -> dict[str, Any]:
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        group = placement_group(self._bundles, strategy="PACK")
+        return {
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+            )
+        }
+
+
+def members(recipe: Recipe) -> Iterator[tuple[str, Teacher]]:
+    """Name and settings of each teacher of an ensemble, the recipe's own first."""
+    yield "teacher", recipe.teacher
+    yield from recipe.ensemble.items()

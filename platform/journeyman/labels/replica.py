@@ -1,35 +1,30 @@
-"""A labeling replica: one engine, several corpus shards in it at a time, each row's fate.
-
-Errors are data: a row that cannot be labeled goes to quarantine with its reason. The engine's
-death is the replica's own business: it starts another one, keeps the finished rows, and finds the
-row to blame by trying the ones in flight one at a time.
-"""
+"""A labeling replica: one teacher, several corpus shards in it at a time, and their commits."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import os
 import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from journeyman import corpus
-from journeyman.errors import ModelError
-from journeyman.labels import schema
-from journeyman.labels.schema import Commit, Quarantined
-from journeyman.labels.store import LabelStore
+from journeyman.labels import attempts, schema
+from journeyman.labels.attempts import Note
+from journeyman.labels.cache import Cache
+from journeyman.labels.codec import Codec
+from journeyman.labels.rows import Backend, Fate, Row, RowLabeler, columns_of, quarantined
+from journeyman.labels.schema import Commit, Filtered, Quarantined
+from journeyman.labels.store import LabelStore, parquet_bytes
 from journeyman.models import Model
-from journeyman.recipe import Recipe
-from journeyman.teacher.engine import Engine, EngineDied
-from journeyman.teacher.tasks import ClassLabels, ClassTask, RowError, row_values
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from journeyman.recipe import Generate, Labels, Logits, Recipe, Teacher
+from journeyman.teacher import tasks
+from journeyman.teacher.engine import Engine
+from journeyman.teacher.remote import RemoteTeacher
+from journeyman.teacher.tokens import entries
 
 _REPORT_INTERVAL_S = 0.5
 
@@ -40,159 +35,270 @@ class Counts:
 
     rows: int = 0
     quarantined: int = 0
+    filtered: int = 0
+    copied: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     output_tokens: int = 0
     engine_restarts: int = 0
+    replica_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSpec:
-    """All that a replica needs to begin; travels to its actor."""
+    """All that a replica needs to begin; travels to its actor.
+
+    identity: of the dataset at ``labels``.
+    """
 
     recipe: Recipe
+    teacher: Teacher
     model: Model
     corpus_dir: Path
-    labels_dir: Path
+    labels: str
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One corpus shard to label; generation > 0: again, the rows that ``before`` quarantined."""
+
+    shard: str
+    generation: int = 0
+    before: Commit | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What a few rows took, for an estimate; bytes: of their labels on disk."""
+
+    rows: list[Counts]
+    seconds: float
+    start_seconds: float
+    bytes: int
+
+
+Record = dict[str, Any]  # of schema.label_schema
 
 
 class Replica:
     """Labels corpus shards; ``label`` may be called from several threads at a time."""
 
-    def __init__(self, spec: ReplicaSpec, report: Callable[[Counts], None]) -> None:
-        """Starts the engine; raises ModelError or RecipeError."""
+    def __init__(self, spec: ReplicaSpec, report: Callable[[str, Counts], None]) -> None:
+        """Starts the teacher; report: is given this replica's name and what it did since.
+
+        Raises ModelError or RecipeError.
+        """
         self._spec = spec
         self._labels = spec.recipe.labels
-        self._store = LabelStore(spec.labels_dir)
+        self._store = LabelStore(spec.labels)
+        self._cache = (
+            Cache(self._labels.cache, spec.identity) if self._labels.cache is not None else None
+        )
+        self._name = uuid.uuid4().hex[:8]
         self._report = report
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, float] = {}
         self._restarts = 0
-        self._reported_at = 0.0
+        self._alive_since = self._committed_at = self._reported_at = time.monotonic()
+        report(self._name, Counts())
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="replica", daemon=True).start()
         self._call(self._start())
+        self.start_seconds = time.monotonic() - self._alive_since
 
-    def label(self, shard: str) -> Commit:
+    def label(self, work: Work) -> Commit:
         """Label one corpus shard and commit it; returns the commit that stands."""
-        return self._call(self._label(shard))
+        return self._call(self._label(work))
+
+    def try_rows(self, shard: str, n_rows: int) -> Trial:
+        """Label the first rows of a shard and write nothing: what an estimate is made from."""
+        return self._call(self._try_rows(shard, n_rows))
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._engine.close)
+        self._loop.call_soon_threadsafe(self._backend.close)
 
     def _call(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _start(self) -> None:
-        self._engine = Engine(self._spec.recipe.teacher, self._spec.model)
-        await self._engine.start()
-        self._task = ClassTask(self._labels, self._engine.tokenizer, self._engine.max_model_len)
+        labels = self._labels
+        self._backend: Backend
+        self._codec: Codec | None = None
+        if self._spec.teacher.url:
+            remote = RemoteTeacher(self._spec.teacher)
+            await remote.start()
+            self._backend, task = remote, tasks.remote(labels, remote)
+            max_num_seqs = self._spec.teacher.max_num_seqs
+        else:
+            engine = Engine(self._spec.teacher, self._spec.model, draws=_draws(labels))
+            await engine.start()
+            self._backend, task = engine, tasks.local(labels, engine)
+            max_num_seqs = engine.max_num_seqs
+            self._codec = codec_of(labels, self._spec.model)
+        self._task = task
         # Twice what the engine holds, so that its queue never runs dry.
-        in_flight = 2 * self._spec.recipe.teacher.max_num_seqs // self._task.prompts_per_row
-        self._in_flight = asyncio.Semaphore(max(1, in_flight))
-        self._suspects = 0
-        self._calm = asyncio.Event()  # no row is under suspicion
-        self._calm.set()
-        self._alone = asyncio.Lock()
+        in_flight = max(1, 2 * max_num_seqs // task.requests_per_row)
+        self._rows = RowLabeler(labels, self._backend, task, in_flight, self._restarted)
+        self._heartbeat = asyncio.create_task(self._beat())
 
-    async def _label(self, shard: str) -> Commit:
+    async def _label(self, work: Work) -> Commit:
         started = time.monotonic()
-        table = await asyncio.to_thread(corpus.read_shard, self._spec.corpus_dir / shard)
-        rows = table.to_pylist()
+        # Ray runs a task again whose actor died after the commit, or whose record it lost.
+        standing = await asyncio.to_thread(self._store.standing, work.shard, work.generation)
+        if standing is not None:
+            return standing
+        table = await asyncio.to_thread(corpus.read_shard, self._spec.corpus_dir / work.shard)
+        rows: list[Row] = table.to_pylist()
         restarts_before = self._restarts
-        fates = await asyncio.gather(*(self._fate(row) for row in rows))
-        labeled = [(r, f) for r, f in zip(rows, fates, strict=True) if isinstance(f, ClassLabels)]
-        quarantined = [f for f in fates if isinstance(f, Quarantined)]
+        kept, kept_out = await self._kept(work)
+        waiting = [row for row in rows if row["id"] not in kept and row["id"] not in kept_out]
+        copied = await self._copied(waiting)
+        fates = await self._fates(work, [row for row in waiting if row["id"] not in copied])
+        records = kept | copied | {k: f for k, f in fates.items() if isinstance(f, dict)}
+        left_out = [f for f in fates.values() if isinstance(f, Filtered)] + list(kept_out.values())
+        bad = [f for f in fates.values() if isinstance(f, Quarantined)]
+        labeled = [records[row["id"]] for row in rows if row["id"] in records]
+        fresh = [f for f in fates.values() if isinstance(f, dict)]
         commit = Commit(
-            shard=shard,
+            shard=work.shard,
+            generation=work.generation,
             data="",
             quarantine=None,
+            filtered_file=None,
             sha256="",
             rows=len(rows),
             ok=len(labeled),
-            quarantined=len(quarantined),
-            filtered=0,
-            prompt_tokens=sum(f.n_prompt_tokens for _, f in labeled),
-            output_tokens=sum(f.n_output_tokens for _, f in labeled),
+            quarantined=len(bad),
+            filtered=len(left_out),
+            truncated=sum(record["truncated"] for record in labeled),
+            copied=len(copied) + (work.before.copied if work.before else 0),
+            prompt_tokens=_sum(fresh, "n_prompt_tokens", work),
+            cached_tokens=_sum(fresh, "n_cached_tokens", work),
+            output_tokens=_sum(fresh, "n_output_tokens", work),
             seconds=round(time.monotonic() - started, 3),
+            replica_seconds=self._seconds_since_commit(work),
             bytes=0,
             engine_restarts=self._restarts - restarts_before,
         )
-        standing = await asyncio.to_thread(self._store.write, commit, _table(labeled), quarantined)
+        labels = self._table(labeled)
+        standing = await asyncio.to_thread(self._store.write, commit, labels, bad, left_out)
+        await asyncio.to_thread(self._afterwards, standing, labels)
         self._flush()
         return standing
 
-    async def _fate(self, row: dict[str, Any]) -> ClassLabels | Quarantined:
-        """Labels of a row, or the reason why it has none."""
-        values = row_values(row["text"], json.loads(row["meta"] or "{}"))
-        attempts, error = 0, ""
-        while attempts < self._labels.max_attempts:
-            attempts += 1
-            try:
-                async with self._in_flight:
-                    await self._calm.wait()
-                    return await self._labels_of(values)
-            except RowError as reason:
-                return self._quarantine(row, type(reason).__name__, str(reason), attempts)
-            except EngineDied:
-                verdict = await self._try_alone(values)
-                if isinstance(verdict, ClassLabels):
-                    return verdict
-                message = "the engine died on this row alone, again and again."
-                return self._quarantine(row, "EngineDied", message, verdict)
-            except TimeoutError:
-                error = f"no answer within {self._spec.recipe.teacher.request_timeout_s:g} s."
-        return self._quarantine(row, "TimeoutError", error, attempts)
+    async def _kept(self, work: Work) -> tuple[dict[str, Record], dict[str, Filtered]]:
+        """What an earlier generation made of the shard's rows, less its quarantined ones."""
+        if work.before is None:
+            return {}, {}
+        table = await asyncio.to_thread(self._store.read_shard, work.before)
+        left_out = await asyncio.to_thread(self._store.read_filtered, work.before)
+        return {r["id"]: r for r in table.to_pylist()}, {f.id: f for f in left_out}
 
-    async def _try_alone(self, values: dict[str, Any]) -> ClassLabels | int:
-        """Run a row that was in flight when the engine died, with no other beside it.
+    async def _copied(self, rows: Sequence[Row]) -> dict[str, Record]:
+        """Records that the cache has for these rows."""
+        if self._cache is None or not rows:
+            return {}
+        found = await asyncio.to_thread(self._cache.lookup, [row["id"] for row in rows])
+        self._count(rows=len(found), copied=len(found))
+        return {
+            row["id"]: found[row["id"]] | {"split": row["split"], "gold": row["label"]}
+            for row in rows
+            if row["id"] in found
+        }
 
-        Returns its labels, or the number of attempts after which it is to blame.
-        """
-        self._suspects += 1
-        self._calm.clear()
-        try:
-            async with self._alone:
-                for _ in range(max(1, self._labels.max_attempts - 1)):  # one is behind it
-                    await self._restart()
-                    with contextlib.suppress(EngineDied):
-                        return await self._labels_of(values)
-            return self._labels.max_attempts
-        finally:
-            self._suspects -= 1
-            if not self._suspects:
-                await self._restart()
-                self._calm.set()
+    async def _fates(
+        self, work: Work, rows: Sequence[Row]
+    ) -> dict[str, Record | Quarantined | Filtered]:
+        """What becomes of each row, by id; rows that killed their replica before are run with
+        care, as the shard's note says, and those to blame are not run at all."""
+        by_id = {row["id"]: row for row in rows}
+        left = await asyncio.to_thread(self._store.read_attempts, work.shard)
+        plan = attempts.plan(
+            Note.from_json(left) if left else None,
+            sorted(by_id, key=lambda i: self._prefix(by_id[i])),
+            self._labels.max_attempts,
+        )
+        fates: dict[str, Record | Quarantined | Filtered] = {}
+        for blamed in plan.note.blamed:
+            if blamed in by_id:
+                message = "its replica died on this row alone, again and again."
+                fates[blamed] = quarantined(
+                    by_id[blamed], "ReplicaDied", message, self._labels.max_attempts
+                )
+                self._count(rows=1, quarantined=1)
+        for group in plan.groups:
+            note = plan.before(group).to_json()
+            await asyncio.to_thread(self._store.write_attempts, work.shard, note)
+            some = [by_id[i] for i in group]
+            if plan.careful:
+                done = await self._rows.fates_alone(some)
+                settled = [self._record(r, f) for r, f in zip(some, done, strict=True)]
+            else:
+                settled = await asyncio.gather(*(self._settled(row) for row in some))
+            fates |= dict(zip(group, settled, strict=True))
+        return fates
 
-    async def _labels_of(self, values: dict[str, Any]) -> ClassLabels:
-        labels = await self._task.run(self._engine, values)
+    async def _settled(self, row: Row) -> Record | Quarantined | Filtered:
+        return self._record(row, await self._rows.fate(row))
+
+    def _record(self, row: Row, fate: Fate) -> Record | Quarantined | Filtered:
+        """Encode at once: a shard in work holds bytes, not arrays."""
+        if isinstance(fate, Quarantined):
+            self._count(rows=1, quarantined=1)
+            return fate
+        if isinstance(fate, Filtered):
+            self._count(rows=1, filtered=1)
+            return fate
         self._count(
             rows=1,
-            prompt_tokens=labels.n_prompt_tokens,
-            output_tokens=labels.n_output_tokens,
+            prompt_tokens=fate.n_prompt_tokens,
+            cached_tokens=fate.n_cached_tokens,
+            output_tokens=fate.n_output_tokens,
         )
-        return labels
+        return schema.record(row, fate, self._codec)
 
-    async def _restart(self) -> None:
-        if self._engine.alive:
-            return
-        try:
-            await self._engine.start()
-        except ModelError:
-            # Only a process that cannot start its engine again leaves; Ray starts another one.
-            os._exit(1)
+    def _prefix(self, row: Row) -> str:
+        return self._task.prefix(columns_of(row))
+
+    def _table(self, records: Sequence[Record]) -> Any:
+        import pyarrow as pa
+
+        return pa.Table.from_pylist(list(records), schema=schema.label_schema(self._labels.kind))
+
+    def _afterwards(self, commit: Commit, labels: Any) -> None:
+        self._store.clear_attempts(commit.shard)
+        if self._cache is not None:
+            self._cache.add(commit, labels)
+
+    async def _try_rows(self, shard: str, n_rows: int) -> Trial:
+        table = await asyncio.to_thread(corpus.read_shard, self._spec.corpus_dir / shard)
+        rows: list[Row] = table.slice(0, n_rows).to_pylist()
+        started = time.monotonic()
+        settled = await asyncio.gather(*(self._settled(row) for row in rows))
+        seconds = time.monotonic() - started
+        records = [fate for fate in settled if isinstance(fate, dict)]
+        return Trial(
+            rows=[_counts_of(fate) for fate in settled],
+            seconds=seconds,
+            start_seconds=self.start_seconds,
+            bytes=len(await asyncio.to_thread(parquet_bytes, self._table(records))),
+        )
+
+    def _seconds_since_commit(self, work: Work) -> float:
+        """This replica's time since its last commit: over all commits, its whole time."""
+        now = time.monotonic()
+        seconds, self._committed_at = now - self._committed_at, now
+        return round(seconds + (work.before.replica_seconds if work.before else 0.0), 3)
+
+    def _restarted(self) -> None:
         self._restarts += 1
         self._count(engine_restarts=1)
 
-    def _quarantine(
-        self, row: dict[str, Any], error_class: str, message: str, attempts: int
-    ) -> Quarantined:
-        self._count(rows=1, quarantined=1)
-        return Quarantined(
-            id=row["id"],
-            input=json.dumps(row, ensure_ascii=False),
-            error_class=error_class,
-            message=message,
-            attempts=attempts,
-        )
+    async def _beat(self) -> None:
+        """Tell that this replica lives, also when no row is done for a while."""
+        while True:
+            await asyncio.sleep(2 * _REPORT_INTERVAL_S)
+            self._flush()
 
     def _count(self, **more: int) -> None:
         for name, n in more.items():
@@ -201,27 +307,41 @@ class Replica:
             self._flush()
 
     def _flush(self) -> None:
-        self._reported_at = time.monotonic()
-        names = Counts.__slots__
-        self._report(Counts(**{name: self._counts.pop(name, 0) for name in names}))
+        now = time.monotonic()
+        since, self._reported_at = now - self._reported_at, now
+        counts, self._counts = self._counts, {}
+        self._report(self._name, Counts(**counts, replica_seconds=since))  # type: ignore[arg-type]
 
 
-def _table(labeled: list[tuple[dict[str, Any], ClassLabels]]) -> pa.Table:
-    import pyarrow as pa
+def codec_of(labels: Labels, model: Model) -> Codec | None:
+    """The codec of a kind that records distributions; None where the teacher gives none."""
+    if isinstance(labels, Logits | Generate) and model.vocab_size:
+        return Codec(name=labels.codec, vocab_size=model.vocab_size, k=entries(labels))
+    return None
 
-    return pa.Table.from_pylist(
-        [
-            {
-                "id": row["id"],
-                "split": row["split"],
-                "gold": row["label"],
-                "class_logprobs": labels.class_logprobs,
-                "label_mass": labels.label_mass,
-                "n_prompt_tokens": labels.n_prompt_tokens,
-                "n_output_tokens": labels.n_output_tokens,
-                "finish_reason": "length",
-            }
-            for row, labels in labeled
-        ],
-        schema=schema.classes_schema(),
+
+def _draws(labels: Labels) -> int:
+    if isinstance(labels, Logits | Generate) and labels.codec == "sampled":
+        return labels.draws
+    return 0
+
+
+def _sum(records: Sequence[Record], column: str, work: Work) -> int:
+    """Tokens spent on these rows, and on the shard before; copied rows took none."""
+    names = {"n_prompt_tokens": "prompt_tokens", "n_cached_tokens": "cached_tokens",
+             "n_output_tokens": "output_tokens"}  # fmt: skip
+    before = getattr(work.before, names[column]) if work.before else 0
+    return before + sum(record[column] for record in records)
+
+
+def _counts_of(fate: Record | Quarantined | Filtered) -> Counts:
+    if isinstance(fate, Quarantined):
+        return Counts(rows=1, quarantined=1)
+    if isinstance(fate, Filtered):
+        return Counts(rows=1, filtered=1)
+    return Counts(
+        rows=1,
+        prompt_tokens=fate["n_prompt_tokens"],
+        cached_tokens=fate["n_cached_tokens"],
+        output_tokens=fate["n_output_tokens"],
     )

@@ -65,6 +65,9 @@ class _Common(Section):
         2, description="Shards that one replica works on at a time, to keep its batches full."
     )
     max_attempts: Count = Field(3, description="Attempts at a row before it is quarantined.")
+    max_quarantined: Share = Field(
+        0.5, description="Stop if more than this share of the first rows goes to quarantine."
+    )
     cache: str | None = Field(
         None,
         description="Folder or URL of a content-addressed cache: a row that the same teacher has "
@@ -85,7 +88,9 @@ class _Common(Section):
         return self.model_dump(mode="json", exclude=_NOT_ASKED)
 
 
-_NOT_ASKED = {"filters", "shards_in_flight", "max_attempts", "cache", "destination"}
+_NOT_ASKED = {
+    "filters", "shards_in_flight", "max_attempts", "max_quarantined", "cache", "destination",
+}  # fmt: skip
 
 
 class _Asked(_Common):

@@ -65,7 +65,8 @@ def _record(best: Evaluation, state: State, origin: Provenance) -> dict[str, obj
 
 def _card(best: Evaluation, state: State, origin: Provenance) -> str:
     recipe, training = origin.recipe, origin.recipe.training
-    labels = "\n".join(f"| `{name}` | {words} |" for name, words in recipe.classes().classes.items())
+    asked = recipe.classes()
+    labels = "\n".join(f"| `{name}` | {words} |" for name, words in asked.classes.items())
     gold = (
         ""
         if best.gold_accuracy is None
@@ -76,7 +77,7 @@ def _card(best: Evaluation, state: State, origin: Provenance) -> str:
 # {recipe.name}: a distilled classifier
 
 A small encoder that answers like a large language model: it sorts a text into one of
-{len(recipe.classes().classes)} classes. Made by Journeyman {journeyman.__version__}.
+{len(asked.classes)} classes. Made by Journeyman {journeyman.__version__}.
 
 ```python
 from transformers import pipeline
@@ -90,8 +91,8 @@ classify = pipeline("text-classification", model="PATH_OF_THIS_FOLDER")
 
 ## Where it comes from
 
-- Teacher: `{recipe.teacher.model}`, labels by `{recipe.classes().scoring}` scoring, prior correction
-  `{recipe.classes().prior_correction}`.
+- Teacher: `{recipe.teacher.model}`, labels by `{asked.scoring}` scoring, prior correction
+  `{asked.prior_correction}`.
 - Weights it started from: `{origin.parent.reference}` (SHA-256 `{origin.parent.weights_digest}`).
 - {state.n_rows} train rows, {training.epochs} epochs, batches of {training.batch_size}, learning
   rate {training.learning_rate:g} (head {training.head_learning_rate:g}), soft labels at

@@ -86,13 +86,13 @@ class GeneratedLabels(Answer):
     """An answer of the teacher's own, and the distribution at each of its tokens.
 
     token_ids: int32[n], the answer's tokens; recorded: one position each; output_logprob: sum of
-    their log-probabilities, temperature 1.
+    their log-probabilities, temperature 1. A teacher behind a URL gives neither of the last two.
     """
 
     output: str
     token_ids: np.ndarray
-    output_logprob: float
-    recorded: Recorded
+    output_logprob: float | None
+    recorded: Recorded | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""One vLLM engine, in the process that uses it: start, score, notice death, start again.
+"""One vLLM engine, in the process that uses it: start, score, generate, notice death, start again.
 
 Knows nothing of labels or prompts; tokens go in, numpy arrays come out. Labeling and serving
 both use it, so their scores are the same.
@@ -10,9 +10,11 @@ import asyncio
 import importlib.metadata
 import importlib.util
 import itertools
+import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +23,20 @@ import numpy as np
 from journeyman.errors import ModelError
 from journeyman.models import Model
 from journeyman.recipe import Teacher
-from journeyman.teacher import capture, lifeline
+from journeyman.teacher import capture, lifeline, worker
+from journeyman.teacher.answers import Completion, Recorded, Spoken
+from journeyman.teacher.prompting import Sampling
+from journeyman.teacher.worker import SEED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm import SamplingParams
-    from vllm.outputs import RequestOutput
+    from vllm.outputs import CompletionOutput, RequestOutput
 
+MAX_NEXT_TOKENS = 128  # vLLM's bound on logprob_token_ids
+_MAX_LOGPROBS = 1024  # its default refuses more than 20; as many draws as a recipe may ask for
 _WATCH_INTERVAL_S = 0.2
+_SMALLEST_BLOCK = 16  # tokens; the prefix cache holds whole blocks
 _CPU_BLOCK_TOKENS = 32  # vLLM's CPU attention takes multiples of 32; small blocks waste least
 _PRELOADED = ("libiomp5.so", "libtcmalloc_minimal.so.4")  # both ask of vLLM; 17% on prefill
 
@@ -37,12 +45,25 @@ class EngineDied(Exception):  # noqa: N818 - says what happened, is no mistake o
     """The engine's process ended while it worked on this request, or before."""
 
 
-class Engine:
-    """An AsyncLLM with the settings of a recipe's teacher. Use it from one event loop."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """float32 log-probabilities, and how much of the prompt came from the prefix cache."""
 
-    def __init__(self, settings: Teacher, model: Model) -> None:
+    logprobs: np.ndarray
+    n_cached_tokens: int
+
+
+class Engine:
+    """An AsyncLLM with the settings of a recipe's teacher. Use it from one event loop.
+
+    ``draws``: record so many true draws of each position instead of top-k entries.
+    """
+
+    def __init__(self, settings: Teacher, model: Model, draws: int = 0) -> None:
         self.settings = settings
         self.model = model
+        self.draws = draws
+        self.stock_capture = ""  # why vLLM's own way of capturing is used, if it is
         self._llm: Any = None
         self._died: asyncio.Future[None]  # of the engine that runs now
         self._watcher: asyncio.Task[None]
@@ -56,6 +77,11 @@ class Engine:
     @property
     def max_model_len(self) -> int:
         return self._llm.model_config.max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that the engine runs at a time, as it was resolved."""
+        return self._llm.vllm_config.scheduler_config.max_num_seqs
 
     @property
     def alive(self) -> bool:
@@ -72,8 +98,9 @@ class Engine:
             from vllm.v1.engine.async_llm import AsyncLLM
 
             try:
-                arguments = AsyncEngineArgs(**engine_arguments(self.settings, self.model.path))
-                self._llm = AsyncLLM.from_engine_args(arguments)
+                arguments = engine_arguments(self.settings, self.model)
+                self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+                await self._take_over_capture()
                 self._died = asyncio.get_running_loop().create_future()
                 self._watcher = asyncio.create_task(self._watch(self._llm, self._died))
             except (ValueError, RuntimeError, TypeError, OSError) as error:
@@ -92,31 +119,100 @@ class Engine:
             self._llm.shutdown()
             self._llm = None
 
-    async def score_target(self, token_ids: Sequence[int], start: int) -> np.ndarray:
+    async def _take_over_capture(self) -> None:
+        capture.install()
+        reasons = await self._llm.collective_rpc("journeyman_capture", args=(self.draws,))
+        self.stock_capture = next((reason for reason in reasons if reason), "")
+        if self.stock_capture and self.draws:
+            raise ModelError(
+                f"labels.codec: sampled needs draws from the whole distribution, and this engine "
+                f"cannot make them ({self.stock_capture}); use topk_fp16 or topk_q8."
+            )
+
+    async def score_target(self, token_ids: Sequence[int], start: int) -> Scored:
         """float32[len(token_ids) - start]: log P(token | tokens before it), from ``start`` on."""
-        output = await self._generate(token_ids, prompt_logprobs=0)
-        return capture.target_logprobs(output, start)
+        output = await self._prefill(token_ids, start, 0)
+        return Scored(
+            logprobs=capture.target_logprobs(output, start),
+            n_cached_tokens=output.num_cached_tokens or 0,
+        )
 
-    async def score_next(self, token_ids: Sequence[int], candidates: Sequence[int]) -> np.ndarray:
+    async def record_target(
+        self, token_ids: Sequence[int], start: int, k: int, seed: int = 0
+    ) -> tuple[Recorded, int]:
+        """Distributions of the tokens from ``start`` on, and the prompt tokens read from cache.
+
+        k: entries a position (draws, where the engine makes draws); seed: 64 bits, for draws.
+        """
+        output = await self._prefill(token_ids, start, k, {SEED: seed} if self.draws else {})
+        return capture.recorded(*capture.target(output, start)), output.num_cached_tokens or 0
+
+    async def _prefill(
+        self, token_ids: Sequence[int], start: int, k: int, extra: dict[str, Any] | None = None
+    ) -> RequestOutput:
+        """Prefill with prompt log-probabilities from ``start`` on; what stands in front of them
+        may come from the prefix cache, which vLLM does not read for such requests by itself."""
+        marks = capture.marks(start) | (extra or {})
+        nothing_to_read = bool(self.stock_capture) or start <= _SMALLEST_BLOCK
+        for skip in (nothing_to_read, True):
+            output = await self._generate(
+                token_ids, marks, prompt_logprobs=k, skip_reading_prefix_cache=skip
+            )
+            if (output.num_cached_tokens or 0) < start:
+                break  # else the cache held the target itself: its positions were not computed
+        return output
+
+    async def score_next(self, token_ids: Sequence[int], candidates: Sequence[int]) -> Scored:
         """float32[len(candidates)]: log-probabilities of the candidates as the next token."""
-        output = await self._generate(token_ids, logprob_token_ids=list(candidates))
-        return capture.next_token_logprobs(output, len(candidates))
+        parts, cached = [], []
+        for begin in range(0, len(candidates), MAX_NEXT_TOKENS):
+            some = list(candidates[begin : begin + MAX_NEXT_TOKENS])
+            output = await self._generate(token_ids, capture.marks(), logprob_token_ids=some)
+            parts.append(capture.next_token_logprobs(output, len(some)))
+            cached.append(output.num_cached_tokens or 0)
+        return Scored(logprobs=np.concatenate(parts), n_cached_tokens=cached[0])
 
-    async def _generate(self, token_ids: Sequence[int], **params: Any) -> RequestOutput:
-        """One prefill and one greedy token; raises EngineDied, TimeoutError."""
+    async def generate(
+        self, token_ids: Sequence[int], sampling: Sampling, n: int = 1, k: int | None = None
+    ) -> Spoken:
+        """n completions of a prompt; k: entries recorded a position, None for none at all."""
+        output = await self._generate(
+            token_ids,
+            capture.marks(),
+            n=n,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop=list(sampling.stop) or None,
+            structured_outputs=_structured(sampling),
+            logprobs=0 if k is None else k,
+            detokenize=True,
+        )
+        completions = [_completion(c, k is not None) for c in output.outputs]
+        return Spoken(
+            completions=completions,
+            n_prompt_tokens=len(token_ids),
+            n_output_tokens=sum(len(c.token_ids) for c in completions),
+            n_cached_tokens=output.num_cached_tokens or 0,
+        )
+
+    async def _generate(
+        self, token_ids: Sequence[int], marks: dict[str, Any], **params: Any
+    ) -> RequestOutput:
+        """One request, by default one greedy token; raises EngineDied, TimeoutError."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if not self.alive:
             raise EngineDied
+        settings = {"max_tokens": 1, "temperature": 0.0, "detokenize": False} | params
         sampling = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            detokenize=False,
+            **settings,
             flat_logprobs=True,
+            extra_args=marks,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            **params,
+            skip_clone=True,
         )
         request = asyncio.ensure_future(self._finished(token_ids, sampling))
         # vLLM 0.29 does not end the streams of an engine whose process was killed, so each
@@ -135,12 +231,21 @@ class Engine:
 
     async def _finished(self, token_ids: Sequence[int], sampling: SamplingParams) -> RequestOutput:
         stream = self._llm.generate(
-            {"prompt_token_ids": list(token_ids)}, sampling, f"r{next(self._request_ids)}"
+            {"prompt_token_ids": list(token_ids)},
+            sampling,
+            f"r{next(self._request_ids)}",
+            lora_request=self._lora_request(),
         )
         async for output in stream:
             if output.finished:
                 return output
         raise EngineDied
+
+    def _lora_request(self) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        adapter = self.model.adapter
+        return LoRARequest("teacher", 1, str(adapter)) if adapter else None
 
     async def _watch(self, llm: Any, died: asyncio.Future[None]) -> None:
         while not llm.errored:
@@ -148,17 +253,48 @@ class Engine:
         died.set_result(None)
 
 
-def engine_arguments(settings: Teacher, path: Path) -> dict[str, Any]:
+def _completion(output: CompletionOutput, recording: bool) -> Completion:
+    ids, values = capture.generated(output)
+    return Completion(
+        text=output.text,
+        token_ids=np.asarray(output.token_ids, dtype=np.int32),
+        finish_reason=output.finish_reason or "",
+        token_logprobs=values[:, 0],
+        recorded=capture.recorded(ids, values) if recording else None,
+    )
+
+
+def _structured(sampling: Sampling) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if sampling.structured is None:
+        return None
+    form = sampling.structured
+    return StructuredOutputsParams(
+        json=form.json_schema,
+        regex=form.regex,
+        choice=list(form.choice) if form.choice else None,
+        grammar=form.grammar,
+    )
+
+
+def engine_arguments(settings: Teacher, model: Model) -> dict[str, Any]:
     """vLLM's engine arguments; what a label dataset and a bundle are tied to."""
     from vllm.platforms import current_platform
 
     arguments: dict[str, Any] = {
-        "model": str(path),
+        "model": str(model.path),
         "dtype": settings.dtype,
         "max_num_seqs": settings.max_num_seqs,
         "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+        "max_logprobs": _MAX_LOGPROBS,
+        "worker_extension_cls": f"{worker.__name__}.{worker.Capture.__name__}",
         "disable_log_stats": True,
     }
+    if model.adapter:
+        rank = json.loads((model.adapter / "adapter_config.json").read_text())["r"]
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     if settings.max_model_len:
         arguments["max_model_len"] = settings.max_model_len
     if settings.max_num_batched_tokens:

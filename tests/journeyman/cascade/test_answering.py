@@ -15,7 +15,7 @@ from journeyman.cascade.refusals import (
     TextRefused,
 )
 from journeyman.certify.calibration import Calibrator
-from journeyman.teacher.tasks import ClassLabels
+from journeyman.teacher.answers import ClassLabels
 
 POLICY = Policy(
     label_names=("no", "yes"),

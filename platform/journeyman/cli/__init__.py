@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from journeyman import __version__, recipe
-from journeyman.errors import JourneymanError
+from journeyman import __version__
+from journeyman.cli import labels
+from journeyman.cli.arguments import add_recipe, command, load, positive
+from journeyman.errors import JourneymanError, RecipeError
 from journeyman.progress import duration
 from journeyman.recipe import Recipe
 
@@ -27,7 +29,22 @@ examples:
   journeyman recipe show jobs/recipes/demo.yaml      every setting, defaults filled in
   journeyman run jobs/recipes/demo.yaml              the whole pipeline
   journeyman run my.yaml --set training.epochs=8     with one setting changed
+  journeyman label my.yaml --estimate                what labeling will take, before it is paid for
   journeyman label my.yaml --new                     label again from the start
+  journeyman labels stats my.yaml                    what the teacher said, in figures
+"""
+
+_LABEL = """\
+Let the teacher label the corpus, shard by shard. It can be stopped at any time: the same command
+goes on where it stopped, and what is finished is never labeled twice.
+"""
+
+_LABEL_EXAMPLES = """\
+examples:
+  journeyman label my.yaml --estimate --rows 500     label 500 rows, and price the rest from them
+  journeyman label my.yaml                           label; goes on where it stopped
+  journeyman label my.yaml --new                     from the start, into a new dataset
+  journeyman labels --help                           look at what came of it
 """
 
 _STEPS = {
@@ -68,18 +85,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"journeyman {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = _command(commands, "run", "do every step of a recipe that is not done yet", _run)
+    run = command(commands, "run", "do every step of a recipe that is not done yet", _run)
+    add_recipe(run)
     run.add_argument("--new", action="store_true", help=_NEW)
     for name, words in _STEPS.items():
-        step = _command(commands, name, words, _step)
-        step.set_defaults(step=name)
         if name == "label":
-            step.add_argument("--new", action="store_true", help=_NEW)
+            step = command(commands, name, words, _label, _LABEL, _LABEL_EXAMPLES)
+            _add_label_options(step)
+        else:
+            step = command(commands, name, words, _step)
+        add_recipe(step)
+        step.set_defaults(step=name)
+    labels.add_commands(commands)
     _recipe_commands(commands)
     return parser
 
 
 _NEW = "start a new label dataset; the old one is kept as labels.old"
+_ESTIMATE_ROWS = 200
+
+
+def _add_label_options(label: argparse.ArgumentParser) -> None:
+    label.add_argument("--new", action="store_true", help=_NEW)
+    label.add_argument(
+        "--estimate",
+        action="store_true",
+        help="label a sample only, and say how long the whole corpus will take and what it will "
+        "cost (by teacher.price); writes nothing",
+    )
+    label.add_argument(
+        "--rows",
+        metavar="N",
+        type=positive,
+        help=f"with --estimate: rows of the sample (default {_ESTIMATE_ROWS})",
+    )
 
 
 def _recipe_commands(commands: Any) -> None:
@@ -87,34 +126,17 @@ def _recipe_commands(commands: Any) -> None:
     actions = about.add_subparsers(required=True, metavar="ACTION")
     schema = actions.add_parser("schema", help="the JSON Schema of recipes, every key documented")
     schema.set_defaults(do=_recipe_schema)
-    _command(actions, "show", "a recipe as it will run, defaults filled in", _recipe_show)
-    _command(actions, "check", "check a recipe: keys, types, combinations, templates, models",
-             _recipe_check)  # fmt: skip
-
-
-def _command(commands: Any, name: str, words: str, do: Any) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
-    command.add_argument("recipe", metavar="RECIPE", help="the recipe, a YAML file")
-    command.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="override one setting, such as training.epochs=3; may be given again",
-    )
-    command.set_defaults(do=do)
-    return command
-
-
-def _load(options: argparse.Namespace) -> Recipe:
-    return recipe.load(options.recipe, options.overrides)
+    show = command(actions, "show", "a recipe as it will run, defaults filled in", _recipe_show)
+    add_recipe(show)
+    words = "check a recipe: keys, types, combinations, templates, models"
+    check = command(actions, "check", words, _recipe_check)
+    add_recipe(check)
 
 
 def _run(options: argparse.Namespace) -> int:
     from journeyman import steps, summary
 
-    loaded = _load(options)
+    loaded = load(options)
     print(f"run       {loaded.run_dir}", flush=True)
     results = steps.run(loaded, _print_result, new_labels=options.new)
     print()
@@ -126,9 +148,25 @@ def _run(options: argparse.Namespace) -> int:
 def _step(options: argparse.Namespace) -> int:
     from journeyman import steps
 
-    run = steps.Run(_load(options))
+    run = steps.Run(load(options))
     with run.locked():
         _print_result(run.execute(options.step, new_labels=getattr(options, "new", False)))
+    return 0
+
+
+def _label(options: argparse.Namespace) -> int:
+    from journeyman import steps
+
+    if not options.estimate:
+        if options.rows:
+            raise RecipeError("--rows is the size of the sample that --estimate labels; to label "
+                              "fewer rows set corpus.limits.")  # fmt: skip
+        return _step(options)
+    if options.new:
+        raise RecipeError("--estimate labels a sample only and --new starts a dataset: give one.")
+    run = steps.Run(load(options))
+    with run.locked():
+        print(run.estimate(options.rows or _ESTIMATE_ROWS).text())
     return 0
 
 
@@ -147,15 +185,17 @@ def _recipe_schema(_: argparse.Namespace) -> int:
 def _recipe_show(options: argparse.Namespace) -> int:
     import yaml
 
-    print(yaml.safe_dump(_load(options).model_dump(mode="json"), sort_keys=False), end="")
+    print(yaml.safe_dump(load(options).model_dump(mode="json"), sort_keys=False), end="")
     return 0
 
 
 def _recipe_check(options: argparse.Namespace) -> int:
     from journeyman import corpus, models, sources
+    from journeyman.labels import quality
 
-    loaded = _load(options)
+    loaded = load(options)
     corpus.id_columns(loaded)
+    quality.check(loaded.labels, has_gold=bool(loaded.corpus.columns.label))
     urls = sources.expand(loaded.corpus.sources)
     teacher = None
     if not loaded.teacher.url:
@@ -166,7 +206,3 @@ def _recipe_check(options: argparse.Namespace) -> int:
         if model:
             print(f"{role:<9} {model.path} ({model.size_bytes / 1e6:,.0f} MB)")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,195 @@
+"""Bytes under names, in a local folder or behind an object store's URL, by one and the same path.
+
+A name holds all of its bytes or does not exist. ``create`` is the only arbiter between writers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from journeyman import files
+from journeyman.errors import ClusterError, RecipeError
+
+_PATIENCE = timedelta(seconds=60)  # with a store that fails or cannot be reached, each request
+_READERS = 32  # reads at a time
+_READ_AHEAD = 1024  # files that are read before the first of them is taken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """One name of a folder."""
+
+    name: str
+    size: int
+    modified: datetime
+    tag: str  # changes when the content does
+
+
+class Folder:
+    """A folder at a path or at a URL that obstore knows (s3://, gs://, az://, file://, memory://).
+
+    Holds no connection of its own, so it may be pickled. What the disk or the store refuses is a
+    ClusterError; a name that does not exist is a FileNotFoundError.
+    """
+
+    def __init__(self, where: str | Path) -> None:
+        """Raises RecipeError for a URL of an unknown kind."""
+        self.where = str(where)
+        self.directory = _local(self.where)  # None behind a URL
+        if self.directory is None:
+            _remote(self.where)
+
+    def path(self, name: str) -> str:
+        """A name as people write it."""
+        return f"{self.where.rstrip('/')}/{name}"
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write, in place of what is there."""
+        self._put(name, content, "overwrite")
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write only if the name does not exist; False if it does."""
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            self._put(name, content, "create")
+        except AlreadyExistsError:
+            return False
+        return True
+
+    def get(self, name: str) -> bytes:
+        import obstore
+
+        if self.directory is not None and not self.directory.is_dir():
+            raise FileNotFoundError(self.path(name))
+        with self._errors(name, "read"):
+            return bytes(obstore.get(self._store(), name).bytes())
+
+    def get_each(
+        self, names: Iterable[str], ahead: int = _READ_AHEAD
+    ) -> Iterator[tuple[str, bytes | None]]:
+        """Names and contents in the order asked for, None for a name that does not exist.
+
+        Up to ``ahead`` contents are in memory.
+        """
+        waiting = iter(names)
+        with ThreadPoolExecutor(_READERS) as readers:
+            while batch := list(itertools.islice(waiting, ahead)):
+                yield from zip(batch, readers.map(self._get_if_there, batch), strict=True)
+
+    def _get_if_there(self, name: str) -> bytes | None:
+        try:
+            return self.get(name)
+        except FileNotFoundError:
+            return None
+
+    def walk(self, prefix: str) -> Iterator[Listed]:
+        """All names below a prefix, in no order; none if there is no such folder."""
+        import obstore
+
+        if self.directory is not None and not self.directory.is_dir():
+            return
+        with self._errors(prefix, "listed"):
+            for batch in obstore.list(self._store(), prefix, chunk_size=1000):
+                for item in batch:
+                    yield Listed(
+                        name=item["path"],
+                        size=item["size"],
+                        modified=item["last_modified"],
+                        tag=item["e_tag"] or item["last_modified"].isoformat(),
+                    )
+
+    def delete(self, name: str) -> None:
+        """Fine with a name that does not exist."""
+        import obstore
+
+        if self.directory is not None and not self.directory.is_dir():
+            return
+        with contextlib.suppress(FileNotFoundError), self._errors(name, "deleted"):
+            obstore.delete(self._store(), name)
+
+    def delete_unfinished(self, older_than_s: float) -> None:
+        """Remove what killed writers left of local files; an object store has no such thing."""
+        if self.directory is None:
+            return
+        for path in self.directory.rglob("*#*"):  # obstore's name for them
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < time.time() - older_than_s:
+                    path.unlink()
+
+    def _put(self, name: str, content: bytes, mode: str) -> None:
+        import obstore
+
+        with self._errors(name, "written"):
+            if self.directory is not None:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            obstore.put(self._store(), name, content, mode=mode)
+            if self.directory is not None:
+                _sync(self.directory / name)
+
+    def _store(self) -> Any:
+        from obstore.store import LocalStore
+
+        if self.directory is None:
+            return _remote(self.where)
+        return LocalStore(self.directory)
+
+    @contextlib.contextmanager
+    def _errors(self, name: str, verb: str) -> Iterator[None]:
+        from obstore.exceptions import AlreadyExistsError, BaseError
+
+        try:
+            with files.disk_errors(Path(self.where)):
+                yield
+        except AlreadyExistsError:
+            raise
+        except BaseError as error:  # obstore's own, for a full disk as for a lost store
+            reason = str(error).splitlines()[0]
+            raise ClusterError(
+                f"{self.path(name)}: cannot be {verb} ({reason}); mend that and run the same "
+                "command again: it goes on where it stopped."
+            ) from error
+
+
+def _local(where: str) -> Path | None:
+    if "://" not in where:
+        return Path(where)
+    url = urlsplit(where)
+    return Path(unquote(url.path)) if url.scheme == "file" else None
+
+
+@functools.cache
+def _remote(url: str) -> Any:
+    """One store, with its connections, for each URL and process."""
+    from obstore.exceptions import BaseError
+    from obstore.store import MemoryStore, from_url
+
+    try:
+        if url.startswith("memory:"):
+            return MemoryStore()
+        return from_url(url, retry_config={"max_retries": 1000, "retry_timeout": _PATIENCE})
+    except (BaseError, ValueError) as error:
+        raise RecipeError(
+            f"{url}: no such object store ({str(error).splitlines()[0]}); take a folder, or a URL "
+            "of s3://, gs:// or az:// with what it needs in the environment."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """The commit must not reach the disk before the data that it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,217 @@
+"""The fate of each row on one replica: labeled, quarantined or left out, whatever the teacher does.
+
+Errors are data. Those of a row are final and go to quarantine; those of the moment are tried
+again. Where the engine dies, another is started and the rows that were in it are tried in ever
+smaller groups with no others beside them, until the one to blame has died alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from journeyman.errors import ModelError
+from journeyman.labels.schema import Filtered, Quarantined
+from journeyman.recipe import Labels
+from journeyman.teacher.answers import ContextOverflow, Labeled, RowError
+from journeyman.teacher.engine import EngineDied
+from journeyman.teacher.remote import Unreachable
+from journeyman.teacher.tasks import Task, row_values
+
+_GROUPS = 8  # parts of a suspected group, see attempts.py
+
+Row = dict[str, Any]  # of a corpus shard
+Fate = Labeled | Quarantined | Filtered
+
+
+class Backend(Protocol):
+    """What answers: an engine of ours, or a URL."""
+
+    @property
+    def alive(self) -> bool: ...
+    async def start(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Suspect:
+    row: Row
+    fate: asyncio.Future[Fate]
+    attempts: int = 1
+
+
+class RowLabeler:
+    """Labels rows on one backend; use it from one event loop."""
+
+    def __init__(
+        self,
+        labels: Labels,
+        backend: Backend,
+        task: Task,
+        in_flight: int,
+        on_restart: Callable[[], None],
+    ) -> None:
+        """in_flight: rows that the backend has at a time."""
+        self._labels = labels
+        self._backend = backend
+        self._task = task
+        self._gate = _Gate()
+        self._slots = asyncio.Semaphore(in_flight)
+        self._on_restart = on_restart
+        self._suspects: list[_Suspect] = []
+        self._settling: asyncio.Task[None] | None = None
+
+    async def fate(self, row: Row) -> Fate:
+        """What becomes of a row, beside as many others as there are slots."""
+        attempts, error = 0, ""
+        while attempts < self._labels.max_attempts:
+            attempts += 1
+            try:
+                async with self._gate.together(), self._slots:
+                    return await self._run(row)
+            except EngineDied:
+                return await self._suspected(row)
+            except (TimeoutError, Unreachable) as reason:
+                error = str(reason) or "the teacher did not answer within its request_timeout_s"
+        return quarantined(row, "TimeoutError", f"{error}.", attempts)
+
+    async def fates_alone(self, rows: Sequence[Row]) -> list[Fate]:
+        """The same for rows under suspicion, with no others beside them."""
+        group = [_Suspect(row, _future(), attempts=0) for row in rows]
+        async with self._gate.alone():
+            await self._settle(group)
+        return [suspect.fate.result() for suspect in group]
+
+    async def _run(self, row: Row) -> Fate:
+        """One attempt; errors of the row are fates, those of the teacher are raised."""
+        try:
+            return await self._task.run(columns_of(row), seed=int(row["id"][:16], 16))
+        except ContextOverflow as reason:
+            if self._labels.overflow == "skip":
+                return Filtered(id=row["id"], input=_json(row), filter="overflow",
+                                value=float(reason.n_tokens))  # fmt: skip
+            return quarantined(row, "ContextOverflow", str(reason), 1)
+        except RowError as reason:
+            return quarantined(row, type(reason).__name__, str(reason), 1)
+        except ValueError as reason:  # vLLM refuses the request: it always will
+            return quarantined(row, "InvalidRequest", str(reason).splitlines()[0], 1)
+
+    async def _suspected(self, row: Row) -> Fate:
+        suspect = _Suspect(row, _future())
+        self._suspects.append(suspect)
+        if self._settling is None:
+            self._settling = asyncio.create_task(self._settle_all())
+        return await suspect.fate
+
+    async def _settle_all(self) -> None:
+        try:
+            async with self._gate.alone():
+                while self._suspects:
+                    group, self._suspects = self._suspects, []
+                    await self._settle(group)
+                await self._restart()
+        finally:
+            self._settling = None
+
+    async def _settle(self, group: list[_Suspect]) -> None:
+        """Run rows that were in a dying engine; split them up when it dies again."""
+        await self._restart()
+        await asyncio.gather(*(self._retry(suspect) for suspect in group))
+        died = [suspect for suspect in group if not suspect.fate.done()]
+        if len(died) == 1 and died[0].attempts >= self._labels.max_attempts:
+            message = "the engine died on this row alone, again and again."
+            died[0].fate.set_result(
+                quarantined(died[0].row, "EngineDied", message, died[0].attempts)
+            )
+            await self._restart()
+            return
+        size = max(1, -(-len(died) // _GROUPS))
+        for i in range(0, len(died), size):
+            await self._settle(died[i : i + size])
+
+    async def _retry(self, suspect: _Suspect) -> None:
+        suspect.attempts += 1
+        try:
+            async with self._slots:
+                suspect.fate.set_result(await self._run(suspect.row))
+        except EngineDied:
+            pass
+        except (TimeoutError, Unreachable) as reason:
+            suspect.fate.set_result(
+                quarantined(suspect.row, "TimeoutError", f"{reason}.", suspect.attempts)
+            )
+        except Exception as error:  # whoever waits for this row raises it
+            suspect.fate.set_exception(error)
+
+    async def _restart(self) -> None:
+        if self._backend.alive:
+            return
+        try:
+            await self._backend.start()
+        except ModelError:
+            # Only a process that cannot start its engine again leaves; Ray starts another one.
+            os._exit(1)
+        self._on_restart()
+
+
+class _Gate:
+    """Many together, or one alone, who goes before those that come later."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._open = asyncio.Event()
+        self._open.set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._one = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def together(self) -> AsyncIterator[None]:
+        while not self._open.is_set():
+            await self._open.wait()
+        self._inside += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        async with self._one:
+            self._open.clear()
+            try:
+                await self._empty.wait()
+                yield
+            finally:
+                self._open.set()
+
+
+def columns_of(row: Row) -> dict[str, Any]:
+    """A corpus row's columns as templates see them."""
+    return row_values(row["text"], json.loads(row["meta"] or "{}"))
+
+
+def quarantined(row: Row, error_class: str, message: str, attempts: int) -> Quarantined:
+    return Quarantined(
+        id=row["id"],
+        input=_json(row),
+        error_class=error_class,
+        message=message,
+        attempts=attempts,
+    )
+
+
+def _json(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False)
+
+
+def _future() -> asyncio.Future[Fate]:
+    return asyncio.get_running_loop().create_future()

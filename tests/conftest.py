@@ -13,6 +13,9 @@ import psutil
 import pytest
 
 from journeyman import cluster, models, recipe, steps
+from journeyman.labels import pipeline
+from journeyman.labels.replica import Counts, Replica, ReplicaSpec
+from journeyman.labels.store import LabelStore
 from journeyman.models import Model
 from journeyman.recipe import Recipe
 
@@ -52,6 +55,34 @@ def ray_cluster() -> Iterator[None]:
 def teacher_model() -> Model:
     """The demo's teacher, SmolLM2-135M-Instruct."""
     return models.resolve(recipe.load(DEMO).teacher.model)
+
+
+@pytest.fixture(scope="session")
+def reports() -> list[Counts]:
+    """What the session's replica has reported."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def replica(
+    teacher_model: Model, tmp_path_factory: pytest.TempPathFactory, reports: list[Counts]
+) -> Iterator[Replica]:
+    """A labeling replica of the demo's recipe in this process, with a real engine."""
+    directory = tmp_path_factory.mktemp("replica")
+    settings = small_recipe(directory, "labels.max_attempts=2")
+    labels = LabelStore(directory / "labels")
+    labels.open(pipeline.identity(settings, teacher_model, "corpus"))
+    spec = ReplicaSpec(
+        recipe=settings,
+        teacher=settings.teacher,
+        model=teacher_model,
+        corpus_dir=directory / "corpus",
+        labels=labels.where,
+        identity=labels.manifest()["identity"],
+    )
+    replica = Replica(spec, lambda _, counts: reports.append(counts))
+    yield replica
+    replica.close()
 
 
 @pytest.fixture(scope="session")

@@ -144,11 +144,13 @@ def _most(d: Difference) -> str:
 def requeued_text(before: Opened, after: Opened) -> str:
     """What became of the rows that were in quarantine."""
     was, now = _became(before), _became(after)
-    fates = [f"{now['ok'] - was['ok']:,} are labeled now"]
+    n = was["quarantined"]
+    fates = [f"{now['ok'] - was['ok']:,} labeled now"]
     if now["filtered"] > was["filtered"]:
-        fates.append(f"{now['filtered'] - was['filtered']:,} are filtered")
-    fates.append(f"{now['quarantined']:,} are in quarantine again")
-    text = f"Of {was['quarantined']:,} rows in quarantine {', '.join(fates)}."
+        fates.append(f"{now['filtered'] - was['filtered']:,} filtered")
+    fates.append(f"{now['quarantined']:,} in quarantine again")
+    rows = "1 row was" if n == 1 else f"{n:,} rows were"
+    text = f"{rows} in quarantine: {', '.join(fates)}."
     return "\n\n".join([text, *filter(None, [_reasons(reasons(after))])])
 
 

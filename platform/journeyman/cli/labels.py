@@ -37,6 +37,13 @@ Show rows with what the teacher said of them: text on the left; class probabilit
 tokens, the answer, or reasonings and answers on the right.
 """
 
+_SHOW_EXAMPLES = """\
+examples:
+  journeyman labels show my.yaml                        the first five rows
+  journeyman labels show my.yaml --only wrong --rows 20
+  journeyman labels show runs/demo --id 3f2a91          one row, its text and answers in full
+"""
+
 _STATS = """\
 A label dataset in figures: what became of every row, the teacher's labels against gold, label mass
 and entropy, tokens, bytes, and why rows are in quarantine.
@@ -45,6 +52,12 @@ and entropy, tokens, bytes, and why rows are in quarantine.
 _DIFF = """\
 Compare two label datasets of one kind row by row, for instance of two prompts or two codecs: how
 often they agree, how far apart their distributions are, and the rows that differ most.
+"""
+
+_DIFF_EXAMPLES = """\
+examples:
+  journeyman labels diff a.yaml b.yaml                  the labels of two recipes' runs
+  journeyman labels diff runs/a/labels s3://bucket/b --rows 20 --json
 """
 
 _EXPORT = """\
@@ -56,6 +69,12 @@ Write a label dataset, with its texts, for other tools.
 
 Rows that filters leave out are left out. Token distributions stay packed (a README.md says how to
 read them) unless --decode is given, and are then many times larger.
+"""
+
+_EXPORT_EXAMPLES = """\
+examples:
+  journeyman labels export my.yaml --format jsonl --out labels.jsonl.gz
+  journeyman labels export my.yaml --format hf --out labels-hf --split train --decode
 """
 
 _REQUEUE = """\
@@ -84,7 +103,9 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_show(actions: Any) -> None:
-    show = command(actions, "show", "rows, and what the teacher said of them", _show, _SHOW)
+    show = command(
+        actions, "show", "rows, and what the teacher said of them", _show, _SHOW, _SHOW_EXAMPLES
+    )
     _add_dataset(show)
     show.add_argument(
         "--rows", metavar="N", type=positive, default=5, help="rows to show (default 5)"
@@ -126,7 +147,9 @@ def _add_stats(actions: Any) -> None:
 
 
 def _add_diff(actions: Any) -> None:
-    diff = command(actions, "diff", "two datasets held against each other", _diff, _DIFF)
+    diff = command(
+        actions, "diff", "two datasets held against each other", _diff, _DIFF, _DIFF_EXAMPLES
+    )
     for name in ("A", "B"):
         diff.add_argument(
             name.lower(),
@@ -142,7 +165,9 @@ def _add_diff(actions: Any) -> None:
 
 
 def _add_export(actions: Any) -> None:
-    export = command(actions, "export", "a copy for other tools", _export, _EXPORT)
+    export = command(
+        actions, "export", "a copy for other tools", _export, _EXPORT, _EXPORT_EXAMPLES
+    )
     _add_dataset(export)
     export.add_argument("--format", required=True, help="hf, jsonl or parquet")
     export.add_argument("--out", metavar="PATH", required=True, type=Path, help="where to write it")
@@ -179,11 +204,11 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 # --- which dataset is meant ---
 
 
-def _open(options: argparse.Namespace, where: str) -> Opened:
+def _open(where: str, overrides: list[str], corpus_dir: Path | None = None) -> Opened:
     from journeyman.labels.inspect import open_dataset
 
-    folder, run_corpus = _dataset(where, options.overrides)
-    return open_dataset(folder, getattr(options, "corpus", None), run_corpus)
+    folder, run_corpus = _dataset(where, overrides)
+    return open_dataset(folder, corpus_dir, run_corpus)
 
 
 def _dataset(where: str, overrides: list[str]) -> tuple[str, Path | None]:
@@ -219,7 +244,7 @@ def _show(options: argparse.Namespace) -> int:
     from journeyman.cli.rows import print_rows
     from journeyman.labels import inspect
 
-    opened = _open(options, options.where)
+    opened = _open(options.where, options.overrides, options.corpus)
     found = inspect.rows(
         opened,
         options.rows,
@@ -237,7 +262,7 @@ def _stats(options: argparse.Namespace) -> int:
     from journeyman.cli import figures
     from journeyman.labels import inspect
 
-    stats = inspect.stats(_open(options, options.where))
+    stats = inspect.stats(_open(options.where, options.overrides, options.corpus))
     if options.json:
         print(json.dumps(dataclasses.asdict(stats), indent=2, ensure_ascii=False))
     else:
@@ -249,7 +274,8 @@ def _diff(options: argparse.Namespace) -> int:
     from journeyman.cli import figures
     from journeyman.labels import inspect
 
-    a, b = (_open(options, where) for where in (options.a, options.b))
+    a = _open(options.a, options.overrides, options.corpus)
+    b = _open(options.b, options.overrides)
     difference = inspect.diff(a, b, options.rows)
     if options.json:
         print(json.dumps(dataclasses.asdict(difference), indent=2, ensure_ascii=False))
@@ -263,7 +289,7 @@ def _export(options: argparse.Namespace) -> int:
     from journeyman.labels import inspect
 
     exported = inspect.export(
-        _open(options, options.where),
+        _open(options.where, options.overrides, options.corpus),
         options.format,
         options.out,
         decode=options.decode,
@@ -279,7 +305,7 @@ def _export(options: argparse.Namespace) -> int:
 def _card(options: argparse.Namespace) -> int:
     from journeyman.labels import card
 
-    opened = _open(options, options.where)
+    opened = _open(options.where, options.overrides, options.corpus)
     card.write(opened.store)
     print(opened.store.folder.path(card.NAME))
     return 0
@@ -290,7 +316,7 @@ def _requeue(options: argparse.Namespace) -> int:
     from journeyman.cli import figures
 
     loaded = load(options)
-    before = _open(options, options.recipe)
+    before = _open(options.recipe, options.overrides)
     n_before = sum(commit.quarantined for commit in before.commits)
     if not n_before:
         print("No row is in quarantine: there is nothing to label again.")
@@ -298,6 +324,6 @@ def _requeue(options: argparse.Namespace) -> int:
     run = steps.Run(loaded)
     with run.locked():
         run.requeue()
-    after = _open(options, options.recipe)
+    after = _open(options.recipe, options.overrides)
     print(figures.requeued_text(before, after))
     return 0

@@ -45,7 +45,6 @@ class Cache:
         self._lock = threading.Lock()
         self._loaded = False
         self._files: list[str] = []  # SHA-256 of the data files whose ids have been read
-        self._damaged: set[int] = set()  # places in _files
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()  # the last used at the end
         # For each row there is: the first half of its id, and its file's place in _files; sorted.
         self._halves = np.empty(0, dtype=np.uint64)
@@ -82,8 +81,8 @@ class Cache:
         name = f"{self._below}/{hashlib.sha256(content).hexdigest()}"
         ids = bytes.fromhex("".join(fresh["id"].to_pylist()))
         try:
-            self._folder.create(f"{name}.parquet", content)
-            self._folder.create(f"{name}.ids", ids)
+            self._folder.put(f"{name}.parquet", content)
+            self._folder.put(f"{name}.ids", ids)
         except (ClusterError, OSError) as error:
             _log.warning("labels.cache: rows were not kept: %s", error)
 
@@ -135,11 +134,7 @@ class Cache:
 
     def _read(self, places: Sequence[int]) -> list[tuple[int, pa.Table]]:
         """Those of the data files that can be read."""
-        absent = {
-            self._data_name(place): place
-            for place in places
-            if place not in self._tables and place not in self._damaged
-        }
+        absent = {self._data_name(p): p for p in places if p not in self._tables}
         try:
             for name, content in self._folder.get_each(absent, ahead=_TABLES):
                 self._take_in(absent[name], name, content)
@@ -160,7 +155,8 @@ class Cache:
                 self._tables[place] = table
                 return
         _log.warning("%s: damaged or gone; its rows are not used.", self._folder.path(name))
-        self._damaged.add(place)
+        whole = self._places != place  # the others' rows: those of this one may be added again
+        self._halves, self._places = self._halves[whole], self._places[whole]
 
     def _data_name(self, place: int) -> str:
         return f"{self._below}/{self._files[place]}.parquet"

@@ -77,7 +77,8 @@ def render(
 
 def _front_matter(manifest: Mapping[str, Any], commits: Sequence[Commit]) -> str:
     kind, rows = manifest["identity"]["kind"], manifest["totals"]["ok"]
-    data = [c.data for c in commits] if len(commits) <= _LISTED_FILES else "shards/*.parquet"
+    files = [c.data for c in commits if c.ok]  # datasets cannot read one without rows
+    data = files if len(files) <= _LISTED_FILES else "shards/*.parquet"
     about = {
         "pretty_name": f"{kind.capitalize()} labels by {_name(manifest)}",
         "task_categories": [_TASKS[kind]],

@@ -115,7 +115,9 @@ class Replica:
         return self._call(self._try_rows(shard, n_rows))
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._backend.close)
+        """Stop the teacher; rows under way are lost to this replica."""
+        self._call(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _call(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -138,8 +140,19 @@ class Replica:
         self._task = task
         # Twice what the engine holds, so that its queue never runs dry.
         in_flight = max(1, 2 * max_num_seqs // task.requests_per_row)
-        self._rows = RowLabeler(labels, self._backend, task, in_flight, self._restarted)
+        self._rows = RowLabeler(
+            labels,
+            self._backend,
+            task,
+            in_flight,
+            self._restarted,
+            outage_s=self._spec.teacher.start_timeout_s,
+        )
         self._heartbeat = asyncio.create_task(self._beat())
+
+    async def _close(self) -> None:
+        self._heartbeat.cancel()
+        self._backend.close()
 
     async def _label(self, work: Work) -> Commit:
         started = time.monotonic()

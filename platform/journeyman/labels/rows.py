@@ -11,11 +11,12 @@ import asyncio
 import contextlib
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from journeyman.errors import ModelError
+from journeyman.errors import ClusterError, ModelError
 from journeyman.labels.schema import Filtered, Quarantined
 from journeyman.recipe import Labels
 from journeyman.teacher.answers import ContextOverflow, Labeled, RowError
@@ -23,6 +24,7 @@ from journeyman.teacher.engine import EngineDied
 from journeyman.teacher.remote import Unreachable
 from journeyman.teacher.tasks import Task, row_values
 
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _GROUPS = 8  # parts of a suspected group, see attempts.py
 
 Row = dict[str, Any]  # of a corpus shard
@@ -55,30 +57,40 @@ class RowLabeler:
         task: Task,
         in_flight: int,
         on_restart: Callable[[], None],
+        outage_s: float = 600.0,
     ) -> None:
-        """in_flight: rows that the backend has at a time."""
+        """in_flight: rows that the backend has at a time; outage_s: how long to wait for a
+        teacher that answers no row at all, before ClusterError stops the run."""
         self._labels = labels
         self._backend = backend
         self._task = task
         self._gate = _Gate()
         self._slots = asyncio.Semaphore(in_flight)
         self._on_restart = on_restart
+        self._outage = _Outage(outage_s)
         self._suspects: list[_Suspect] = []
         self._settling: asyncio.Task[None] | None = None
 
     async def fate(self, row: Row) -> Fate:
         """What becomes of a row, beside as many others as there are slots."""
-        attempts, error = 0, ""
-        while attempts < self._labels.max_attempts:
-            attempts += 1
+        attempts = 0
+        while True:
+            successes = self._outage.successes
             try:
                 async with self._gate.together(), self._slots:
-                    return await self._run(row)
+                    fate = await self._run(row)
+                self._outage.over()
+                return fate
             except EngineDied:
                 return await self._suspected(row)
             except (TimeoutError, Unreachable) as reason:
-                error = str(reason) or "the teacher did not answer within its request_timeout_s"
-        return quarantined(row, "TimeoutError", f"{error}.", attempts)
+                # Where no other row is answered either, it is the teacher that fails.
+                if isinstance(reason, TimeoutError) or self._outage.successes > successes:
+                    attempts += 1
+                if attempts >= self._labels.max_attempts:
+                    return _unanswered(row, reason, attempts)
+                if isinstance(reason, Unreachable):
+                    await self._outage.wait(reason)
 
     async def fates_alone(self, rows: Sequence[Row]) -> list[Fate]:
         """The same for rows under suspicion, with no others beside them."""
@@ -142,9 +154,7 @@ class RowLabeler:
         except EngineDied:
             pass
         except (TimeoutError, Unreachable) as reason:
-            suspect.fate.set_result(
-                quarantined(suspect.row, "TimeoutError", f"{reason}.", suspect.attempts)
-            )
+            suspect.fate.set_result(_unanswered(suspect.row, reason, suspect.attempts))
         except Exception as error:  # whoever waits for this row raises it
             suspect.fate.set_exception(error)
 
@@ -157,6 +167,30 @@ class RowLabeler:
             # Only a process that cannot start its engine again leaves; Ray starts another one.
             os._exit(1)
         self._on_restart()
+
+
+class _Outage:
+    """A teacher behind a URL that answers nobody: wait, ever longer, instead of blaming rows."""
+
+    def __init__(self, longest_s: float) -> None:
+        self._longest_s = longest_s
+        self._since: float | None = None
+        self.successes = 0
+
+    def over(self) -> None:
+        self.successes += 1
+        self._since = None
+
+    async def wait(self, reason: Unreachable) -> None:
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        lasted = now - self._since
+        if lasted > self._longest_s:
+            raise ClusterError(
+                f"the teacher has answered nothing for {lasted:.0f} s ({str(reason).rstrip('.')}); "
+                "what was finished is kept: run the same command again when it is back."
+            )
+        await asyncio.sleep(min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, lasted)))
 
 
 class _Gate:
@@ -192,6 +226,11 @@ class _Gate:
                 yield
             finally:
                 self._open.set()
+
+
+def _unanswered(row: Row, reason: Exception, attempts: int) -> Quarantined:
+    words = str(reason) or "the teacher did not answer within its request_timeout_s."
+    return quarantined(row, type(reason).__name__, words, attempts)
 
 
 def columns_of(row: Row) -> dict[str, Any]:

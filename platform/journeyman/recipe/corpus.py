@@ -29,7 +29,7 @@ class NearDuplicates(Section):
     """Rows that nearly repeat another one: MinHash (Broder 1997), before any is labeled."""
 
     similarity: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.8, description="Estimated Jaccard similarity of two texts' shingles from which on the "
+        0.8, description="Jaccard similarity of two texts' shingles from which on the "
         "later one is left out; across splits the one nearer to training goes."
     )  # fmt: skip
     shingle: Count = Field(3, description="Words of a shingle.")

@@ -49,7 +49,9 @@ class Teacher(Section):
     cpu_kv_cache_gib: Annotated[float, Field(gt=0)] = Field(
         2.0, description="KV cache of a CPU replica in GiB."
     )
-    start_timeout_s: Seconds = Field(600.0, description="Deadline of an engine's start.")
+    start_timeout_s: Seconds = Field(
+        600.0, description="Deadline of an engine's start, or of a silence behind a url."
+    )
     request_timeout_s: Seconds = Field(300.0, description="Deadline of one request.")
     engine_args: dict[str, Any] = Field(
         default_factory=dict, description="Any other vLLM engine argument, passed on as it is."

@@ -73,7 +73,8 @@ def distributions(n_positions: int, seed: int = 0) -> np.ndarray:
 
 def top(probabilities: np.ndarray, k: int = 3) -> Recorded:
     ids = np.argsort(-probabilities, axis=1)[:, :k]
-    logprobs = np.log(np.take_along_axis(probabilities, ids, axis=1))
+    with np.errstate(divide="ignore"):
+        logprobs = np.log(np.take_along_axis(probabilities, ids, axis=1))
     return Recorded(token_ids=ids.astype(np.int32), logprobs=logprobs.astype(np.float32))
 
 

@@ -146,6 +146,9 @@ def test_a_damaged_entry_is_passed_over_with_a_warning(
         assert set(cache.lookup(IDS)) == set(IDS[50:])
     if damage in (cut_off, empty) or ending == "parquet":
         assert sum("its rows are not used" in line for line in caplog.messages) == 1
+    # Labeled anew, the rows are here again.
+    cache.add(committed(shard(IDS[:50])), shard(IDS[:50]))
+    assert set(Cache(tmp_path, IDENTITY).lookup(IDS)) == set(IDS)
 
 
 def test_a_cache_that_cannot_be_written_harms_nothing(tmp_path: Path, caplog):

@@ -76,7 +76,7 @@ def export(
     if format_ not in FORMATS:
         raise RecipeError(f"--format {format_}: there is no such format; take one of hf, jsonl, "
                           "parquet.")  # fmt: skip
-    if "://" in str(out):
+    if ":/" in str(out):  # a Path has made one slash of two
         raise RecipeError(f"--out {out}: name a file or folder on this machine.")
     if out.exists() and not force:
         raise DataError(f"{out} is there already; name another, or replace it with --force.")
@@ -103,13 +103,19 @@ def _moved_when_whole(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            if out.is_dir():
-                shutil.rmtree(out)
+            if out.is_dir() or temporary.is_dir():
+                _remove(out)
             temporary.replace(out)
         finally:
-            if temporary.is_dir():
-                shutil.rmtree(temporary)
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    """A file or a whole folder, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class _Tables:

@@ -18,7 +18,7 @@ from journeyman.labels.prior import corrected
 from journeyman.labels.quality import class_logprobs
 from journeyman.labels.schema import Commit
 from journeyman.labels.store import LabelStore
-from journeyman.recipe import Classes, Labels, Rationales
+from journeyman.recipe import Classes, Generate, Labels, Logits, Rationales
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,11 +71,14 @@ class Opened:
         """What must be known of an unfinished dataset before its figures are read."""
         if self.complete:
             return ()
-        notes = [f"Not finished: these are the {len(self.commits):,} shards that are; "
-                 "journeyman label goes on."]  # fmt: skip
+        n = len(self.commits)
+        shards = "1 shard" if n == 1 else f"{n:,} shards"
+        notes = [f"Not finished: this is of {shards}; journeyman label goes on."]
         if isinstance(self.labels, Classes) and self.labels.prior_correction == "batch":
             notes.append("Class probabilities are as the teacher gave them: the prior is fitted "
                          "when all shards are finished.")  # fmt: skip
+        if isinstance(self.labels, Logits | Generate) and self.codec is None:
+            notes.append("Token distributions can be read when all shards are finished.")
         return tuple(notes)
 
     def class_logprobs(self, table: pa.Table) -> np.ndarray:

@@ -147,7 +147,7 @@ class Run(RunFolder):
         inputs = digest(
             [
                 labels["digest"],
-                labels["log_prior"],
+                labels["filtered"]["inputs"],
                 self.base_student.identity,
                 self.recipe.learner().model_dump(mode="json"),
                 self.recipe.training.model_dump(mode="json"),
@@ -186,7 +186,7 @@ class Run(RunFolder):
         inputs = digest(
             [
                 labels["digest"],
-                labels["log_prior"],
+                labels["filtered"]["inputs"],
                 student.weights_digest,
                 prompt_digest(self.recipe.classes()),
                 self.recipe.certify.model_dump(mode="json"),

@@ -22,7 +22,7 @@ def make(folder: Path, like: Model) -> Path:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(20)  # so that distributions are not all flat
+        model.get_input_embeddings().weight.mul_(6)  # neither flat nor all on one token
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(like.path).save_pretrained(folder)
     return folder

@@ -18,13 +18,15 @@ _GROUPS = 8  # parts of a suspected group: fewer restarts than halves, less wait
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Note:
-    """Written before rows run, removed when their shard is committed.
+    """Stands beside the dataset while a shard is in work, removed when it is committed.
 
-    running: ids of the group under way, None for all rows at once; deaths: of the shard's replica
-    so far; alone: how often a row died alone, by id; blamed: rows not to run again.
+    running: ids in the replica now, None for all rows at once; suspects: ids of the group that
+    died last, None for all rows; deaths: of the replica while the shard's rows ran; alone: how
+    often a row died alone, by id; blamed: rows not to run again.
     """
 
-    running: tuple[str, ...] | None = None
+    running: tuple[str, ...] | None = ()
+    suspects: tuple[str, ...] | None = None
     deaths: int = 0
     alone: dict[str, int] = dataclasses.field(default_factory=dict)
     blamed: tuple[str, ...] = ()
@@ -34,9 +36,10 @@ class Note:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Note:
-        running = value["running"]
+        running, suspects = value["running"], value["suspects"]
         return cls(
             running=None if running is None else tuple(running),
+            suspects=None if suspects is None else tuple(suspects),
             deaths=value["deaths"],
             alone=dict(value["alone"]),
             blamed=tuple(value["blamed"]),
@@ -45,40 +48,47 @@ class Note:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Groups of ids to run one after another; the note to write before a group is ``before``."""
+    """Groups of ids to run one after another; the note to leave while none of them runs."""
 
     groups: list[list[str]]
     note: Note
 
     @property
     def careful(self) -> bool:
-        """Whether no rows of other shards should run beside these."""
-        return len(self.groups) > 1
+        """Whether no rows of other shards may run beside these: what dies is then to blame."""
+        return self.note.deaths > _TRUSTED_DEATHS
 
     def before(self, group: Sequence[str]) -> Note:
-        running = tuple(group) if self.careful else None
-        return dataclasses.replace(self.note, running=running)
+        """The note to leave before a group runs."""
+        return dataclasses.replace(self.note, running=tuple(group) if self.careful else None)
 
 
 def plan(left: Note | None, ids: Sequence[str], max_attempts: int) -> Plan:
     """How to run a shard's rows, given the note that the attempt before left behind, if any."""
-    if left is None:
-        return Plan(groups=[list(ids)], note=Note())
-    note = dataclasses.replace(left, deaths=left.deaths + 1, running=None)
-    died = left.running
-    if died is not None and len(died) == 1:
-        alone = note.alone | {died[0]: note.alone.get(died[0], 0) + 1}
-        note = dataclasses.replace(note, alone=alone)
-        if alone[died[0]] >= max_attempts:
-            note = dataclasses.replace(note, blamed=(*note.blamed, died[0]), deaths=0)
+    note = Note() if left is None else _after_death(left, max_attempts)
     rows = [row for row in ids if row not in note.blamed]
     if note.deaths <= _TRUSTED_DEATHS:
         return Plan(groups=[rows], note=note)
-    suspects = [row for row in rows if died is None or row in died]
-    rest = [row for row in rows if row not in set(suspects)]
-    groups = [*_split(suspects), *([rest] if rest else [])]
-    # A group alone would run as "all rows": give a lone suspect a group of its own.
-    return Plan(groups=groups if len(groups) > 1 else [*groups, []], note=note)
+    suspected = set(rows if note.suspects is None else note.suspects)
+    suspects = [row for row in rows if row in suspected]
+    rest = [row for row in rows if row not in suspected]
+    return Plan(groups=[*_split(suspects), *([rest] if rest else [])], note=note)
+
+
+def _after_death(left: Note, max_attempts: int) -> Note:
+    died = left.running
+    if died == ():  # another shard's rows were running
+        return left
+    note = dataclasses.replace(left, running=(), suspects=died, deaths=left.deaths + 1)
+    if died is None or len(died) > 1:
+        return note
+    (row,) = died
+    alone = left.alone | {row: left.alone.get(row, 0) + 1}
+    if alone[row] < max_attempts:
+        return dataclasses.replace(note, alone=alone)
+    return dataclasses.replace(
+        note, suspects=None, deaths=0, alone=alone, blamed=(*left.blamed, row)
+    )
 
 
 def _split(rows: list[str]) -> list[list[str]]:

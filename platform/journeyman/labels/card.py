@@ -124,6 +124,8 @@ def _labels(manifest: Mapping[str, Any]) -> str:
     asked = {"kind": identity["kind"], **identity["labels"]}
     if asked.get("scoring") in ("direct", "verbalizer"):
         del asked["target"]  # of channel scoring only
+    for name in ("codec", "k", "draws"):
+        asked.pop(name, None)  # they have a section of their own
     blocks = []
     for name in ("system", "prompt", "context", "target", "answer_prompt"):
         text = asked.pop(name, None)

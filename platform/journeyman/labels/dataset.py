@@ -69,7 +69,9 @@ def finished_manifest(store: LabelStore) -> dict[str, Any]:
 def codec_of(manifest: dict[str, Any]) -> Codec | None:
     """What the dataset's distributions are written in; None where it has none."""
     codec = manifest.get("codec")
-    return codec and Codec(name=codec["name"], vocab_size=codec["vocab_size"], k=codec["k"])
+    return codec and Codec(
+        name=codec["name"], vocab_size=codec["vocab_size"], k=codec.get("k") or codec["draws"]
+    )
 
 
 def read(where: str | Path, *, filtered: bool = False) -> pa.Table:

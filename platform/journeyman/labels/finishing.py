@@ -8,7 +8,6 @@ import numpy as np
 
 from journeyman.errors import DataError
 from journeyman.labels import card, cost, dataset, prior, quality
-from journeyman.labels.codec import Codec
 from journeyman.labels.schema import Commit
 from journeyman.labels.store import LabelStore
 from journeyman.recipe import Classes, Recipe, Teacher, digest
@@ -24,7 +23,6 @@ def finish(
     store: LabelStore,
     recipe: Recipe,
     teacher: Teacher,
-    codec: Codec | None,
     corpus_manifest: dict[str, Any],
 ) -> dict[str, Any]:
     """Check that every row is accounted for; fit the prior, filter, and complete the manifest.
@@ -50,7 +48,6 @@ def finish(
             "splits": corpus_manifest["splits"],
             "totals": totals,
             "log_prior": None,
-            "codec": codec.describe() if codec else None,
             "filtered": None,
             "cost": cost.facts(teacher.price, totals),
             "digest": digest([commit.sha256 for commit in ordered]),

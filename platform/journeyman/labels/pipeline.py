@@ -85,6 +85,8 @@ def label(
     manifest = corpus.read_manifest(corpus_dir)
     store = LabelStore(labels)
     store.open(identity(recipe, model, manifest["digest"], teacher))
+    codec = codec_of(recipe.labels, model)
+    store.finish({"codec": codec.describe() if codec else None})
     generation = _generation(store, requeue)
     todo = planning.todo(manifest, store, generation)
     if todo:
@@ -92,7 +94,7 @@ def label(
         before = store.commits() if generation else {}
         work = [Work(shard=s, generation=generation, before=before.get(s)) for s in todo]
         _Run(spec, work, manifest, on_progress).run()
-    return finish(store, recipe, teacher, codec_of(recipe.labels, model), manifest)
+    return finish(store, recipe, teacher, manifest)
 
 
 def label_ensemble(
@@ -112,7 +114,7 @@ def label_ensemble(
         label(recipe, own, corpus_dir, stores[-1].where, on_progress, teacher=teacher)
     manifest = corpus.read_manifest(corpus_dir)
     ensemble.combine(store, stores, [shard["name"] for shard in manifest["shards"]])
-    return finish(store, recipe, recipe.teacher, None, manifest)
+    return finish(store, recipe, recipe.teacher, manifest)
 
 
 def estimated(

@@ -13,7 +13,7 @@ from typing import Any
 
 from journeyman import corpus
 from journeyman.labels import attempts, schema
-from journeyman.labels.attempts import Note
+from journeyman.labels.attempts import Note, Plan
 from journeyman.labels.cache import Cache
 from journeyman.labels.codec import Codec
 from journeyman.labels.rows import Backend, Fate, Row, RowLabeler, columns_of, quarantined
@@ -239,17 +239,31 @@ class Replica:
                     by_id[blamed], "ReplicaDied", message, self._labels.max_attempts
                 )
                 self._count(rows=1, quarantined=1)
+        run = self._run_alone if plan.careful else self._run_together
         for group in plan.groups:
-            note = plan.before(group).to_json()
-            await asyncio.to_thread(self._store.write_attempts, work.shard, note)
             some = [by_id[i] for i in group]
-            if plan.careful:
-                done = await self._rows.fates_alone(some)
-                settled = [self._record(r, f) for r, f in zip(some, done, strict=True)]
-            else:
-                settled = await asyncio.gather(*(self._settled(row) for row in some))
-            fates |= dict(zip(group, settled, strict=True))
+            fates |= dict(zip(group, await run(work.shard, plan, some), strict=True))
         return fates
+
+    async def _run_together(
+        self, shard: str, plan: Plan, rows: Sequence[Row]
+    ) -> list[Record | Quarantined | Filtered]:
+        await self._note(shard, plan.before([row["id"] for row in rows]))
+        return await asyncio.gather(*(self._settled(row) for row in rows))
+
+    async def _run_alone(
+        self, shard: str, plan: Plan, rows: Sequence[Row]
+    ) -> list[Record | Quarantined | Filtered]:
+        """The note names rows only while they are in the teacher, and no others are."""
+        await self._note(shard, plan.note)
+        async with self._rows.alone():
+            await self._note(shard, plan.before([row["id"] for row in rows]))
+            fates = await self._rows.fates_alone(rows)
+            await self._note(shard, plan.note)
+        return [self._record(row, fate) for row, fate in zip(rows, fates, strict=True)]
+
+    async def _note(self, shard: str, note: Note) -> None:
+        await asyncio.to_thread(self._store.write_attempts, shard, note.to_json())
 
     async def _settled(self, row: Row) -> Record | Quarantined | Filtered:
         return self._record(row, await self._rows.fate(row))

@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,9 +43,12 @@ class Backend(Protocol):
 
 @dataclass(slots=True)
 class _Suspect:
+    """A row that was in a dying engine; deaths_alone: so often with no other row beside it."""
+
     row: Row
     fate: asyncio.Future[Fate]
-    attempts: int = 1
+    attempts: int = 0
+    deaths_alone: int = 0
 
 
 class RowLabeler:
@@ -66,6 +70,7 @@ class RowLabeler:
         self._task = task
         self._gate = _Gate()
         self._slots = asyncio.Semaphore(in_flight)
+        self._slots_alone = asyncio.Semaphore(in_flight)
         self._on_restart = on_restart
         self._outage = _Outage(outage_s)
         self._suspects: list[_Suspect] = []
@@ -73,16 +78,39 @@ class RowLabeler:
 
     async def fate(self, row: Row) -> Fate:
         """What becomes of a row, beside as many others as there are slots."""
+        try:
+            return await self._answer(row, self._beside_others)
+        except EngineDied:
+            return await self._suspected(row)
+
+    def alone(self) -> AbstractAsyncContextManager[None]:
+        """Inside, no rows run but those of ``fates_alone``."""
+        return self._gate.alone()
+
+    async def fates_alone(self, rows: Sequence[Row]) -> list[Fate]:
+        """What becomes of rows under suspicion; call it inside ``alone``."""
+        group = [_Suspect(row, _future()) for row in rows]
+        await self._settle(group)
+        return [suspect.fate.result() for suspect in group]
+
+    @contextlib.asynccontextmanager
+    async def _beside_others(self) -> AsyncIterator[None]:
+        # The slot first: a row that waits for one is not in the engine, so no suspect if it dies.
+        async with self._slots, self._gate.together():
+            yield
+
+    async def _answer(
+        self, row: Row, entered: Callable[[], AbstractAsyncContextManager[None]]
+    ) -> Fate:
+        """Attempts at a row until the teacher answers; raises EngineDied, ClusterError."""
         attempts = 0
         while True:
             successes = self._outage.successes
             try:
-                async with self._gate.together(), self._slots:
+                async with entered():
                     fate = await self._run(row)
                 self._outage.over()
                 return fate
-            except EngineDied:
-                return await self._suspected(row)
             except (TimeoutError, Unreachable) as reason:
                 # Where no other row is answered either, it is the teacher that fails.
                 if isinstance(reason, TimeoutError) or self._outage.successes > successes:
@@ -91,13 +119,6 @@ class RowLabeler:
                     return _unanswered(row, reason, attempts)
                 if isinstance(reason, Unreachable):
                     await self._outage.wait(reason)
-
-    async def fates_alone(self, rows: Sequence[Row]) -> list[Fate]:
-        """The same for rows under suspicion, with no others beside them."""
-        group = [_Suspect(row, _future(), attempts=0) for row in rows]
-        async with self._gate.alone():
-            await self._settle(group)
-        return [suspect.fate.result() for suspect in group]
 
     async def _run(self, row: Row) -> Fate:
         """One attempt; errors of the row are fates, those of the teacher are raised."""
@@ -111,22 +132,31 @@ class RowLabeler:
         except RowError as reason:
             return quarantined(row, type(reason).__name__, str(reason), 1)
         except ValueError as reason:  # vLLM refuses the request: it always will
-            return quarantined(row, "InvalidRequest", str(reason).splitlines()[0], 1)
+            message = str(reason).partition("\n")[0] or "the engine refuses it"
+            return quarantined(row, "InvalidRequest", message, 1)
 
     async def _suspected(self, row: Row) -> Fate:
-        suspect = _Suspect(row, _future())
+        suspect = _Suspect(row, _future(), attempts=1)
         self._suspects.append(suspect)
         if self._settling is None:
+            self._gate.close()
             self._settling = asyncio.create_task(self._settle_all())
         return await suspect.fate
 
     async def _settle_all(self) -> None:
+        taken: list[_Suspect] = []
         try:
             async with self._gate.alone():
                 while self._suspects:
                     group, self._suspects = self._suspects, []
+                    taken += group
                     await self._settle(group)
                 await self._restart()
+        except Exception as error:  # those that wait for their rows raise it: nobody else would
+            waiting, self._suspects = taken + self._suspects, []
+            for suspect in waiting:
+                if not suspect.fate.done():
+                    suspect.fate.set_exception(error)
         finally:
             self._settling = None
 
@@ -135,13 +165,16 @@ class RowLabeler:
         await self._restart()
         await asyncio.gather(*(self._retry(suspect) for suspect in group))
         died = [suspect for suspect in group if not suspect.fate.done()]
-        if len(died) == 1 and died[0].attempts >= self._labels.max_attempts:
-            message = "the engine died on this row alone, again and again."
-            died[0].fate.set_result(
-                quarantined(died[0].row, "EngineDied", message, died[0].attempts)
-            )
-            await self._restart()
-            return
+        if died and len(group) == 1:
+            (suspect,) = died
+            suspect.deaths_alone += 1
+            if suspect.deaths_alone >= self._labels.max_attempts:
+                message = "the engine died on this row alone, again and again."
+                suspect.fate.set_result(
+                    quarantined(suspect.row, "EngineDied", message, suspect.attempts)
+                )
+                await self._restart()
+                return
         size = max(1, -(-len(died) // _GROUPS))
         for i in range(0, len(died), size):
             await self._settle(died[i : i + size])
@@ -149,12 +182,9 @@ class RowLabeler:
     async def _retry(self, suspect: _Suspect) -> None:
         suspect.attempts += 1
         try:
-            async with self._slots:
-                suspect.fate.set_result(await self._run(suspect.row))
+            suspect.fate.set_result(await self._answer(suspect.row, lambda: self._slots_alone))
         except EngineDied:
             pass
-        except (TimeoutError, Unreachable) as reason:
-            suspect.fate.set_result(_unanswered(suspect.row, reason, suspect.attempts))
         except Exception as error:  # whoever waits for this row raises it
             suspect.fate.set_exception(error)
 
@@ -204,6 +234,10 @@ class _Gate:
         self._empty.set()
         self._one = asyncio.Lock()
 
+    def close(self) -> None:
+        """Let nobody in until one who was alone leaves."""
+        self._open.clear()
+
     @contextlib.asynccontextmanager
     async def together(self) -> AsyncIterator[None]:
         while not self._open.is_set():
@@ -220,7 +254,7 @@ class _Gate:
     @contextlib.asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
         async with self._one:
-            self._open.clear()
+            self.close()
             try:
                 await self._empty.wait()
                 yield

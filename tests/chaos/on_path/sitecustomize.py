@@ -1,0 +1,60 @@
+"""Changes the engine and the store, in every process that has this folder on its PYTHONPATH.
+
+Only tests put it there. The environment says what is to be changed:
+
+JOURNEYMAN_TEST_ENGINE=stand_in       that module's engine in place of ours
+JOURNEYMAN_TEST_DEADLY=TEXT           a row with this text kills the engine core, each time
+JOURNEYMAN_TEST_FATAL=TEXT            a row with this text kills its replica, each time
+JOURNEYMAN_TEST_COMMIT_S=SECONDS      between a shard's files and its commit
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import os
+import sys
+import time
+
+
+def _change_engine(module):
+    if chosen := os.environ.get("JOURNEYMAN_TEST_ENGINE"):
+        module.Engine = importlib.import_module(chosen).engine(module)
+    module.Engine = importlib.import_module("deadly").engine(module.Engine)
+
+
+def _change_store(module):
+    seconds = float(os.environ.get("JOURNEYMAN_TEST_COMMIT_S", "0"))
+    create = module.LabelStore._create
+
+    def create_later(self, commit):
+        time.sleep(seconds)
+        return create(self, commit)
+
+    module.LabelStore._create = create_later
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Lets a module load as it is, then changes it."""
+
+    def __init__(self):
+        self._changes = {
+            "journeyman.teacher.engine": _change_engine,
+            "journeyman.labels.store": _change_store,
+        }
+
+    def find_spec(self, fullname, path, target=None):
+        change = self._changes.pop(fullname, None)
+        if change is None:
+            return None
+        spec = importlib.util.find_spec(fullname)
+        load = spec.loader.exec_module
+
+        def load_and_change(module):
+            load(module)
+            change(module)
+
+        spec.loader.exec_module = load_and_change
+        return spec
+
+
+sys.meta_path.insert(0, _Finder())

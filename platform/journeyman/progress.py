@@ -1,7 +1,8 @@
-"""One live line for long work: redrawn on a terminal, printed now and then elsewhere."""
+"""A live view for long work: redrawn on a terminal, one plain line now and then elsewhere."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -11,7 +12,10 @@ _PLAIN_INTERVAL_S = 10.0
 
 
 class LiveLine:
-    """``with LiveLine() as line: line.show("label  12/100 rows")``."""
+    """``with LiveLine() as line: line.show("label  12/100 rows")``.
+
+    A text of several lines is redrawn as such on a terminal, and joined to one elsewhere.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -21,19 +25,25 @@ class LiveLine:
 
     def show(self, text: str) -> None:
         if self._tty:
-            self._write(f"\r\x1b[2K{text}")
-        elif text != self._shown and time.monotonic() >= self._next_plain:
+            width = shutil.get_terminal_size().columns - 1
+            drawn = "\n".join(line[:width] for line in text.split("\n"))
+            self._write(self._erase() + drawn)
+            self._shown = drawn
+            return
+        if text != self._shown and time.monotonic() >= self._next_plain:
             self._next_plain = time.monotonic() + _PLAIN_INTERVAL_S
-            self._write(text + "\n")
+            self._write("  ".join(line.strip() for line in text.split("\n")) + "\n")
         self._shown = text
 
-    def close(self, text: str | None = None) -> None:
-        """End the line, with a last word where there is one."""
-        if self._tty:
-            self._write(f"\r\x1b[2K{text or self._shown}\n" if text or self._shown else "")
-        elif text and text != self._shown:
-            self._write(text + "\n")
+    def close(self) -> None:
+        """End the view; on a terminal its last state stays."""
+        if self._tty and self._shown:
+            self._write("\n")
         self._shown = ""
+
+    def _erase(self) -> str:
+        up = self._shown.count("\n")
+        return (f"\x1b[{up}A" if up else "") + "\r\x1b[J"
 
     def __enter__(self) -> LiveLine:
         return self
@@ -44,8 +54,7 @@ class LiveLine:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        if self._shown:
-            self.close()
+        self.close()
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

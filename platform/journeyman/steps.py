@@ -114,7 +114,7 @@ class Run(RunFolder):
             line.show("label     starting the teacher")
 
             def show(progress: LabelProgress) -> None:
-                line.show(f"label     {progress.text()}")
+                line.show(progress.text())
 
             if self.recipe.ensemble:
                 manifest = pipeline.label_ensemble(

@@ -72,8 +72,8 @@ class Estimate:
                      f"{self.quarantined} of them would go to quarantine"),
             ("tokens in", _span(self.prompt_tokens)),
             ("tokens out", _span(self.output_tokens)),
-            ("replica hours", f"{self.replica_hours:,.2f}; with {self.replicas} replicas about "
-                              f"{duration(hours * 3600)}"),
+            ("replica hours", f"{self.replica_hours:,.2f}; about {duration(hours * 3600)} with "
+                              f"{self.replicas} of them at a time"),
             ("on disk", f"{self.bytes / 1e6:,.1f} MB"),
             ("dollars", cost),
         ]  # fmt: skip

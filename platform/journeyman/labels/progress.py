@@ -36,31 +36,35 @@ class LabelProgress:
     eta_s: float | None
 
     def text(self) -> str:
-        """One line for a person."""
-        parts = [f"{self.rows_done:,}/{self.rows:,} rows"]
-        if not self.rows_per_s:
-            parts.append("the teacher is starting" if not self.rows_done else "waiting")
-        else:
-            parts += [
-                f"{self.rows_per_s:,.1f} rows/s",
-                f"{self.prompt_tokens_per_s:,.0f} tok/s in",
-                f"{self.output_tokens_per_s:,.0f} out",
-            ]
-        parts.append(f"{self.replicas} replica{'' if self.replicas == 1 else 's'}")
-        parts.append(f"{self.shards_waiting} shards left")
+        """Three lines for a person: how far, how fast, and what else is to be known."""
+        done = f"label     {self.rows_done:,} of {self.rows:,} rows"
+        if self.rows:
+            done += f" ({self.rows_done / self.rows:.0%})"
+        if self.eta_s is not None:
+            done += f", {duration(self.eta_s)} left"
+        elif not self.rows_done:
+            done += ", the teacher is starting"
+        if self.dollars:
+            done += f", ${self.dollars:,.2f}"
+        fast = (
+            f"{self.rows_per_s:,.1f} rows/s, {self.prompt_tokens_per_s:,.0f} tokens/s in, "
+            f"{self.output_tokens_per_s:,.0f} out"
+        )
+        rest = (
+            f"{_counted(self.replicas, 'replica')}, {_counted(self.shards_waiting, 'shard')} left, "
+            f"{self.quarantined:,} in quarantine"
+        )
         for n, name in (
-            (self.quarantined, "quarantined"),
             (self.filtered, "skipped"),
-            (self.copied, "from cache"),
+            (self.copied, "from the cache"),
             (self.engine_restarts, "engine restarts"),
         ):
-            if n or name == "quarantined":
-                parts.append(f"{n:,} {name}")
-        if self.dollars:
-            parts.append(f"${self.dollars:,.2f}")
-        if self.eta_s is not None:
-            parts.append(f"ETA {duration(self.eta_s)}")
-        return "  ".join(parts)
+            rest += f", {n:,} {name}" if n else ""
+        return f"{done}\n          {fast}\n          {rest}"
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 class Tally:

@@ -94,7 +94,7 @@ class Engine:
             if self.alive:
                 return
             self.close()
-            _set_environment(self.settings)
+            _set_environment(self.settings, draws=bool(self.draws))
             from vllm import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -327,13 +327,16 @@ def version() -> str:
     )
 
 
-def _set_environment(settings: Teacher) -> None:
+def _set_environment(settings: Teacher, draws: bool) -> None:
     """What vLLM reads from the environment of this process and hands to the engine's own."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is resolved to a folder already
     os.environ[lifeline.PARENT] = str(os.getpid())
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(settings.start_timeout_s))
+    if draws:
+        # Draws are made in the first model runner; on GPUs vLLM 0.29 takes the second by itself.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     # A forked engine inherits locks and sockets of this process; one that failed to start hung.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     from vllm.platforms import current_platform

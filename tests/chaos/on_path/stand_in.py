@@ -4,8 +4,11 @@ Its answers depend on the row's tokens alone, so that any two runs agree.
 """
 
 import asyncio
+import contextlib
 import hashlib
+import subprocess
 import sys
+import threading
 
 import numpy as np
 
@@ -70,16 +73,24 @@ def engine(module):
                 return
             self.close()
             self._running = asyncio.Semaphore(self.max_num_seqs)
-            self._core = await asyncio.create_subprocess_exec(*_CORE, stdin=asyncio.subprocess.PIPE)
-            self._died = asyncio.create_task(self._core.wait())
+            self._core = subprocess.Popen(_CORE, stdin=subprocess.PIPE)
+            self._died = asyncio.get_running_loop().create_future()
+            threading.Thread(target=self._watch, args=(self._core, self._died), daemon=True).start()
             await asyncio.wait({self._died}, timeout=self._start_s)
             if not self.alive:
                 raise ModelError("the stand-in's core was killed while it started.")
 
         def close(self):
-            if self.alive:
+            if self._core is not None:
                 self._core.kill()
-            self._core = None
+                self._core.stdin.close()
+                self._core = None
+
+        @staticmethod
+        def _watch(core, died):
+            core.wait()
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+                died.get_loop().call_soon_threadsafe(died.set_result, None)
 
         async def record_target(self, token_ids, start, k, seed=0):
             if not self.alive:

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
+from journeyman import corpus, steps
+from journeyman.labels import pipeline
+from journeyman.labels import replica as replica_module
+from journeyman.labels.replica import Replica, ReplicaSpec
+from journeyman.labels.store import LabelStore
+from journeyman.teacher import engine as engine_module
+from tests.chaos.on_path import stand_in
 from tests.conftest import ROOT
 
 ON_PATH = Path(__file__).parent / "on_path"
@@ -90,6 +98,14 @@ class Cluster:
         self._process.communicate(timeout=60)
 
 
+def nothing_but_a_name(folder: Path) -> str:
+    """A model for an engine that reads none."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"vocab_size": 256}')
+    (folder / "model.safetensors").write_bytes(b"no weights at all")
+    return str(folder)
+
+
 @contextlib.contextmanager
 def cluster(n_nodes: int, folder: Path, **more: str) -> Iterator[Cluster]:
     """Ends with no process left."""
@@ -107,11 +123,36 @@ def cluster(n_nodes: int, folder: Path, **more: str) -> Iterator[Cluster]:
         assert left == [], "processes outlive their cluster"
 
 
-def journeyman(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def journeyman(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "journeyman.cli", *arguments],
-        cwd=ROOT, env=environment(folder), capture_output=True, text=True, check=False, timeout=200,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment(folder, **variables),
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+
+
+def replica_here(run: steps.Run) -> Replica:
+    """A replica of a prepared run, in this process and without an engine."""
+    digest = corpus.read_manifest(run.path("prepare"))["digest"]
+    store = LabelStore(run.labels)
+    store.open(pipeline.identity(run.recipe, run.teacher, digest))
+    if codec := replica_module.codec_of(run.recipe.labels, run.teacher):
+        store.finish({"codec": codec.describe()})
+    spec = ReplicaSpec(
+        recipe=run.recipe,
+        teacher=run.recipe.teacher,
+        model=run.teacher,
+        corpus_dir=run.path("prepare"),
+        labels=store.where,
+        identity=store.manifest()["identity"],
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replica_module, "Engine", stand_in.engine(engine_module))
+        return Replica(spec, lambda *_: None)
 
 
 class Labeling:
@@ -187,7 +228,8 @@ class Killer:
     def _kill(self, kind: str) -> int | None:
         """Kill one of a kind; None if there is none just now, or it has just gone by itself."""
         assert not self.labeling.done, f"the run was over after {Counter(self.kills)}"
-        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess, IndexError):
+        gone = (ProcessLookupError, psutil.NoSuchProcess, IndexError, ValueError)
+        with contextlib.suppress(*gone):
             pid = {
                 "driver": lambda: self.labeling.driver.pid,
                 "replica": self._replica,
@@ -206,7 +248,7 @@ class Killer:
         return self.random.choice(engines(self.folder)).ppid()
 
     def _raylet(self) -> int:
-        """Of a node that has a replica."""
+        """Of a node that has a replica; ValueError if its raylet is dead already."""
         replica = psutil.Process(self._replica())
         (raylet,) = {p.pid for p in replica.parents()} & set(self.cluster.raylets)
         return raylet

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import time
 import uuid
 from collections import Counter
@@ -42,15 +43,6 @@ def write_recipe(folder: Path, texts: list[str], rows_per_shard: int, **sections
     }
     path.write_text(json.dumps(recipe))  # JSON is YAML
     return path
-
-
-def nothing_but_a_name(folder: Path) -> Path:
-    """A model for an engine that needs none."""
-    model = folder / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"vocab_size": 256}')
-    (model / "model.safetensors").write_bytes(b"no weights at all")
-    return model
 
 
 class Witness:
@@ -133,6 +125,7 @@ def disturb(
     run = Labeling(folder, *arguments)
     killer = Killer(folder, nodes, run, random.Random(SEED), pause_s, ready, witness.look_after)
     try:
+        until(lambda: (folder / "disturbed" / "labels" / "commits").exists())
         killer.run(kinds)
         run.wait(240)
     finally:
@@ -140,6 +133,8 @@ def disturb(
         print(f"seed {SEED}: {dict(Counter(killer.kills))} in {time.monotonic() - started:.0f} s; "
               f"drivers ended with {run.statuses}; {len(witness.orphans())} orphans")  # fmt: skip
     witness.look()
+    # Whatever else is killed, a run goes on by itself.
+    assert run.statuses == [-signal.SIGKILL] * kinds.count("driver") + [0], run.log()
     until(lambda: not engines(folder), 20)  # they end with the driver, not with the cluster
     return witness
 
@@ -190,7 +185,7 @@ def test_a_run_that_is_killed_at_random_makes_the_same_labels(
         [f"row {i}" + " word" * words.randrange(12) for i in range(n_rows)],
         rows_per_shard=40,
         teacher={
-            "model": str(nothing_but_a_name(tmp_path)),
+            "model": labeling.nothing_but_a_name(tmp_path / "model"),
             "max_model_len": 512,
             "max_num_seqs": 4,
             "engine_args": {"row_s": 0.08, "start_s": 0.3},

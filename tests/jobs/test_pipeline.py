@@ -63,7 +63,7 @@ def test_a_changed_setting_runs_the_steps_that_depend_on_it(small_run: steps.Run
 
 def test_labels_of_another_prompt_are_refused_with_the_difference(small_run: steps.Run):
     other = steps.Run(small_recipe(Path(small_run.recipe.output), "labels.target=Q {{ text }}"))
-    with pytest.raises(DataError, match=r"(?s)labels made otherwise:.*prompt: there.*--new"):
+    with pytest.raises(DataError, match=r"(?s)labels made otherwise:.*labels\.target: there.*--new"):
         other.execute("label")
     assert small_run.execute("label").seconds is None
 
@@ -129,3 +129,37 @@ def test_killed_run_finishes_without_losing_or_doubling_rows(tmp_path: Path):
         for row_id in corpus.read_shard(run / "corpus" / shard["name"])["id"].to_pylist()
     ]
     assert dataset.read(run / "labels")["id"].to_pylist() == wanted
+
+
+def test_filters_change_what_readers_see_and_ask_the_teacher_nothing(small_run: steps.Run):
+    labels = small_run.path("label")
+    before, commits = dataset.read(labels), LabelStore(labels).commits()
+    filtered = steps.Run(
+        small_recipe(Path(small_run.recipe.output), "labels.filters={matches_gold: true}")
+    )
+    assert filtered.execute("label").seconds is not None
+    assert filtered.execute("label").seconds is None
+    left = dataset.read(labels)
+    manifest = LabelStore(labels).manifest()
+    assert 0 < len(left) == len(before) - manifest["filtered"]["rows"] < len(before)
+    assert LabelStore(labels).commits() == commits
+    rows = dataset.read_classes(labels, small_run.path("prepare"))
+    assert (rows.logprobs.argmax(axis=1) == rows.gold).all()
+    small_run.execute("label")
+    assert dataset.read(labels).equals(before)
+
+
+def test_an_estimate_prices_a_run_and_writes_nothing(ray_cluster: None, tmp_path: Path):
+    run = steps.Run(small_recipe(tmp_path, "teacher.price={per_million_prompt_tokens: 5}"))
+    run.execute("prepare")
+    got = run.estimate(12)
+    assert (got.rows, got.sampled, got.quarantined) == (190, 12, 0)
+    assert got.prompt_tokens[0] > 190 * 4 * 20  # four prompts a row, of more than 20 tokens
+    assert got.dollars is not None
+    assert got.dollars[0] == pytest.approx(got.prompt_tokens[0] * 5 / 1e6, rel=1e-3)
+    assert not run.path("label").exists()
+
+
+def test_an_estimate_of_a_finished_dataset_says_so(small_run: steps.Run):
+    with pytest.raises(DataError, match="every row is labeled already"):
+        small_run.estimate(10)

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from journeyman import corpus, recipe, steps
-from journeyman.labels import dataset, pipeline
-from journeyman.labels import replica as replica_module
-from journeyman.labels.replica import Replica, ReplicaSpec, Work
+from journeyman.labels import dataset
+from journeyman.labels.replica import Work
 from journeyman.labels.store import LabelStore
 from journeyman.models import Model
-from journeyman.teacher import engine as engine_module
 from tests.benchmarks import tiny_teacher
-from tests.chaos.labeling import environment, journeyman, processes, until
-from tests.chaos.on_path import stand_in
+from tests.chaos.labeling import environment, journeyman, processes, replica_here, until
 from tests.conftest import DEMO, ROOT
 
 CONTEXT = "<|im_start|>user\n"
@@ -146,7 +142,13 @@ class Run:
         assert (totals["ok"], totals["quarantined"]) == (len(ok), len(quarantined))
 
 
-@pytest.fixture(scope="module", params=["stand_in", pytest.param("real", marks=pytest.mark.slow)])
+real = pytest.param("real", marks=pytest.mark.slow)
+only_stand_in = pytest.mark.parametrize("run", ["stand_in"], indirect=True)
+only_real = pytest.mark.parametrize("run", [real], indirect=True)
+slow_to_start = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module", params=["stand_in", real])
 def run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, teacher_model: Model
 ) -> Run:
@@ -163,10 +165,6 @@ def run(
     run.do("prepare")
     run.do("label")
     return run
-
-
-only_stand_in = pytest.mark.parametrize("run", ["stand_in"], indirect=True)
-slow_to_start = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +204,8 @@ def test_exactly_the_poison_rows_are_in_quarantine_each_with_its_reason(run: Run
     assert quarantined[DEADLY][:2] == (
         "EngineDied", "the engine died on this row alone, again and again."
     )  # fmt: skip
-    assert 0 < run.store.manifest()["totals"]["engine_restarts"] <= 6
+    # Beside three others at most, with those that were in the engine, and twice alone.
+    assert run.store.manifest()["totals"]["engine_restarts"] == 4
 
 
 @slow_to_start
@@ -221,7 +220,7 @@ def test_special_tokens_in_text_are_labeled_as_text(run: Run, tokenizer: PreTrai
 
 
 @slow_to_start
-@pytest.mark.parametrize("run", [pytest.param("real", marks=pytest.mark.slow)], indirect=True)
+@only_real
 def test_the_teacher_has_read_special_tokens_as_text(run: Run, tokenizer: PreTrainedTokenizerBase):
     """A forward pass over the text's plain tokens gives the same distributions."""
     folder = run.folder.parents[1] / "model"
@@ -240,61 +239,60 @@ def test_the_teacher_has_read_special_tokens_as_text(run: Run, tokenizer: PreTra
         assert (got.token_ids == wanted.indices.numpy()).mean() > 0.99
 
 
-@slow_to_start
-def test_a_requeue_labels_what_is_mended_and_nothing_else(run: Run, tmp_path: Path):
-    run = run.copied(tmp_path)
-    before, commits = run.labeled(), run.store.commits()
-    longer = ("teacher.max_model_len=1024",)
-    run.do("labels", "requeue", settings=longer)
+def check_requeued(run: Run, before: Run, generation: int, left: list[str]) -> None:
+    """Shards with rows in quarantine were labeled again, and nothing else was touched."""
     run.check_accounts()
-    assert {text: q[2] for text, q in run.quarantined().items()} == {DEADLY: 1}
-    again = {shard: commit for shard, commit in commits.items() if commit.quarantined}
-    for shard, commit in run.store.commits().items():
-        assert commit.generation == (1 if shard in again else 0)
-    run.do("labels", "requeue", settings=longer, deadly=False)
-    run.check_accounts()
-    after = run.labeled()
-    assert run.quarantined() == {}
-    assert [c.generation for c in run.store.commits().values()].count(2) == 1
-    assert {text: after[text] for text in before} == before
-    said = run.do("labels", "requeue", settings=longer)
-    assert said == "No row is in quarantine: there is nothing to label again.\n"
+    assert {text: q[2] for text, q in run.quarantined().items()} == dict.fromkeys(left, generation)
+    commits, earlier = run.store.commits(), before.store.commits()
+    for shard, commit in earlier.items():
+        if commit.quarantined:
+            assert commits[shard].generation == generation
+        else:
+            assert commits[shard] == commit
+    kept, now = before.labeled(), run.labeled()
+    assert {text: now[text] for text in kept} == kept
 
 
 @only_stand_in
-def test_a_requeue_that_is_killed_is_finished_by_label(run: Run, tmp_path: Path):
-    run = run.copied(tmp_path)
-    before = run.labeled()
+def test_a_requeue_labels_what_is_mended_also_when_it_is_killed(run: Run, tmp_path: Path):
+    first, run = run, run.copied(tmp_path)
     n_todo = sum(commit.quarantined > 0 for commit in run.store.commits().values())
-    slower = ("teacher.max_model_len=1024", "teacher.max_num_seqs=1")
-    slowest = (*slower, "teacher.engine_args={row_s: 2, start_s: 0.1}")
-    command = run.command("labels", "requeue", settings=slowest)
+    longer = ("teacher.max_model_len=1024", "teacher.max_num_seqs=1")
+    slower = (*longer, "teacher.engine_args={row_s: 2, start_s: 0.1}")
     requeue = subprocess.Popen(
-        [sys.executable, "-m", "journeyman.cli", *command],
+        [sys.executable, "-m", "journeyman.cli",
+         *run.command("labels", "requeue", settings=slower)],
         cwd=ROOT,
         env=environment(run.folder.parent, **run.variables),
         stderr=subprocess.DEVNULL,
-    )
+    )  # fmt: skip
     try:
-        until(lambda: requeue.poll() is not None or len(run.store.done(generation=1)) > 0)
+        until(lambda: requeue.poll() is not None or run.store.done(generation=1))
     finally:
         requeue.send_signal(signal.SIGKILL)
         requeue.wait()
-    until(lambda: not processes(run.folder.parent), 30)
     assert 0 < len(run.store.done(generation=1)) < n_todo
     assert not run.store.manifest()["complete"]
-    kept = {path.name: path.read_bytes() for path in (run.folder / "labels/commits").iterdir()}
+    kept = {path: path.read_bytes() for path in (run.folder / "labels" / "commits").iterdir()}
 
-    run.do("label", settings=slower, deadly=False)
-    run.check_accounts()
-    assert run.quarantined() == {}
-    assert len(run.store.done(generation=1)) == n_todo
-    assert run.store.done(generation=2) == set()
-    assert run.store.manifest()["generation"] == 1
-    for name, content in kept.items():
-        assert (run.folder / "labels" / "commits" / name).read_bytes() == content
-    after = run.labeled()
-    assert {text: after[text] for text in before} == before
+    run.do("label", settings=longer)
+    check_requeued(run, first, generation=1, left=[DEADLY])
+    assert {path: path.read_bytes() for path in kept} == kept
+
+    second = run.copied(tmp_path / "second")
+    run.do("labels", "requeue", settings=longer, deadly=False)
+    check_requeued(run, second, generation=2, left=[])
+    said = run.do("labels", "requeue", settings=longer)
+    assert said == "No row is in quarantine: there is nothing to label again.\n"
+    until(lambda: not processes(run.folder.parent))
+
+
+@slow_to_start
+@only_real
+def test_a_requeue_on_a_real_engine_labels_what_is_mended(run: Run, tmp_path: Path):
+    first, run = run, run.copied(tmp_path)
+    run.do("labels", "requeue", settings=("teacher.max_model_len=1024",), deadly=False)
+    check_requeued(run, first, generation=1, left=[])
 
 
 @pytest.mark.slow
@@ -318,40 +316,22 @@ def test_a_row_that_kills_its_replica_each_time_is_found_across_restarts(run: Ru
     assert list((fatal.folder / "labels" / "attempts").iterdir()) == []
 
 
-@pytest.fixture
-def stood_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(replica_module, "Engine", stand_in.engine(engine_module))
-    yield
-
-
-def label_here(folder: Path, **labels: Any) -> tuple[Run, Replica]:
+def label_here(folder: Path, **labels: Any) -> Run:
     """All shards on one replica in this process."""
     path = write_recipe(folder, recipe.load(DEMO).teacher.model, **labels)
-    loaded = recipe.load(path, ["teacher.engine_args={row_s: 0, start_s: 0}"])
-    here = steps.Run(loaded)
-    manifest = here.execute("prepare").manifest
-    run = Run(here.directory, path, (), {})
-    identity = pipeline.identity(loaded, here.teacher, manifest["digest"])
-    run.store.open(identity)
-    spec = ReplicaSpec(
-        recipe=loaded,
-        teacher=loaded.teacher,
-        model=here.teacher,
-        corpus_dir=here.path("prepare"),
-        labels=str(run.store.where),
-        identity=identity,
-    )
-    replica = Replica(spec, lambda *_: None)
-    for shard in manifest["shards"]:
+    here = steps.Run(recipe.load(path, ["teacher.engine_args={row_s: 0, start_s: 0}"]))
+    shards = here.execute("prepare").manifest["shards"]
+    replica = replica_here(here)
+    for shard in shards:
         replica.label(Work(shard=shard["name"]))
-    return run, replica
+    replica.close()
+    return Run(here.directory, path, (), {})
 
 
 def test_rows_that_are_too_long_are_left_out_where_the_recipe_says_skip(
-    tmp_path: Path, stood_in: None, tokenizer: PreTrainedTokenizerBase
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ):
-    run, replica = label_here(tmp_path, overflow="skip")
-    replica.close()
+    run = label_here(tmp_path, overflow="skip")
     commits = run.store.commits().values()
     assert sum(c.filtered for c in commits) == len(TOO_LONG)
     assert sum(c.quarantined + c.truncated for c in commits) == 0
@@ -362,20 +342,18 @@ def test_rows_that_are_too_long_are_left_out_where_the_recipe_says_skip(
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_that_are_too_long_are_cut_where_the_recipe_says_so(
-    tmp_path: Path, stood_in: None, tokenizer: PreTrainedTokenizerBase, side: str
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, side: str
 ):
-    run, replica = label_here(tmp_path, overflow=f"truncate_{side}")
-    replica.close()
+    run = label_here(tmp_path, overflow=f"truncate_{side}")
     commits = run.store.commits().values()
     assert sum(c.truncated for c in commits) == len(TOO_LONG)
     assert sum(c.quarantined + c.filtered for c in commits) == 0
     texts = run.texts()
     rows = {texts[row["id"]]: row for c in commits for row in run.store.read_shard(c).to_pylist()}
     room = 64 - 1 - len(tokenizer.encode(CONTEXT, add_special_tokens=False))
-    codec = pipeline.codec_of(recipe.load(run.recipe).labels, replica._spec.model)
     for text in TOO_LONG:
-        ids = codec.unpack_ids(rows[text]["token_ids"]).tolist()
         whole = plain(tokenizer, text)
-        assert ids == (whole[-room:] if side == "left" else whole[:room])
+        kept = whole[-room:] if side == "left" else whole[:room]
+        assert token_ids(run, rows[text]) == kept
         assert rows[text]["truncated"]
     assert not any(rows[text]["truncated"] for text in TEXTS if text not in TOO_LONG)

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from journeyman import corpus
-from journeyman.errors import ModelError
+from journeyman.errors import DataError, ModelError
 from journeyman.labels import attempts, schema
 from journeyman.labels.attempts import Note, Plan
 from journeyman.labels.cache import Cache
 from journeyman.labels.codec import Codec
 from journeyman.labels.rows import Backend, Fate, Row, RowLabeler, columns_of, quarantined
 from journeyman.labels.schema import Commit, Filtered, Quarantined
-from journeyman.labels.store import LabelStore, parquet_bytes
+from journeyman.labels.store import LabelStore, in_order, parquet_bytes
 from journeyman.models import Model
 from journeyman.recipe import Generate, Labels, Logits, Recipe, Teacher
 from journeyman.teacher import tasks
@@ -100,7 +100,7 @@ class Replica:
         self._name = uuid.uuid4().hex[:8]
         self._report = report
         self._counts: dict[str, float] = {}
-        self._restarts = 0
+        self._restarts = 0  # since its last commit
         self._alive_since = self._committed_at = self._reported_at = time.monotonic()
         report(self._name, Counts())
         self._loop = asyncio.new_event_loop()
@@ -174,7 +174,6 @@ class Replica:
             return standing
         table = await asyncio.to_thread(corpus.read_shard, self._spec.corpus_dir / work.shard)
         rows: list[Row] = table.to_pylist()
-        restarts_before = self._restarts
         kept, kept_out = await self._kept(work)
         waiting = [row for row in rows if row["id"] not in kept and row["id"] not in kept_out]
         copied = await self._copied(waiting)
@@ -203,9 +202,10 @@ class Replica:
             seconds=round(time.monotonic() - started, 3),
             replica_seconds=self._seconds_since_commit(work),
             bytes=0,
-            engine_restarts=self._restarts - restarts_before,
+            engine_restarts=self._restarts_since_commit(work),
         )
         labels = self._table(labeled)
+        await asyncio.to_thread(self._check_dataset)
         standing = await asyncio.to_thread(self._store.write, commit, labels, bad, left_out)
         await asyncio.to_thread(self._afterwards, standing, labels)
         self._flush()
@@ -304,6 +304,14 @@ class Replica:
 
         return pa.Table.from_pylist(list(records), schema=schema.label_schema(self._labels.kind))
 
+    def _check_dataset(self) -> None:
+        """A replica may outlive its run by some seconds, and --new put another dataset there."""
+        if in_order(self._store.manifest()["identity"]) != in_order(self._spec.identity):
+            raise DataError(
+                f"{self._store.where}: another dataset has taken the place of this replica's own, "
+                "whose labels are not written; stop this run."
+            )
+
     def _afterwards(self, commit: Commit, labels: Any) -> None:
         self._store.clear_attempts(commit.shard)
         if self._cache is not None:
@@ -328,6 +336,11 @@ class Replica:
         now = time.monotonic()
         seconds, self._committed_at = now - self._committed_at, now
         return round(seconds + (work.before.replica_seconds if work.before else 0.0), 3)
+
+    def _restarts_since_commit(self, work: Work) -> int:
+        """As its time: counted once, however many shards were in work."""
+        restarts, self._restarts = self._restarts, 0
+        return restarts + (work.before.engine_restarts if work.before else 0)
 
     def _restarted(self) -> None:
         self._restarts += 1

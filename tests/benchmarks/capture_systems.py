@@ -103,7 +103,7 @@ class Bare:
     def __init__(self, setting: Setting) -> None:
         from journeyman.teacher import engine
 
-        engine._set_environment(setting.recipe.teacher)
+        engine._set_environment(setting.recipe.teacher, draws=False)
         from vllm import LLM
 
         self._cases = setting.cases
@@ -392,7 +392,7 @@ def _environment(setting: Setting) -> dict[str, str]:
     """What Journeyman sets for its engine, for an actor that starts one."""
     from journeyman.teacher import engine
 
-    engine._set_environment(setting.recipe.teacher)
+    engine._set_environment(setting.recipe.teacher, draws=False)
     names = ("VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE", "LD_PRELOAD",
              "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_CPU_KVCACHE_SPACE",
              "VLLM_CPU_OMP_THREADS_BIND")  # fmt: skip

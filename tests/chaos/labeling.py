@@ -135,8 +135,11 @@ def journeyman(folder: Path, *arguments: str, **variables: str) -> subprocess.Co
     )
 
 
-def replica_here(run: steps.Run) -> Replica:
-    """A replica of a prepared run, in this process and without an engine."""
+StandIn: Any = stand_in.engine(engine_module)
+
+
+def replica_here(run: steps.Run, engine: Any = StandIn) -> Replica:
+    """A replica of a prepared run, in this process and without a real engine."""
     digest = corpus.read_manifest(run.path("prepare"))["digest"]
     store = LabelStore(run.labels)
     store.open(pipeline.identity(run.recipe, run.teacher, digest))
@@ -151,7 +154,7 @@ def replica_here(run: steps.Run) -> Replica:
         identity=store.manifest()["identity"],
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replica_module, "Engine", stand_in.engine(engine_module))
+        patch.setattr(replica_module, "Engine", engine)
         return Replica(spec, lambda *_: None)
 
 

@@ -49,7 +49,8 @@ def _accounts(stats: Stats) -> Iterator[list[str]]:
 
 
 def _on_disk(stats: Stats) -> str:
-    if stats.recorded_positions:
+    # The files hold the rows that filters leave out, too; their tokens are not counted here.
+    if stats.recorded_positions and not stats.filtered:
         each = f"{stats.bytes / stats.recorded_positions:.1f} bytes a recorded token"
         return f"{size(stats.bytes)}, {each} ({stats.recorded_positions:,} of them)"
     return f"{size(stats.bytes)}, {stats.bytes / max(1, stats.rows):.0f} bytes a row"

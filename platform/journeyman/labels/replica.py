@@ -163,7 +163,8 @@ class Replica:
             try:
                 return await engine.start()
             except ModelError:
-                if not tries_left or not await asyncio.to_thread(self._store.done):
+                refused = engine.alive  # it runs, but cannot do what is asked of it
+                if refused or not tries_left or not await asyncio.to_thread(self._store.done):
                     raise
 
     async def _label(self, work: Work) -> Commit:

@@ -7,6 +7,7 @@ both use it, so their scores are the same.
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -66,6 +67,7 @@ class Engine:
         self.draws = draws
         self.stock_capture = ""  # why vLLM's own way of capturing is used, if it is
         self._llm: Any = None
+        self._last_sampling: tuple[Any, Any, SamplingParams] | None = None
         self._died: asyncio.Future[None]  # of the engine that runs now
         self._watcher: asyncio.Task[None]
         self._starting = asyncio.Lock()
@@ -115,8 +117,9 @@ class Engine:
     def close(self) -> None:
         if self._llm is not None:
             self._watcher.cancel()
+            _end_streams(self._llm)  # or those that still wait would wait for ever
             if not self._died.done():
-                self._died.set_result(None)  # or those that still wait would wait for ever
+                self._died.set_result(None)
             self._llm.shutdown()
             self._llm = None
 
@@ -200,13 +203,35 @@ class Engine:
     async def _generate(
         self, token_ids: Sequence[int], marks: dict[str, Any], **params: Any
     ) -> RequestOutput:
-        """One request, by default one greedy token; raises EngineDied, TimeoutError."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        """One request; raises EngineDied, TimeoutError."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if not self.alive:
             raise EngineDied
+        try:
+            async with asyncio.timeout(self.settings.request_timeout_s):
+                # vLLM 0.29 does not end the streams of an engine whose process was killed: the
+                # watcher does.
+                async for output in self._llm.generate(
+                    {"prompt_token_ids": list(token_ids)},
+                    self._sampling(marks, params),
+                    f"r{next(self._request_ids)}",
+                    lora_request=self._lora_request,
+                ):
+                    if output.finished:
+                        return output
+        except EngineDeadError as error:
+            raise EngineDied from error
+        raise EngineDied
+
+    def _sampling(self, marks: dict[str, Any], params: dict[str, Any]) -> SamplingParams:
+        """By default one greedy token. The last one is kept: most requests are alike, and vLLM
+        takes longer to check it than to do anything else in its front end."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if self._last_sampling and self._last_sampling[:2] == (marks, params):
+            return self._last_sampling[2]
         settings = {"max_tokens": 1, "temperature": 0.0, "detokenize": False} | params
         sampling = SamplingParams(
             **settings,
@@ -215,33 +240,10 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
-        request = asyncio.ensure_future(self._finished(token_ids, sampling))
-        # vLLM 0.29 does not end the streams of an engine whose process was killed, so each
-        # request also waits for its engine's death.
-        died = self._died
-        try:
-            async with asyncio.timeout(self.settings.request_timeout_s):
-                await asyncio.wait({request, died}, return_when=asyncio.FIRST_COMPLETED)
-            if not request.done():
-                raise EngineDied
-            return request.result()
-        except EngineDeadError as error:
-            raise EngineDied from error
-        finally:
-            request.cancel()
+        self._last_sampling = (marks, params, sampling)
+        return sampling
 
-    async def _finished(self, token_ids: Sequence[int], sampling: SamplingParams) -> RequestOutput:
-        stream = self._llm.generate(
-            {"prompt_token_ids": list(token_ids)},
-            sampling,
-            f"r{next(self._request_ids)}",
-            lora_request=self._lora_request(),
-        )
-        async for output in stream:
-            if output.finished:
-                return output
-        raise EngineDied
-
+    @functools.cached_property
     def _lora_request(self) -> Any:
         from vllm.lora.request import LoRARequest
 
@@ -251,7 +253,15 @@ class Engine:
     async def _watch(self, llm: Any, died: asyncio.Future[None]) -> None:
         while not llm.errored:
             await asyncio.sleep(_WATCH_INTERVAL_S)
+        _end_streams(llm)
         died.set_result(None)
+
+
+def _end_streams(llm: Any) -> None:
+    """Let every request that still waits for this engine raise EngineDeadError."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    llm.output_processor.propagate_error(EngineDeadError())
 
 
 def _completion(output: CompletionOutput, recording: bool) -> Completion:

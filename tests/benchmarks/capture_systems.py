@@ -22,7 +22,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ClassVar
 
-from journeyman import recipe
 from journeyman.models import Model
 from journeyman.recipe import Classes, Generate, Logits, Recipe
 
@@ -356,9 +355,7 @@ def _write(table: Any, folder: str) -> Any:
     path.mkdir(parents=True, exist_ok=True)
     pq.write_table(labels, path / f"{number}-{uuid.uuid4().hex}.parquet", compression="zstd")
     n_tokens = sum(map(len, labels["output"].to_pylist()))
-    return pa.table(
-        {"case": [case], "round": [number], "rows": [len(table)], "tokens": [n_tokens]}
-    )
+    return pa.table({"case": [case], "round": [number], "rows": [len(table)], "tokens": [n_tokens]})
 
 
 def _blocks(setting: Setting) -> Iterator[Any]:

@@ -63,7 +63,7 @@ def test_a_changed_setting_runs_the_steps_that_depend_on_it(small_run: steps.Run
 
 def test_labels_of_another_prompt_are_refused_with_the_difference(small_run: steps.Run):
     other = steps.Run(small_recipe(Path(small_run.recipe.output), "labels.target=Q {{ text }}"))
-    with pytest.raises(DataError, match=r"(?s)labels made otherwise:.*labels\.target: there.*--new"):
+    with pytest.raises(DataError, match=r"(?s)made otherwise:.*labels\.target: there.*--new"):
         other.execute("label")
     assert small_run.execute("label").seconds is None
 

@@ -190,14 +190,32 @@ class Engine:
             stop=list(sampling.stop) or None,
             structured_outputs=_structured(sampling),
             logprobs=0 if k is None else k,
-            detokenize=True,
+            # Only stop strings need the text of each token as it comes.
+            detokenize=bool(sampling.stop),
         )
-        completions = [_completion(c, k is not None) for c in output.outputs]
+        completions = [
+            self._completion(c, recording=k is not None, has_text=bool(sampling.stop))
+            for c in output.outputs
+        ]
         return Spoken(
             completions=completions,
             n_prompt_tokens=len(token_ids),
             n_output_tokens=sum(len(c.token_ids) for c in completions),
             n_cached_tokens=output.num_cached_tokens or 0,
+        )
+
+    def _completion(
+        self, output: CompletionOutput, *, recording: bool, has_text: bool
+    ) -> Completion:
+        ids, values = capture.generated(output)
+        token_ids = list(output.token_ids)
+        decoded = "" if has_text else self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return Completion(
+            text=output.text if has_text else decoded,
+            token_ids=np.asarray(token_ids, dtype=np.int32),
+            finish_reason=output.finish_reason or "",
+            token_logprobs=values[:, 0],
+            recorded=capture.recorded(ids, values) if recording else None,
         )
 
     async def _generate(
@@ -262,17 +280,6 @@ def _end_streams(llm: Any) -> None:
     from vllm.v1.engine.exceptions import EngineDeadError
 
     llm.output_processor.propagate_error(EngineDeadError())
-
-
-def _completion(output: CompletionOutput, recording: bool) -> Completion:
-    ids, values = capture.generated(output)
-    return Completion(
-        text=output.text,
-        token_ids=np.asarray(output.token_ids, dtype=np.int32),
-        finish_reason=output.finish_reason or "",
-        token_logprobs=values[:, 0],
-        recorded=capture.recorded(ids, values) if recording else None,
-    )
 
 
 def _structured(sampling: Sampling) -> Any:

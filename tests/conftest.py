@@ -69,7 +69,7 @@ def replica(
 ) -> Iterator[Replica]:
     """A labeling replica of the demo's recipe in this process, with a real engine."""
     directory = tmp_path_factory.mktemp("replica")
-    settings = small_recipe(directory, "labels.max_attempts=2")
+    settings = small_recipe(directory, "labels.max_attempts=1")  # engine starts are dear
     labels = LabelStore(directory / "labels")
     labels.open(pipeline.identity(settings, teacher_model, "corpus"))
     spec = ReplicaSpec(

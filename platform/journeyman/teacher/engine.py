@@ -117,9 +117,8 @@ class Engine:
     def close(self) -> None:
         if self._llm is not None:
             self._watcher.cancel()
-            _end_streams(self._llm)  # or those that still wait would wait for ever
             if not self._died.done():
-                self._died.set_result(None)
+                self._died.set_result(None)  # or those that still wait would wait for ever
             self._llm.shutdown()
             self._llm = None
 
@@ -226,20 +225,31 @@ class Engine:
 
         if not self.alive:
             raise EngineDied
+        request = asyncio.ensure_future(self._finished(token_ids, self._sampling(marks, params)))
+        # vLLM 0.29 does not end the streams of an engine whose process was killed, so each
+        # request also waits for its engine's death.
+        died = self._died
         try:
             async with asyncio.timeout(self.settings.request_timeout_s):
-                # vLLM 0.29 does not end the streams of an engine whose process was killed: the
-                # watcher does.
-                async for output in self._llm.generate(
-                    {"prompt_token_ids": list(token_ids)},
-                    self._sampling(marks, params),
-                    f"r{next(self._request_ids)}",
-                    lora_request=self._lora_request,
-                ):
-                    if output.finished:
-                        return output
+                await asyncio.wait({request, died}, return_when=asyncio.FIRST_COMPLETED)
+            if not request.done():
+                raise EngineDied
+            return request.result()
         except EngineDeadError as error:
             raise EngineDied from error
+        finally:
+            request.cancel()
+
+    async def _finished(self, token_ids: Sequence[int], sampling: SamplingParams) -> RequestOutput:
+        stream = self._llm.generate(
+            {"prompt_token_ids": list(token_ids)},
+            sampling,
+            f"r{next(self._request_ids)}",
+            lora_request=self._lora_request,
+        )
+        async for output in stream:
+            if output.finished:
+                return output
         raise EngineDied
 
     def _sampling(self, marks: dict[str, Any], params: dict[str, Any]) -> SamplingParams:
@@ -271,15 +281,7 @@ class Engine:
     async def _watch(self, llm: Any, died: asyncio.Future[None]) -> None:
         while not llm.errored:
             await asyncio.sleep(_WATCH_INTERVAL_S)
-        _end_streams(llm)
         died.set_result(None)
-
-
-def _end_streams(llm: Any) -> None:
-    """Let every request that still waits for this engine raise EngineDeadError."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    llm.output_processor.propagate_error(EngineDeadError())
 
 
 def _structured(sampling: Sampling) -> Any:

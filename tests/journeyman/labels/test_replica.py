@@ -123,12 +123,13 @@ def test_an_engine_that_is_killed_is_replaced_and_no_row_is_lost(
     assert store.read_shard(commit)["id"].to_pylist() == ids
 
 
+@pytest.mark.timeout(600)  # four engine starts
 def test_a_row_that_kills_the_engine_each_time_is_found_and_the_others_are_kept(
     replica: Replica, store: LabelStore
 ):
     """The engine is killed for real; only the choice of the row that does it is the test's."""
     guilty = "this one kills"
-    write_shard(replica, "part-00006.parquet", [*TEXTS, guilty, "and one more"])
+    write_shard(replica, "part-00006.parquet", [TEXTS[0], guilty, TEXTS[1]])
     task, run_row = replica._task, replica._task.run
 
     async def deadly(row, seed):
@@ -145,7 +146,7 @@ def test_a_row_that_kills_the_engine_each_time_is_found_and_the_others_are_kept(
         commit = replica.label(Work(shard="part-00006.parquet"))
     finally:
         task.run = run_row
-    assert (commit.ok, commit.quarantined) == (4, 1)
+    assert (commit.ok, commit.quarantined) == (2, 1)
     (bad,) = store.read_quarantine(commit)
     assert (bad.error_class, json.loads(bad.input)["text"]) == ("EngineDied", guilty)
 

@@ -39,7 +39,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
         **os.environ,
         # Ray's tokens for local clusters are of no use to a cluster that is gone in a minute.
         "RAY_AUTH_MODE": "disabled",
-        "PYTHONPATH": str(ON_PATH),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ON_PATH)]),
         _MARK: str(folder),
         **more,
     }

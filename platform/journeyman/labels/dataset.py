@@ -107,7 +107,6 @@ def read_ray(where: str | Path, *, filtered: bool = False) -> ray.data.Dataset:
 
     Ray must be initialised, and ``where`` be readable on all nodes.
     """
-    import ray
     import ray.data
 
     store = LabelStore(where)
@@ -120,18 +119,11 @@ def read_ray(where: str | Path, *, filtered: bool = False) -> ray.data.Dataset:
         [{"commit": json.dumps(dataclasses.asdict(commit))} for commit in commits],
         override_num_blocks=len(commits),
     ).map_batches(
-        _read_commits_for_ray,
+        _read_commits,
         batch_size=1,
         batch_format="pyarrow",
-        fn_args=(store, ray.put(left_out)),
+        fn_args=(store, left_out),  # Ray Data puts a function with its arguments away once
     )
-
-
-def _read_commits_for_ray(batch: pa.Table, store: LabelStore, left_out: Any) -> pa.Table:
-    """left_out: where Ray holds the ids; it gives a UDF references as they are."""
-    import ray
-
-    return _read_commits(batch, store, ray.get(left_out))
 
 
 def _read_commits(batch: pa.Table, store: LabelStore, left_out: pa.Array | None) -> pa.Table:

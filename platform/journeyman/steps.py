@@ -159,7 +159,7 @@ class Run(RunFolder):
         cluster.connect(self.recipe.cluster)
         read_rows = partial(
             dataset.read_classes,
-            LabelStore(self.labels).where,
+            LabelStore(self.labels).everywhere,
             self.path("prepare").resolve(),
             ("train", "calibrate"),
         )

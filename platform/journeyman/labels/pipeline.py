@@ -173,7 +173,7 @@ def _spec(
         teacher=teacher,
         model=model,
         corpus_dir=corpus_dir.resolve(),
-        labels=store.where,
+        labels=store.everywhere,
         identity=of or store.manifest()["identity"],
     )
 

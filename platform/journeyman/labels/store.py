@@ -58,6 +58,11 @@ class LabelStore:
         return self.folder.where
 
     @property
+    def everywhere(self) -> str:
+        """The same for processes with another working directory."""
+        return self.where if self.directory is None else str(self.directory.resolve())
+
+    @property
     def directory(self) -> Path | None:
         """The local folder; None behind a URL."""
         return self.folder.directory

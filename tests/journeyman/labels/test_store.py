@@ -530,3 +530,15 @@ def test_prior_correction_makes_the_mean_prediction_uniform_in_odds():
     got = np.exp(prior.corrected(np.log(p), log_prior))
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
     np.testing.assert_allclose(np.exp(prior.corrected(np.log(p), None)), p, rtol=1e-9)
+
+
+def test_workers_in_other_folders_find_a_dataset_named_by_a_relative_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    named = LabelStore(Path("runs/labels"))
+    named.open(IDENTITY)
+    monkeypatch.chdir("/")
+    assert LabelStore(str(tmp_path / "runs/labels")).manifest()["identity"] == IDENTITY
+    monkeypatch.chdir(tmp_path)
+    assert named.everywhere == str(tmp_path.resolve() / "runs/labels")

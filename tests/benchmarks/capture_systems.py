@@ -100,9 +100,10 @@ class Bare:
     name = "bare vLLM flat"
 
     def __init__(self, setting: Setting) -> None:
-        from journeyman.teacher import engine
+        from journeyman.teacher import engine, lifeline
 
         engine._set_environment(setting.recipe.teacher, draws=False)
+        del os.environ[lifeline.PARENT]  # or our plugins would work in this engine as well
         from vllm import LLM
 
         self._cases = setting.cases
@@ -392,7 +393,8 @@ def _environment(setting: Setting) -> dict[str, str]:
     engine._set_environment(setting.recipe.teacher, draws=False)
     names = ("VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE", "LD_PRELOAD",
              "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_CPU_KVCACHE_SPACE",
-             "VLLM_CPU_OMP_THREADS_BIND")  # fmt: skip
+             "VLLM_CPU_OMP_THREADS_BIND", "MALLOC_MMAP_THRESHOLD_",
+             "MALLOC_TRIM_THRESHOLD_")  # fmt: skip
     found = {name: os.environ[name] for name in names if name in os.environ}
     return found | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
 

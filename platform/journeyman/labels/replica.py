@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 import uuid
@@ -151,6 +152,10 @@ class Replica:
             outage_s=self._spec.teacher.start_timeout_s,
         )
         self._heartbeat = asyncio.create_task(self._beat())
+        # A full collection walks through all that vLLM and torch have imported: a third of a
+        # second now and then. What is there by now stays.
+        gc.collect()
+        gc.freeze()
 
     async def _close(self) -> None:
         self._heartbeat.cancel()

@@ -40,6 +40,7 @@ _BIND = "VLLM_CPU_OMP_THREADS_BIND"
 _WATCH_INTERVAL_S = 0.2
 _SMALLEST_BLOCK = 16  # tokens; the prefix cache holds whole blocks
 _CPU_BLOCK_TOKENS = 32  # vLLM's CPU attention takes multiples of 32; small blocks waste least
+_KEPT_BYTES = 1 << 30
 _PRELOADED = ("libiomp5.so", "libtcmalloc_minimal.so.4")  # both ask of vLLM; 17% on prefill
 
 
@@ -69,6 +70,7 @@ class Engine:
         self._llm: Any = None
         self._last_sampling: tuple[Any, Any, SamplingParams] | None = None
         self._died: asyncio.Future[None]  # of the engine that runs now
+        self._deadlines: set[asyncio.Timeout] = set()  # of the requests in it
         self._watcher: asyncio.Task[None]
         self._starting = asyncio.Lock()
         self._request_ids = itertools.count()
@@ -117,8 +119,7 @@ class Engine:
     def close(self) -> None:
         if self._llm is not None:
             self._watcher.cancel()
-            if not self._died.done():
-                self._died.set_result(None)  # or those that still wait would wait for ever
+            self._end_requests(self._died)
             self._llm.shutdown()
             self._llm = None
 
@@ -221,36 +222,34 @@ class Engine:
         self, token_ids: Sequence[int], marks: dict[str, Any], **params: Any
     ) -> RequestOutput:
         """One request; raises EngineDied, TimeoutError."""
+        from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if not self.alive:
             raise EngineDied
-        request = asyncio.ensure_future(self._finished(token_ids, self._sampling(marks, params)))
-        # vLLM 0.29 does not end the streams of an engine whose process was killed, so each
-        # request also waits for its engine's death.
         died = self._died
-        try:
-            async with asyncio.timeout(self.settings.request_timeout_s):
-                await asyncio.wait({request, died}, return_when=asyncio.FIRST_COMPLETED)
-            if not request.done():
-                raise EngineDied
-            return request.result()
-        except EngineDeadError as error:
-            raise EngineDied from error
-        finally:
-            request.cancel()
-
-    async def _finished(self, token_ids: Sequence[int], sampling: SamplingParams) -> RequestOutput:
         stream = self._llm.generate(
-            {"prompt_token_ids": list(token_ids)},
-            sampling,
+            tokens_input(list(token_ids)),
+            self._sampling(marks, params),
             f"r{next(self._request_ids)}",
             lora_request=self._lora_request,
         )
-        async for output in stream:
-            if output.finished:
-                return output
-        raise EngineDied
+        try:
+            async with asyncio.timeout(self.settings.request_timeout_s) as deadline:
+                self._deadlines.add(deadline)
+                try:
+                    outputs = [output async for output in stream]
+                finally:
+                    self._deadlines.discard(deadline)
+        except EngineDeadError as error:
+            raise EngineDied from error
+        except TimeoutError:
+            if died.done():
+                raise EngineDied from None
+            raise
+        if not outputs or not outputs[-1].finished:
+            raise EngineDied
+        return outputs[-1]
 
     def _sampling(self, marks: dict[str, Any], params: dict[str, Any]) -> SamplingParams:
         """By default one greedy token. The last one is kept: most requests are alike, and vLLM
@@ -281,7 +280,16 @@ class Engine:
     async def _watch(self, llm: Any, died: asyncio.Future[None]) -> None:
         while not llm.errored:
             await asyncio.sleep(_WATCH_INTERVAL_S)
-        died.set_result(None)
+        self._end_requests(died)
+
+    def _end_requests(self, died: asyncio.Future[None]) -> None:
+        """vLLM 0.29 does not end the streams of an engine whose process was killed: their deadline
+        is now."""
+        if not died.done():
+            died.set_result(None)
+        for deadline in tuple(self._deadlines):
+            if not deadline.expired():
+                deadline.reschedule(died.get_loop().time())
 
 
 def _structured(sampling: Sampling) -> Any:
@@ -369,6 +377,10 @@ def _set_environment(settings: Teacher, draws: bool) -> None:
         os.environ[_BIND] = cores_of_workers(sorted(os.sched_getaffinity(0)), n_workers)
     # Ray sets one thread for an actor that holds one CPU; the engine is told its cores above.
     os.environ.pop("OMP_NUM_THREADS", None)
+    # glibc gives large blocks back to the kernel when they are freed, and faults their pages in
+    # again for the next: without that, labeling a small teacher is up to 1.7 times as fast.
+    for setting in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        os.environ.setdefault(setting, str(_KEPT_BYTES))
     libraries = [Path(sys.prefix) / "lib" / name for name in _PRELOADED]
     found = [str(path) for path in libraries if path.exists()]
     already = [p for p in os.environ.get("LD_PRELOAD", "").split(":") if p and p not in found]

@@ -7,7 +7,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +138,10 @@ class Run(RunFolder):
         files.set_aside(directory)
 
     def _train(self) -> tuple[dict[str, Any], bool]:
-        from journeyman.student import loop
+        from journeyman.student import step
 
         folder = self.path("train")
-        self.recipe.classes()  # or says what else can be done with other kinds
+        step.check(self.recipe)
         labels = dataset.finished_manifest(LabelStore(self.labels))
         inputs = digest(
             [
@@ -157,18 +156,14 @@ class Run(RunFolder):
         if there and there.get("inputs") == inputs:
             return there, False
         cluster.connect(self.recipe.cluster)
-        read_rows = partial(
-            dataset.read_classes,
-            LabelStore(self.labels).everywhere,
-            self.path("prepare").resolve(),
-            ("train", "calibrate"),
-        )
         with LiveLine() as line:
             line.show("train     starting the workers")
-            loop.train(
+            step.train(
                 self.recipe,
-                read_rows,
+                LabelStore(self.labels).everywhere,
+                self.path("prepare").resolve(),
                 self.base_student,
+                self.teacher,
                 folder,
                 inputs=inputs,
                 labels_digest=labels["digest"],
@@ -251,6 +246,13 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def names(recipe: Recipe) -> tuple[str, ...]:
+    """The steps of a recipe: cascades are of classifiers, and labeling alone needs no student."""
+    if recipe.labels.kind == "classes":
+        return NAMES
+    return NAMES[: NAMES.index("train") + (recipe.student is not None)]
+
+
 Reporter = Callable[[StepResult], None]
 
 
@@ -259,7 +261,7 @@ def run(recipe: Recipe, report: Reporter, *, new_labels: bool = False) -> list[S
     results = []
     current = Run(recipe)
     with current.locked():
-        for name in NAMES:
+        for name in names(recipe):
             result = current.execute(name, new_labels=new_labels)
             report(result)
             results.append(result)

@@ -59,6 +59,29 @@ def summary(
     ]
 
 
+def without_cascade(run: RunFolder) -> list[SummaryRow]:
+    """The closing table of a run that ends with its labels, or with a student that writes."""
+    if run.recipe.student is None:
+        return _costs(run)
+    return [*_learned(run), *_sizes(run), *_costs(run)]
+
+
+def _learned(run: RunFolder) -> list[SummaryRow]:
+    student = files.read_json(run.path("train") / "journeyman.json")
+    best = student["best"]
+    rows = [
+        (
+            "agreement",
+            f"{best['agreement']:.3f}",
+            "with the teacher's first choice, token by token",
+        ),
+        ("KL(teacher ‖ student)", f"{best['kl']:.3f} nats", "a token"),
+        ("perplexity", f"{best['perplexity']:,.1f}", "of the text's own tokens"),
+    ]
+    group = f"student, {best['n_rows']:,} calibrate rows"
+    return [SummaryRow(group=group, name=n, value=v, note=note) for n, v, note in rows]
+
+
 def _test_rows(rows: ClassRows, bundle_dir: Path, bundle: PolicyBundle) -> TestRows:
     student = Calibrator(temperature=bundle.temperature).probabilities(read_test_logits(bundle_dir))
     confidence = score(student, bundle.score)
@@ -136,7 +159,6 @@ def _sizes(run: RunFolder) -> list[SummaryRow]:
 def _costs(run: RunFolder) -> list[SummaryRow]:
     prepared = corpus.read_manifest(run.path("prepare"))
     labels = LabelStore(run.labels).manifest()
-    student = files.read_json(run.path("train") / "journeyman.json")
     totals = labels["totals"]
     tokens = totals["prompt_tokens"] + totals["output_tokens"]
     quarantined = totals["quarantined"]
@@ -144,10 +166,15 @@ def _costs(run: RunFolder) -> list[SummaryRow]:
     rows = [
         ("prepare", prepared["seconds"], f"{prepared['rows']:,} rows of {prepared['read']:,} read"),
         ("label", labels["seconds"], f"{tokens:,} tokens; {accounted}"),
-        ("train", student["seconds"], _training_note(student)),
-        ("certify", _seconds(run, "certify"), f"{prepared['splits']['certify']:,} rows"),
-        ("serve and measure", _seconds(run, "measure"), ""),
     ]
+    if run.recipe.student is not None:
+        student = files.read_json(run.path("train") / "journeyman.json")
+        rows.append(("train", student["seconds"], _training_note(student)))
+    if run.recipe.labels.kind == "classes":
+        rows += [
+            ("certify", _seconds(run, "certify"), f"{prepared['splits']['certify']:,} rows"),
+            ("serve and measure", _seconds(run, "measure"), ""),
+        ]
     return [
         SummaryRow(group="what it took", name=n, value=f"{s:,.1f} s", note=note)
         for n, s, note in rows

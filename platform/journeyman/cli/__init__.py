@@ -140,7 +140,13 @@ def _run(options: argparse.Namespace) -> int:
     print(f"run       {loaded.run_dir}", flush=True)
     results = steps.run(loaded, _print_result, new_labels=options.new)
     print()
-    print(summary.table(summary.report_data(steps.Run(loaded)).summary))
+    run = steps.Run(loaded)
+    if loaded.labels.kind != "classes":
+        print(summary.table(summary.without_cascade(run)))
+        made = "train" if loaded.student else "label"
+        print(f"\n{made:<9} {run.path(made) if loaded.student else run.labels}")
+        return 0
+    print(summary.table(summary.report_data(run).summary))
     print(f"\nreport    {results[-1].manifest['page']}")
     return 0
 

@@ -88,11 +88,16 @@ def read(where: str | Path, *, filtered: bool = False) -> pa.Table:
 
 def tables(where: str | Path, *, filtered: bool = False) -> Iterator[pa.Table]:
     """The same, shard by shard."""
+    return (table for _, table in shards(where, filtered=filtered))
+
+
+def shards(where: str | Path, *, filtered: bool = False) -> Iterator[tuple[str, pa.Table]]:
+    """The same, each with the name of its corpus shard."""
     store = LabelStore(where)
     manifest = finished_manifest(store)
     left_out = None if filtered else _left_out(store, manifest)
     for commit in _finished_commits(store, manifest):
-        yield _kept(store.read_shard(commit), left_out)
+        yield commit.shard, _kept(store.read_shard(commit), left_out)
 
 
 def distributions(table: pa.Table, codec: Codec) -> Iterator[Distributions | None]:

@@ -63,8 +63,8 @@ class Recipe(Section):
         """The labels section, for the steps that work on class distributions only."""
         if not isinstance(self.labels, Classes):
             raise RecipeError(
-                f"labels.kind is {self.labels.kind}: training, certifying and serving take classes "
-                "so far. Labels of this kind are read with journeyman.labels.dataset.read, or "
+                f"labels.kind is {self.labels.kind}: certifying and serving take classes so far. "
+                " Labels of this kind are read with journeyman.labels.dataset.read, or "
                 "written out by journeyman labels export."
             )
         return self.labels

@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from journeyman.recipe.base import Count, Section, Share
+
+Weight = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Student(Section):
     """The small model that learns."""
 
     model: str = Field(
-        description="Pretrained encoder: hub id, local folder or package://NAME/RESOURCE."
+        description="Where it starts from: hub id, local folder or package://NAME/RESOURCE. "
+        "classifier: an encoder. causal: a language model; with start: pruned the teacher itself, "
+        "as a rule."
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
-    kind: Literal["classifier"] = Field("classifier", description="classifier: an encoder.")
+    kind: Literal["classifier", "causal"] = Field(
+        "classifier",
+        description="classifier: an encoder that learns labels.kind: classes. causal: a language "
+        "model that learns labels.kind: logits, generate or rationales.",
+    )
     max_length: Count = Field(128, description="Longest input in tokens; longer ones are cut.")
+    start: Literal["pretrained", "pruned", "fresh"] = Field(
+        "pretrained",
+        description="causal: pretrained: the model's weights. pruned: some of its layers, all else "
+        "as it is. fresh: random weights, with its config and tokenizer.",
+    )
+    layers: Count | None = Field(
+        None,
+        description="causal, pruned or fresh: transformer layers; pruned keeps the first, the last "
+        "and evenly spaced ones between.",
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="causal, fresh: values of the model's config to change, such as hidden_size.",
+    )
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> Student:
+        if self.kind == "classifier" and (self.start != "pretrained" or self.layers or self.config):
+            raise ValueError("start, layers and config go with kind: causal")
+        if self.start == "pruned" and self.layers is None:
+            raise ValueError("start: pruned needs layers: how many to keep")
+        if self.start == "pretrained" and self.layers is not None:
+            raise ValueError("layers goes with start: pruned or fresh")
+        if self.config and self.start != "fresh":
+            raise ValueError("config goes with start: fresh")
+        return self
 
 
 class Training(Section):
@@ -28,15 +62,39 @@ class Training(Section):
     gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0.0, description="Ray GPUs a worker.")
     epochs: Count = Field(4, description="Passes over the train rows.")
     batch_size: Count = Field(32, description="Rows of one optimizer step, over all workers.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-5, description="Of the encoder.")
-    head_learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Of the head.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        5e-5, description="Of the encoder, or of a causal student."
+    )
+    head_learning_rate: Annotated[float, Field(gt=0)] = Field(
+        2e-3, description="Of a classifier's head."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW weight decay.")
     warmup: Share = Field(0.1, description="Share of the steps with a rising learning rate.")
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="Softens both distributions in the loss (Hinton et al. 2015)."
     )
     gold_weight: Share = Field(
-        0.0, description="Weight of cross-entropy on gold labels, for rows that have one."
+        0.0,
+        description="classifier: weight of cross-entropy on gold labels, for rows that have one.",
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"] = Field(
+        "forward_kl",
+        description="causal: of the student from the teacher at each token; jsd as in GKD (Agarwal "
+        "et al. 2024), skewed_kl as in DistiLLM (Ko et al. 2024).",
+    )
+    tail: Literal["bucket", "renormalised"] = Field(
+        "bucket",
+        description="causal: tokens outside the teacher's record are one outcome (bucket), or are "
+        "left out on both sides (renormalised, which is biased).",
+    )
+    beta: Weight = Field(0.5, description="jsd: the teacher's weight in the mixture.")
+    skew: Weight = Field(0.1, description="skewed_kl: the teacher's weight in the mixture.")
+    cross_entropy: Share = Field(
+        0.0, description="causal: weight of cross-entropy on the text's own next token."
+    )
+    label_smoothing: Share = Field(0.0, description="causal: of that cross-entropy.")
+    accumulate: Count = Field(
+        1, description="Parts in which a worker takes its share of a batch, to save memory."
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         2, description="Worker failures from which a run restarts at its last checkpoint."

@@ -29,10 +29,18 @@ class Evaluation:
 
     epoch: int  # epochs done, from 1
     step: int  # optimizer steps done
-    agreement: float  # share of rows with the teacher's first choice, 0 to 1
-    kl: float  # mean KL(teacher ‖ student), nats
-    gold_accuracy: float | None  # over the rows that have gold
+    # As in ``learner.Measured``.
+    agreement: float
+    kl: float
     n_rows: int
+    gold_accuracy: float | None = None
+    perplexity: float | None = None
+
+    def rank(self) -> tuple[float, float]:
+        """Higher is better."""
+        if self.perplexity is None:
+            return self.agreement, -self.kl
+        return -self.kl, self.agreement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +59,9 @@ class State:
 
     @property
     def best(self) -> Evaluation | None:
-        """The highest agreement; of equal ones the lowest KL."""
-        return max(self.evaluations, key=lambda e: (e.agreement, -e.kl), default=None)
+        """A classifier's highest agreement, of equal ones the lowest KL; of a causal student, whose
+        agreement on its first choice says little of what it writes, the lowest KL."""
+        return max(self.evaluations, key=Evaluation.rank, default=None)
 
 
 class Checkpoints:

@@ -16,7 +16,7 @@ import yaml
 import journeyman
 from journeyman.files import disk_errors, replaced_directory, write_bytes, write_json
 from journeyman.models import Model
-from journeyman.recipe import Recipe
+from journeyman.recipe import Generate, Logits, Recipe
 from journeyman.student.checkpoints import Evaluation, State
 
 SCHEMA_VERSION = 1
@@ -64,20 +64,61 @@ def _record(best: Evaluation, state: State, origin: Provenance) -> dict[str, obj
 
 
 def _card(best: Evaluation, state: State, origin: Provenance) -> str:
-    recipe, training = origin.recipe, origin.recipe.training
-    asked = recipe.classes()
-    labels = "\n".join(f"| `{name}` | {words} |" for name, words in asked.classes.items())
-    gold = (
-        ""
-        if best.gold_accuracy is None
-        else f"| accuracy against gold labels | {best.gold_accuracy:.3f} |\n"
-    )
-    mixed = f", {training.gold_weight:g} of the loss on gold labels" * bool(training.gold_weight)
+    recipe = origin.recipe
+    what = _classifier(recipe) if recipe.learner().kind == "classifier" else _causal(recipe)
     return f"""{_header(recipe, origin.parent)}
-# {recipe.name}: a distilled classifier
+# {recipe.name}: {what.title}
 
-A small encoder that answers like a large language model: it sorts a text into one of
-{len(asked.classes)} classes. Made by Journeyman {journeyman.__version__}.
+{what.use}
+## Where it comes from
+
+- Teacher: `{recipe.teacher.model}`, {what.labels}.
+- Weights it started from: `{origin.parent.reference}` (SHA-256 `{origin.parent.weights_digest}`).
+- {state.n_rows} train rows, {recipe.training.epochs} epochs, batches of
+  {recipe.training.batch_size}, {what.loss}; {state.seconds:.0f} s on {origin.world_size}
+  worker(s). Texts are cut at {recipe.learner().max_length} tokens.
+
+## How good it is
+
+After epoch {best.epoch} of {recipe.training.epochs}, on {best.n_rows} held-out rows (the split
+`calibrate`; the epoch was picked on these rows, so a little optimistic):
+
+| | |
+|---|---|
+| agreement with the teacher's first choice | {best.agreement:.3f} |
+| {what.kl} | {best.kl:.3f} |
+{_further(best)}
+It has the teacher's mistakes and adds its own: {what.warning}. Digests and the loss curve are in
+`journeyman.json` and `training.jsonl`.
+
+## Licence
+
+This folder holds weights derived from `{origin.parent.reference}`, which keep that model's
+licence{_declared(origin.parent)}. The labels come from the teacher, whose licence may limit what
+its output is used for, and the texts keep their own.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Words:
+    """What a card says of one kind of student."""
+
+    title: str
+    use: str
+    labels: str
+    loss: str
+    kl: str
+    warning: str
+
+
+def _classifier(recipe: Recipe) -> _Words:
+    asked, training = recipe.classes(), recipe.training
+    labels = "\n".join(f"| `{name}` | {words} |" for name, words in asked.classes.items())
+    mixed = f", {training.gold_weight:g} of the loss on gold labels" * bool(training.gold_weight)
+    return _Words(
+        title="a distilled classifier",
+        use=f"""A small encoder that answers like a large language model: it sorts a text into one
+of {len(asked.classes)} classes. Made by Journeyman {journeyman.__version__}.
 
 ```python
 from transformers import pipeline
@@ -88,44 +129,61 @@ classify = pipeline("text-classification", model="PATH_OF_THIS_FOLDER")
 | class | in the teacher's prompt |
 |---|---|
 {labels}
+""",
+        labels=f"labels by `{asked.scoring}` scoring, prior correction `{asked.prior_correction}`",
+        loss=f"learning rate {training.learning_rate:g} (head {training.head_learning_rate:g}), "
+        f"soft labels at\n  temperature {training.temperature:g}{mixed}",
+        kl="KL(teacher ‖ student), nats",
+        warning="a confident answer is not a guarantee",
+    )
 
-## Where it comes from
 
-- Teacher: `{recipe.teacher.model}`, labels by `{asked.scoring}` scoring, prior correction
-  `{asked.prior_correction}`.
-- Weights it started from: `{origin.parent.reference}` (SHA-256 `{origin.parent.weights_digest}`).
-- {state.n_rows} train rows, {training.epochs} epochs, batches of {training.batch_size}, learning
-  rate {training.learning_rate:g} (head {training.head_learning_rate:g}), soft labels at
-  temperature {training.temperature:g}{mixed}; {state.seconds:.0f} s on {origin.world_size}
-  worker(s). Texts are cut at {recipe.learner().max_length} tokens.
+def _causal(recipe: Recipe) -> _Words:
+    training, labels = recipe.training, recipe.labels
+    learned, codec = "cross-entropy on the teacher's own words", ""
+    kl = "cross-entropy on the teacher's words, nats a token"
+    if isinstance(labels, Logits | Generate):
+        learned = (
+            f"`{training.divergence}` at temperature {training.temperature:g}, tail "
+            f"`{training.tail}`"
+        )
+        codec = f", distributions in codec `{labels.codec}`"
+        kl = "KL(teacher ‖ student), nats a token"
+    return _Words(
+        title="a distilled language model",
+        use=f"""A small language model that writes like a large one. Made by Journeyman
+{journeyman.__version__}.
 
-## How good it is
+```python
+from transformers import pipeline
 
-After epoch {best.epoch} of {training.epochs}, on {best.n_rows} held-out rows (the split
-`calibrate`; the epoch was picked on these rows, so a little optimistic):
+write = pipeline("text-generation", model="PATH_OF_THIS_FOLDER")
+```
+""",
+        labels=f"labels of kind `{labels.kind}`{codec}",
+        loss=f"learning rate {training.learning_rate:g},\n  {learned}",
+        kl=kl,
+        warning="fluent text is not true text",
+    )
 
-| | |
-|---|---|
-| agreement with the teacher's first choice | {best.agreement:.3f} |
-| KL(teacher ‖ student), nats | {best.kl:.3f} |
-{gold}
-It has the teacher's mistakes and adds its own: a confident answer is not a guarantee. Digests
-and the loss curve are in `journeyman.json` and `training.jsonl`.
 
-## Licence
-
-This folder holds weights derived from `{origin.parent.reference}`, which keep that model's
-licence{_declared(origin.parent)}. The labels come from the teacher, whose licence may limit what
-its output is used for, and the texts keep their own.
-"""
+def _further(best: Evaluation) -> str:
+    rows = [
+        ("accuracy against gold labels", best.gold_accuracy),
+        ("perplexity of the text's own tokens", best.perplexity),
+    ]
+    return "".join(f"| {name} | {value:.3f} |\n" for name, value in rows if value is not None)
 
 
 def _header(recipe: Recipe, parent: Model) -> str:
     """The card's YAML header; base_model only where the reference is a hub id."""
+    task = "text-classification"
+    if recipe.learner().kind == "causal":
+        task = "text-generation"
     header: dict[str, object] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-classification",
-        "tags": ["text-classification", "distillation", "journeyman"],
+        "pipeline_tag": task,
+        "tags": [task, "distillation", "journeyman"],
         "license": "other",
         "license_name": "see-base-model",
     }

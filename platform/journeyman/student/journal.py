@@ -6,15 +6,11 @@ import dataclasses
 import time
 from pathlib import Path
 
-import numpy as np
-
-from journeyman.student import models
 from journeyman.student.checkpoints import Evaluation
 from journeyman.student.lesson import Lesson, Task
 
 CHECKPOINT_EVERY_S = 300.0  # between the ends of epochs, where epochs are long
 _CURVE_RECORDS = 1000  # at most about so many in a run
-_EVALUATION_BATCH = 64
 
 
 class Journal:
@@ -45,7 +41,8 @@ class Journal:
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Evaluate, record and save; the metrics that Ray Train is told."""
-        found = _evaluate(self._lesson, epoch, step=epoch * self._per_epoch)
+        measured = dataclasses.asdict(self._lesson.learner.evaluate())
+        found = Evaluation(epoch=epoch, step=epoch * self._per_epoch, **measured)
         metrics = {k: v for k, v in dataclasses.asdict(found).items() if v is not None}
         self._checkpoints.record(kind="evaluation", **metrics)
         self.state = dataclasses.replace(self.state, evaluations=(*self.state.evaluations, found))
@@ -79,9 +76,7 @@ class Journal:
         import torch
 
         lesson = self._lesson
-        with models.quiet():
-            lesson.model.save_pretrained(folder / "model")
-        lesson.tokenizer.save_pretrained(folder / "model")
+        lesson.learner.save(folder / "model")
         torch.save(
             {
                 "optimizer": lesson.optimizer.state_dict(),
@@ -89,28 +84,3 @@ class Journal:
             },
             folder / "optimizer.pt",
         )
-
-
-def _evaluate(lesson: Lesson, epoch: int, step: int) -> Evaluation:
-    """The student on the held-out rows."""
-    lesson.model.eval()
-    logits = models.logits_of(
-        lesson.model,
-        lesson.held_out_tokens,
-        pad_id=lesson.pad_id,
-        batch_size=_EVALUATION_BATCH,
-    ).astype(np.float64)
-    lesson.model.train()
-    student = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    teacher, gold = lesson.held_out.logprobs, lesson.held_out.gold
-    # A class that the teacher rules out (-inf) adds 0.
-    gap = np.where(np.isneginf(teacher), 0.0, teacher - student)
-    answer, has_gold = student.argmax(axis=1), gold >= 0
-    return Evaluation(
-        epoch=epoch,
-        step=step,
-        agreement=float((answer == teacher.argmax(axis=1)).mean()),
-        kl=float((np.exp(teacher) * gap).sum(axis=1).mean()),
-        gold_accuracy=float((answer == gold)[has_gold].mean()) if has_gold.any() else None,
-        n_rows=len(gold),
-    )

@@ -1,4 +1,4 @@
-"""What a worker loads before it trains: rows as arrays, model and optimizer as they stand.
+"""What a worker loads before it trains: a student with its rows, and its optimizer.
 
 The same for the first start and for a resumed run: only the folder of the weights differs.
 """
@@ -10,61 +10,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from journeyman.errors import DataError
-from journeyman.labels.dataset import ClassRows
-from journeyman.recipe import Student, Training
-from journeyman.student import batches, models
+from journeyman.recipe import Training
+from journeyman.student import batches
 from journeyman.student.checkpoints import Checkpoints, State
+from journeyman.student.learner import Learner
 
 if TYPE_CHECKING:
     import torch
 
+Load = Callable[[Path | None, "torch.device"], Learner]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """All that a worker is sent."""
+    """All that a worker is sent; load: makes the student on a device, with the weights in a folder
+    (a checkpoint's) or from the start. Raises DataError or ModelError."""
 
     training: Training
-    student: Student
-    model_dir: Path
     checkpoints: Checkpoints
-    read_rows: Callable[[], ClassRows]
+    load: Load
 
 
 @dataclass(slots=True, kw_only=True)
 class Lesson:
-    """What a worker has loaded: rows as arrays, model and optimizer as the checkpoint has them."""
+    """What a worker has loaded, as the checkpoint has it."""
 
-    train: ClassRows
-    train_tokens: batches.TokenRows
-    held_out: ClassRows
-    held_out_tokens: batches.TokenRows
-    tokenizer: Any
-    model: Any  # transformers.PreTrainedModel
+    learner: Learner
     optimizer: Any  # torch.optim.AdamW
     schedule: Any  # torch.optim.lr_scheduler.LambdaLR
     state: State
 
-    @property
-    def pad_id(self) -> int:
-        return self.tokenizer.pad_token_id or 0
-
 
 def prepare(task: Task, state: State | None, device: torch.device) -> Lesson:
     """Rows, tokens, model, optimizer; raises DataError or ModelError."""
-    rows = task.read_rows()
-    train, held_out = _split(rows, "train"), _split(rows, "calibrate")
-    tokenizer = models.load_tokenizer(task.model_dir, task.student.max_length)
-
-    def tokens(part: ClassRows) -> batches.TokenRows:
-        return batches.tokenise(tokenizer, part.texts, task.student.max_length)
-
-    total = task.training.epochs * batches.n_batches(len(train), task.training.batch_size)
     folder = task.checkpoints.path(state.step) if state else None
-    model = models.build(
-        folder / "model" if folder else task.model_dir, rows.labels, task.training.seed
-    ).to(device)
-    optimizer, schedule = _optimizer(model, task.training, total)
+    learner = task.load(folder and folder / "model", device)
+    n_rows = len(learner.row_ids)
+    total = task.training.epochs * batches.n_batches(n_rows, task.training.batch_size)
+    optimizer, schedule = _optimizer(learner, task.training, total)
     if folder:
         import torch
 
@@ -72,31 +55,14 @@ def prepare(task: Task, state: State | None, device: torch.device) -> Lesson:
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
     return Lesson(
-        train=train,
-        train_tokens=tokens(train),
-        held_out=held_out,
-        held_out_tokens=tokens(held_out),
-        tokenizer=tokenizer,
-        model=model,
+        learner=learner,
         optimizer=optimizer,
         schedule=schedule,
-        state=state
-        or State(step=0, total_steps=total, seconds=0.0, n_rows=len(train), evaluations=()),
+        state=state or State(step=0, total_steps=total, seconds=0.0, n_rows=n_rows, evaluations=()),
     )
 
 
-def _split(rows: ClassRows, name: str) -> ClassRows:
-    part = rows.split(name)
-    if not len(part):
-        raise DataError(
-            f"the label dataset has no {name} rows, and training needs some; give the {name} "
-            "split rows in the recipe's corpus section (split_map, shares or limits) and label "
-            "them."
-        )
-    return part
-
-
-def _optimizer(model: Any, training: Training, total_steps: int) -> tuple[Any, Any]:
+def _optimizer(learner: Learner, training: Training, total_steps: int) -> tuple[Any, Any]:
     """AdamW and its schedule: linear from 0 up over the warmup, then linear down to 0."""
     import torch
 
@@ -107,8 +73,7 @@ def _optimizer(model: Any, training: Training, total_steps: int) -> tuple[Any, A
         falling = (total_steps - step) / max(1.0, total_steps - warmup)
         return min(1.0, rising, falling)
 
-    groups = models.parameter_groups(
-        model, encoder_rate=training.learning_rate, head_rate=training.head_learning_rate
+    optimizer = torch.optim.AdamW(
+        learner.groups(training), weight_decay=training.weight_decay, fused=True
     )
-    optimizer = torch.optim.AdamW(groups, weight_decay=training.weight_decay, fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from journeyman.errors import ClusterError, JourneymanError
-from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
 from journeyman.recipe import Recipe, Training
 from journeyman.student import export, worker
 from journeyman.student.checkpoints import Checkpoints, Evaluation, State, read_curve
-from journeyman.student.lesson import Task
+from journeyman.student.lesson import Load, Task
 
 _POLL_S = 0.5
 
@@ -62,7 +61,7 @@ class TrainResult:
 
 def train(
     recipe: Recipe,
-    read_rows: Callable[[], ClassRows],
+    load: Load,
     model: Model,
     out_dir: Path,
     *,
@@ -72,22 +71,16 @@ def train(
 ) -> TrainResult:
     """Train on the ``train`` rows, pick the epoch by the ``calibrate`` rows, export to out_dir.
 
-    Ray is up. read_rows is called in every worker, in another directory than the driver's: its
-    paths must be absolute. inputs: digest of all that decides the result; a run that was killed
-    goes on at its last checkpoint when called with the same.
+    Ray is up. load is called in every worker, in another directory than the driver's: its paths
+    must be absolute. model: where its weights come from. inputs: digest of all that decides the
+    result; a run that was killed goes on at its last checkpoint when called with the same.
     Raises DataError, ModelError or ClusterError.
     """
     out_dir = out_dir.absolute()
-    work = out_dir.parent / f".student-work-{inputs}"
+    work = work_folder(out_dir, inputs)
     checkpoints = Checkpoints.claim(work)
     before = checkpoints.latest()
-    task = Task(
-        training=recipe.training,
-        student=recipe.learner(),
-        model_dir=model.path,
-        checkpoints=checkpoints,
-        read_rows=read_rows,
-    )
+    task = Task(training=recipe.training, checkpoints=checkpoints, load=load)
     if before and before.finished:
         state = before
     else:
@@ -105,6 +98,11 @@ def train(
     export.write(out_dir, best_model, checkpoints.curve, result.best, state, origin)
     shutil.rmtree(work, ignore_errors=True)
     return result
+
+
+def work_folder(out_dir: Path, inputs: str) -> Path:
+    """Where a training keeps its state until it is done."""
+    return out_dir.absolute().parent / f".student-work-{inputs}"
 
 
 def _fit(task: Task, work: Path) -> State:

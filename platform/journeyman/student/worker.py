@@ -7,8 +7,11 @@ raised, so that no rank waits for one that has left and Ray does not try again i
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,7 @@ import numpy as np
 
 from journeyman.errors import DataError, JourneymanError
 from journeyman.recipe import Training
-from journeyman.student import batches, losses, models
+from journeyman.student import batches
 from journeyman.student.checkpoints import State
 from journeyman.student.journal import Journal
 from journeyman.student.lesson import Lesson, Task, prepare
@@ -93,39 +96,67 @@ def _train(task: Task, lesson: Lesson, place: Place) -> State | JourneymanError:
 
     training, begin = task.training, lesson.state
     per_epoch = begin.total_steps // training.epochs
-    parallel = _parallel(lesson.model, place)
+    parallel = _parallel(lesson.learner.module, place)
     journal = Journal(task, lesson) if place.leads else None
     for epoch in range(begin.step // per_epoch, training.epochs):
         order = batches.epoch_batches(
-            lesson.train_tokens.lengths, training.batch_size, seed=training.seed, epoch=epoch
+            lesson.learner.lengths, training.batch_size, seed=training.seed, epoch=epoch
         )
-        for step in range(max(begin.step, epoch * per_epoch), (epoch + 1) * per_epoch):
-            batch = order[step % per_epoch]
-            loss = _step(parallel, batch, step, task, lesson, place)
+        first = max(begin.step, epoch * per_epoch)
+        shares = [_share(batch, training, place) for batch in order[first % per_epoch :]]
+        loaded = lesson.learner.batches(part for share in shares for part in share.parts)
+        for step, share in enumerate(shares, first):
+            loss = _step(parallel, share, loaded, step, task, lesson, place)
             if isinstance(loss, DataError):
                 return loss
             if journal:
-                journal.after_step(step + 1, loss, len(batch))
+                journal.after_step(step + 1, loss, len(share.batch))
         ray_train.report(journal.after_epoch(epoch + 1) if journal else {})
     return journal.state if journal else begin
 
 
-def _parallel(model: Any, place: Place) -> Any:
-    """The model as its gradients are averaged over the workers."""
-    model.train()
+def _parallel(module: Any, place: Place) -> Any:
+    """The student as its gradients are averaged over the workers."""
+    module.train()
     if place.world_size == 1:
-        return model
+        return module
     from torch.nn.parallel import DistributedDataParallel
 
     return DistributedDataParallel(
-        model,
+        module,
         device_ids=[place.device] if place.device.type == "cuda" else None,
         gradient_as_bucket_view=True,  # no second copy of the gradients
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """One worker's part of a global batch, in micro-batches; row numbers, int64[b] each.
+
+    weight: 0 for a worker that got no row of a short batch, and still must take part in DDP.
+    """
+
+    batch: np.ndarray
+    parts: list[np.ndarray]
+    weight: float
+
+
+def _share(batch: np.ndarray, training: Training, place: Place) -> _Share:
+    mine = batches.shard(batch, place.rank, place.world_size)
+    if not len(mine):
+        return _Share(batch=batch, parts=[batch[:1]], weight=0.0)
+    parts = np.array_split(mine, min(training.accumulate, len(mine)))
+    return _Share(batch=batch, parts=parts, weight=1.0)
+
+
 def _step(
-    parallel: Any, batch: np.ndarray, step: int, task: Task, lesson: Lesson, place: Place
+    parallel: Any,
+    share: _Share,
+    loaded: Iterator[Any],
+    step: int,
+    task: Task,
+    lesson: Lesson,
+    place: Place,
 ) -> float | DataError:
     """One optimizer step; the mean loss over the global batch, or what is wrong with it."""
     import torch
@@ -133,46 +164,39 @@ def _step(
     # A seed a step, in place of saved generators: dropout after a resume, at any step, is what
     # it would have been.
     torch.manual_seed(_dropout_seed(task.training.seed, step, place.rank))
-    mine = batches.shard(batch, place.rank, place.world_size)
-    # A worker without a row in a short batch must still take part in DDP: a row of weight 0.
-    weight, mine = (1.0, mine) if len(mine) else (0.0, batch[:1])
-    loss = _losses(parallel, mine, task.training, lesson, place)
-    mean = place.total(loss.detach().double().sum() * (weight / len(batch))).item()
-    if not math.isfinite(mean):
-        bad = mine[~loss.detach().isfinite().cpu().numpy()]
-        return _not_finite(mean, step, [i for part in place.gather(bad) for i in part], lesson)
-    share = batches.share_of_mean(len(batch), place.world_size)
+    learner = lesson.learner
+    size = learner.sizes[share.batch].sum()
+    factor = share.weight * batches.share_of_mean(size, place.world_size)
     lesson.optimizer.zero_grad()
-    (loss.sum() * (weight * share)).backward()
+    row_losses = []
+    for i, _ in enumerate(share.parts, 1):
+        with _in_sync(parallel, i == len(share.parts)):
+            loss, of_rows = learner.loss(parallel, next(loaded))
+            (loss * factor).backward()
+        row_losses.append(of_rows)
+    found = torch.cat(row_losses)
+    mean = place.total(found.double().sum() * (share.weight / size)).item()
+    if not math.isfinite(mean):
+        bad = np.concatenate(share.parts)[~found.isfinite().cpu().numpy()]
+        return _not_finite(mean, step, [i for part in place.gather(bad) for i in part], lesson)
     lesson.optimizer.step()
     lesson.schedule.step()
     return mean
+
+
+def _in_sync(parallel: Any, last: bool) -> AbstractContextManager[Any]:
+    """Gradients are averaged over the workers with a step's last micro-batch only."""
+    if last or not hasattr(parallel, "no_sync"):
+        return contextlib.nullcontext()
+    return parallel.no_sync()
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed % 2**64, step, rank]).generate_state(1)[0])
 
 
-def _losses(
-    parallel: Any, rows: np.ndarray, training: Training, lesson: Lesson, place: Place
-) -> torch.Tensor:
-    """float32[b], one loss a row, with gradients."""
-    import torch
-
-    input_ids, mask = models.tensors(lesson.train_tokens, rows, lesson.pad_id, place.device)
-    with torch.autocast("cuda", torch.bfloat16, enabled=place.device.type == "cuda"):
-        logits = parallel(input_ids=input_ids, attention_mask=mask).logits
-    return losses.distillation(
-        logits.float(),
-        torch.from_numpy(lesson.train.logprobs[rows]).to(place.device, torch.float32),
-        torch.from_numpy(lesson.train.gold[rows]).to(place.device),
-        temperature=training.temperature,
-        gold_weight=training.gold_weight,
-    )
-
-
 def _not_finite(mean: float, step: int, rows: list[int], lesson: Lesson) -> DataError:
-    ids = list(dict.fromkeys(lesson.train.ids[i] for i in rows))
+    ids = list(dict.fromkeys(lesson.learner.row_ids[i] for i in rows))
     named = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
     return DataError(
         f"training stopped at step {step + 1} of {lesson.state.total_steps}: the loss is {mean} "

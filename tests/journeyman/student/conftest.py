@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,8 @@ import pytest
 from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
 from journeyman.recipe import Recipe, parse
+from journeyman.student.classifying import Classifying
+from journeyman.student.lesson import Load
 
 TOPICS = {
     "bank": ["money", "loan", "account", "card", "transfer"],
@@ -79,15 +81,21 @@ def make_rows(n_train: int, n_calibrate: int, seed: int = 0) -> ClassRows:
     )
 
 
-def reader(path: Path) -> Callable[[], ClassRows]:
-    """What a worker calls; a closure, which travels by value."""
+def loader(recipe: Recipe, encoder: Path, rows: Path) -> Load:
+    """What a worker calls; its reader is a closure, which travels by value."""
 
     def read() -> ClassRows:
         import pickle
 
-        return pickle.loads(path.read_bytes())
+        return pickle.loads(rows.read_bytes())
 
-    return read
+    return partial(
+        Classifying,
+        model_dir=encoder,
+        student=recipe.learner(),
+        training=recipe.training,
+        read_rows=read,
+    )
 
 
 def make_recipe(**training: object) -> Recipe:

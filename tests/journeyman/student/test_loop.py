@@ -22,7 +22,7 @@ from journeyman.student import checkpoints, loop
 from journeyman.student.lesson import Task, prepare
 from journeyman.student.models import Classifier
 
-from .conftest import TOPICS, make_recipe, make_rows, reader
+from .conftest import TOPICS, loader, make_recipe, make_rows
 
 # Many short epochs: a run that can be killed between two checkpoints.
 RECIPE = make_recipe(epochs=10, gold_weight=0.2)
@@ -60,7 +60,7 @@ def trained(
 ) -> loop.TrainResult:
     return loop.train(
         RECIPE,
-        reader(rows_file),
+        loader(RECIPE, tiny_encoder.path, rows_file),
         tiny_encoder,
         tmp_path_factory.mktemp("trained") / "student",
         inputs="abc",
@@ -145,7 +145,8 @@ rows, encoder, out = map(Path, sys.argv[1:])
 model = Model(reference="test/tiny", path=encoder, weights_digest="w", tokenizer_digest="t",
               size_bytes=1)
 ray.init(num_cpus=2, include_dashboard=False)
-loop.train(RECIPE, conftest.reader(rows), model, out, inputs="killed", labels_digest="labels")
+load = conftest.loader(RECIPE, encoder, rows)
+loop.train(RECIPE, load, model, out, inputs="killed", labels_digest="labels")
 """
 
 
@@ -171,7 +172,7 @@ def test_killed_run_goes_on_as_if_it_had_not_been(
 
     resumed = loop.train(
         RECIPE,
-        reader(rows_file),
+        loader(RECIPE, tiny_encoder.path, rows_file),
         tiny_encoder,
         out,
         inputs="killed",
@@ -190,10 +191,11 @@ def test_a_row_that_is_no_number_stops_the_run_by_name(
     rows = make_rows(n_train=20, n_calibrate=4)
     rows.logprobs[13] = np.nan
     (tmp_path / "rows.pickle").write_bytes(pickle.dumps(rows))
+    recipe = make_recipe(max_failures=2)
     with pytest.raises(DataError, match=r"step \d of 8: the loss is nan for the rows row-13; "):
         loop.train(
-            make_recipe(max_failures=2),
-            reader(tmp_path / "rows.pickle"),
+            recipe,
+            loader(recipe, tiny_encoder.path, tmp_path / "rows.pickle"),
             tiny_encoder,
             tmp_path / "student",
             inputs="nan",
@@ -207,13 +209,12 @@ def test_empty_split_is_named(empty: str, tiny_encoder: Model, tmp_path: Path) -
     import torch
 
     rows = make_rows(n_train=0 if empty == "train" else 5, n_calibrate=5 * (empty == "train"))
+    (tmp_path / "rows.pickle").write_bytes(pickle.dumps(rows))
     recipe = make_recipe()
     task = Task(
         training=recipe.training,
-        student=recipe.learner(),
-        model_dir=tiny_encoder.path,
         checkpoints=checkpoints.Checkpoints.claim(tmp_path),
-        read_rows=lambda: rows,
+        load=loader(recipe, tiny_encoder.path, tmp_path / "rows.pickle"),
     )
     with pytest.raises(DataError, match=f"has no {empty} rows"):
         prepare(task, None, torch.device("cpu"))

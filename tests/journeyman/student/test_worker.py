@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from journeyman.models import Model
 from journeyman.student import checkpoints, worker
+from journeyman.student.classifying import Classifying
 from journeyman.student.lesson import Lesson, Task, prepare
 
 from .conftest import make_recipe, make_rows
@@ -26,21 +28,27 @@ def steps(encoder: Path, work: Path, place: worker.Place) -> dict[str, np.ndarra
     recipe = make_recipe(gold_weight=0.3, batch_size=6)
     task = Task(
         training=recipe.training,
-        student=recipe.learner(),
-        model_dir=encoder,
         checkpoints=checkpoints.Checkpoints.claim(work),
-        read_rows=lambda: make_rows(n_train=8, n_calibrate=2),
+        load=partial(
+            Classifying,
+            model_dir=encoder,
+            student=recipe.learner(),
+            training=recipe.training,
+            read_rows=lambda: make_rows(n_train=8, n_calibrate=2),
+        ),
     )
     lesson: Lesson = prepare(task, None, place.device)
-    for module in lesson.model.modules():
+    for module in lesson.learner.module.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # workers draw their own
-    parallel = worker._parallel(lesson.model, place)
+    parallel = worker._parallel(lesson.learner.module, place)
+    shares = [worker._share(np.array(batch), task.training, place) for batch in BATCHES]
+    loaded = lesson.learner.batches(part for share in shares for part in share.parts)
     losses = [
-        worker._step(parallel, np.array(batch), i, task, lesson, place)
-        for i, batch in enumerate(BATCHES)
+        worker._step(parallel, share, loaded, i, task, lesson, place)
+        for i, share in enumerate(shares)
     ]
-    gradients = {n: p.grad.numpy() for n, p in lesson.model.named_parameters()}
+    gradients = {n: p.grad.numpy() for n, p in lesson.learner.module.named_parameters()}
     return {"losses": np.array(losses), **gradients}
 
 

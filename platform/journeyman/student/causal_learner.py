@@ -1,0 +1,164 @@
+"""A language model that learns the teacher's tokens, with its distributions where there are any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from journeyman.recipe import Student, Training
+from journeyman.student import causal, models, projection, token_dataset, token_rows
+from journeyman.student.divergences import Objective, SparseTeacher
+from journeyman.student.learner import Measured
+from journeyman.student.token_dataset import TokenBatch, TokenDataset
+
+_EVALUATION_BATCH = 16
+# Held-out divergences are of one kind whatever is trained on, so that runs can be compared.
+_KL = Objective(divergence="forward_kl", tail="bucket")
+
+
+class Causal:
+    """A ``Learner``: see there."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        device: torch.device,
+        *,
+        model_dir: Path,
+        student: Student,
+        training: Training,
+        rows_dir: Path,
+    ) -> None:
+        """folder: a checkpoint's weights, else those that ``student`` asks for, of model_dir.
+        rows_dir: as ``token_rows.build`` wrote it. Raises DataError, ModelError."""
+        self._rows, self._held_out = (TokenDataset(rows_dir / s) for s in token_rows.SPLITS)
+        self._tokenizer = models.load_tokenizer(model_dir)
+        model = causal.load(folder) if folder else causal.build(model_dir, student, training.seed)
+        self._device = device
+        self.module = _Projected(model.to(device), objective(training))
+        self.row_ids = self._rows.ids
+        self.lengths = self._rows.lengths
+        self.sizes = self._rows.n_learned
+
+    def groups(self, training: Training) -> list[dict[str, Any]]:
+        return causal.parameter_groups(
+            self.module.model, training.learning_rate, training.weight_decay
+        )
+
+    def batches(self, parts: Iterator[np.ndarray]) -> Iterator[TokenBatch]:
+        return token_dataset.prefetch(parts, self._rows)
+
+    def loss(self, parallel: Any, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=self._device.type == "cuda"):
+            total, each = parallel(**self._arguments(batch))
+        of_rows = torch.zeros(batch.n_rows, device=each.device)
+        return total, of_rows.index_add_(0, self._tensor(batch.token_rows), each)
+
+    def _arguments(self, batch: TokenBatch) -> dict[str, Any]:
+        input_ids, mask, at = batch.padded(self._tokenizer.pad_token_id or 0)
+        teacher = None
+        if batch.token_ids is not None and batch.logprobs is not None:
+            assert batch.log_tail_mass is not None
+            teacher = SparseTeacher(
+                token_ids=self._tensor(batch.token_ids),
+                logprobs=self._tensor(batch.logprobs),
+                log_tail_mass=self._tensor(batch.log_tail_mass),
+                sampled=self._rows.sampled,
+            )
+        return {
+            "input_ids": self._tensor(input_ids),
+            "attention_mask": self._tensor(mask),
+            "at": self._tensor(at),
+            "teacher": teacher,
+            "targets": self._tensor(batch.targets),
+        }
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def evaluate(self) -> Measured:
+        self.module.eval()
+        order = np.argsort(self._held_out.lengths, kind="stable")
+        parts = np.array_split(order, -(-len(order) // _EVALUATION_BATCH))
+        sums = np.zeros(4)
+        with torch.inference_mode():
+            for batch in token_dataset.prefetch(iter(parts), self._held_out):
+                sums += self._measured(batch)
+        self.module.train()
+        n_tokens, agreed, kl, nll = sums.tolist()
+        return Measured(
+            agreement=agreed / n_tokens,
+            kl=kl / n_tokens,
+            n_rows=len(order),
+            perplexity=math.exp(nll / n_tokens),
+        )
+
+    def _measured(self, batch: TokenBatch) -> np.ndarray:
+        """float64[4]: tokens, those on which the first choices agree, sums of KL and of -log P."""
+        arguments = self._arguments(batch)
+        teacher, targets = arguments["teacher"], arguments["targets"]
+        hidden, weight, bias = self.module.hidden(arguments)
+        own, first = projection.projected_logprobs_at(hidden, weight, bias, targets[:, None])
+        nll = -own[:, 0]
+        if teacher is None:
+            return np.array([len(nll), (first == targets).sum().item(), *2 * [nll.sum().item()]])
+        ones = torch.ones_like(nll)
+        _, each = projection.projected_loss(hidden, weight, bias, teacher, targets, ones, _KL)
+        likeliest = teacher.token_ids.gather(1, teacher.logprobs.argmax(1, keepdim=True))[:, 0]
+        agreed = (first == likeliest).sum().item()
+        return np.array([len(nll), agreed, each.double().sum().item(), nll.double().sum().item()])
+
+    def save(self, folder: Path) -> None:
+        with models.quiet():
+            self.module.model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
+
+class _Projected(torch.nn.Module):
+    """The student up to its loss, in one call: gradients of the output projection must pass
+    through what data parallelism wraps."""
+
+    def __init__(self, model: Any, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+
+    def hidden(self, arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Hidden states float[m, h] at the learned positions; output weights and bias."""
+        backbone, weight, bias = causal.backbone_and_head(self.model)
+        states = backbone(
+            input_ids=arguments["input_ids"],
+            attention_mask=arguments["attention_mask"],
+            use_cache=False,
+        ).last_hidden_state
+        return states.flatten(0, 1)[arguments["at"]], weight, bias
+
+    def forward(self, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, weight, bias = self.hidden(arguments)
+        return projection.projected_loss(
+            hidden,
+            weight,
+            bias,
+            arguments["teacher"],
+            arguments["targets"],
+            torch.ones(len(hidden), device=hidden.device),
+            self._objective,
+        )
+
+
+def objective(training: Training) -> Objective:
+    """The recipe's, of tokens."""
+    return Objective(
+        divergence=training.divergence,
+        tail=training.tail,
+        temperature=training.temperature,
+        beta=training.beta,
+        skew=training.skew,
+        cross_entropy=training.cross_entropy,
+        label_smoothing=training.label_smoothing,
+    )

@@ -1,0 +1,115 @@
+"""An encoder that learns class distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from journeyman.errors import DataError
+from journeyman.labels.dataset import ClassRows
+from journeyman.recipe import Student, Training
+from journeyman.student import batches, losses, models
+from journeyman.student.learner import Measured
+
+if TYPE_CHECKING:
+    import torch
+
+_EVALUATION_BATCH = 64
+
+
+class Classifying:
+    """A ``Learner``: see there."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        device: torch.device,
+        *,
+        model_dir: Path,
+        student: Student,
+        training: Training,
+        read_rows: Callable[[], ClassRows],
+    ) -> None:
+        """folder: a checkpoint's weights, else those of model_dir. Raises DataError, ModelError."""
+        rows = read_rows()
+        self._train, self._held_out = _split(rows, "train"), _split(rows, "calibrate")
+        self._tokenizer = models.load_tokenizer(model_dir, student.max_length)
+        self._tokens, self._held_out_tokens = (
+            batches.tokenise(self._tokenizer, part.texts, student.max_length)
+            for part in (self._train, self._held_out)
+        )
+        self.module = models.build(folder or model_dir, rows.labels, training.seed).to(device)
+        self._training = training
+        self.row_ids = self._train.ids
+        self.lengths = self._tokens.lengths
+        self.sizes = np.ones(len(self._train), np.int64)
+
+    @property
+    def _pad_id(self) -> int:
+        return self._tokenizer.pad_token_id or 0
+
+    def groups(self, training: Training) -> list[dict[str, Any]]:
+        return models.parameter_groups(
+            self.module,
+            encoder_rate=training.learning_rate,
+            head_rate=training.head_learning_rate,
+        )
+
+    def batches(self, parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        return parts
+
+    def loss(self, parallel: Any, batch: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        device = self.module.device
+        input_ids, mask = models.tensors(self._tokens, batch, self._pad_id, device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            logits = parallel(input_ids=input_ids, attention_mask=mask).logits
+        loss = losses.distillation(
+            logits.float(),
+            torch.from_numpy(self._train.logprobs[batch]).to(device, torch.float32),
+            torch.from_numpy(self._train.gold[batch]).to(device),
+            temperature=self._training.temperature,
+            gold_weight=self._training.gold_weight,
+        )
+        return loss.sum(), loss.detach()
+
+    def evaluate(self) -> Measured:
+        self.module.eval()
+        logits = models.logits_of(
+            self.module,
+            self._held_out_tokens,
+            pad_id=self._pad_id,
+            batch_size=_EVALUATION_BATCH,
+        ).astype(np.float64)
+        self.module.train()
+        student = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        teacher, gold = self._held_out.logprobs, self._held_out.gold
+        # A class that the teacher rules out (-inf) adds 0.
+        gap = np.where(np.isneginf(teacher), 0.0, teacher - student)
+        answer, has_gold = student.argmax(axis=1), gold >= 0
+        return Measured(
+            agreement=float((answer == teacher.argmax(axis=1)).mean()),
+            kl=float((np.exp(teacher) * gap).sum(axis=1).mean()),
+            gold_accuracy=float((answer == gold)[has_gold].mean()) if has_gold.any() else None,
+            n_rows=len(gold),
+        )
+
+    def save(self, folder: Path) -> None:
+        with models.quiet():
+            self.module.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
+
+def _split(rows: ClassRows, name: str) -> ClassRows:
+    part = rows.split(name)
+    if not len(part):
+        raise DataError(
+            f"the label dataset has no {name} rows, and training needs some; give the {name} "
+            "split rows in the recipe's corpus section (split_map, shares or limits) and label "
+            "them."
+        )
+    return part

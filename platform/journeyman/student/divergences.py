@@ -1,0 +1,139 @@
+"""How far a student's next-token distribution is from a sparse teacher's: functions of tensors.
+
+Both sides are reduced to the same few outcomes, the tokens that the teacher's record holds and, as
+one more, all the others; ``projection`` brings the student's side here and takes gradients back.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"]
+Tail = Literal["bucket", "renormalised"]
+
+_NONE = -1e4  # log of an outcome that is not there: its probability is 0, and no gradient is nan
+_LEAST = -50.0  # log of a tail that the record has as 0: reverse divergences stay finite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseTeacher:
+    """Next-token distributions at n positions, as ``labels.codec.Distributions``.
+
+    sampled: entries are log(count / draws) of true draws (Random Sampling KD, Anshumann et al.,
+    ACL 2025), and not the largest probabilities.
+    """
+
+    token_ids: torch.Tensor  # int64[n, k]; -1 where a position has fewer entries
+    logprobs: torch.Tensor  # float32[n, k], natural logs; -inf where fewer
+    log_tail_mass: torch.Tensor  # float32[n]: of all other tokens together; -inf if none
+    sampled: bool = False
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def take(self, part: slice) -> SparseTeacher:
+        return SparseTeacher(
+            token_ids=self.token_ids[part],
+            logprobs=self.logprobs[part],
+            log_tail_mass=self.log_tail_mass[part],
+            sampled=self.sampled,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """(1 - cross_entropy) · T² · divergence + cross_entropy · CE of the text's own next token.
+
+    tail: ``bucket``: all tokens outside the record are one outcome, on both sides.
+    ``renormalised``: both sides are conditioned on the record's tokens; biased, since what the
+    student gives to all others costs nothing, and with reverse KL it leaves the record altogether.
+    temperature: softens the outcomes' probabilities on both sides, the bucket's as one of them (how
+    a tail spreads within itself is not in the record); with a record of the whole vocabulary this
+    is the usual temperature (Hinton et al. 2015). A student equal to its teacher has loss 0.
+    """
+
+    divergence: Divergence = "forward_kl"
+    tail: Tail = "bucket"
+    temperature: float = 1.0
+    beta: float = 0.5  # jsd: the teacher's weight in the mixture (GKD, Agarwal et al. 2024)
+    skew: float = 0.1  # skewed_kl: the teacher's weight in the mixture (DistiLLM, Ko et al. 2024)
+    cross_entropy: float = 0.0
+    label_smoothing: float = 0.0  # of the cross-entropy
+
+
+def sparse_loss(
+    student: torch.Tensor, log_rest: torch.Tensor, teacher: SparseTeacher, objective: Objective
+) -> torch.Tensor:
+    """T² · the divergence at each position: float[n], natural logarithm.
+
+    student: float[n, k], log-probabilities at the teacher's entries, any number where there is
+    none; log_rest: float[n], log of the student's mass on all other tokens.
+    Raises ValueError for what true draws give no unbiased estimate of.
+    """
+    there = teacher.token_ids >= 0
+    if teacher.sampled:
+        return _of_draws(student, teacher, objective, there)
+    q = student.masked_fill(~there, _NONE)
+    p = teacher.logprobs.to(student.dtype).clamp_min(_NONE).masked_fill(~there, _NONE)
+    if objective.tail == "bucket":
+        tail = teacher.log_tail_mass.to(student.dtype).clamp_min(_LEAST)
+        q, p = _with(q, log_rest), _with(p, tail)
+        # A record is rounded: what it says of all outcomes adds up to 1 only then.
+        p = (p / objective.temperature).log_softmax(-1)
+        if objective.temperature != 1:
+            q = (q / objective.temperature).log_softmax(-1)
+    else:
+        p = (p / objective.temperature).log_softmax(-1)
+        q = (q / objective.temperature).log_softmax(-1)
+    return objective.temperature**2 * _divergence(p, q, objective)
+
+
+def _of_draws(
+    student: torch.Tensor, teacher: SparseTeacher, objective: Objective, there: torch.Tensor
+) -> torch.Tensor:
+    """KL of the draws' counts from the student, whose gradient is unbiased for that of forward KL
+    (Anshumann et al. 2025, section 3)."""
+    if objective.divergence != "forward_kl" or objective.temperature != 1:
+        raise ValueError(
+            "true draws estimate forward KL at temperature 1, and no other divergence without bias"
+        )
+    share = teacher.logprobs.to(student.dtype).masked_fill(~there, 0.0)
+    weight = share.exp().masked_fill(~there, 0.0)
+    return (weight * (share - student.masked_fill(~there, 0.0))).sum(-1)
+
+
+def _with(entries: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.cat((entries, rest.unsqueeze(-1)), dim=-1)
+
+
+def _divergence(p: torch.Tensor, q: torch.Tensor, objective: Objective) -> torch.Tensor:
+    """float[n], of log-probabilities float[n, outcomes] of the teacher and the student."""
+    match objective.divergence:
+        case "forward_kl":
+            return _kl(p, q)
+        case "reverse_kl":
+            return _kl(q, p)
+        case "jsd":
+            mixture = _mixture(p, q, objective.beta)
+            return objective.beta * _kl(p, mixture) + (1 - objective.beta) * _kl(q, mixture)
+        case "skewed_kl":
+            return _kl(p, _mixture(p, q, objective.skew))
+        case "total_variation":
+            return (p.exp() - q.exp()).abs().sum(-1) / 2
+
+
+def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _mixture(p: torch.Tensor, q: torch.Tensor, of_p: float) -> torch.Tensor:
+    import torch
+
+    return torch.logaddexp(p + math.log(of_p), q + math.log1p(-of_p))

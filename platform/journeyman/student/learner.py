@@ -1,0 +1,68 @@
+"""What a training loop asks of a student: batches, losses, how good it is, its files.
+
+One for each kind of student: ``classifying`` and ``causal_learner``. The loop (``worker``) knows
+steps, ranks and checkpoints, and nothing of what a row is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from journeyman.recipe import Training
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A student on the held-out rows.
+
+    Of a classifier means are over rows, of a causal student over the tokens that are learned.
+    """
+
+    agreement: float  # share with the teacher's first choice, 0 to 1
+    kl: float  # mean KL(teacher ‖ student), nats; of text without distributions, cross-entropy
+    n_rows: int
+    gold_accuracy: float | None = None  # over the rows that have gold
+    perplexity: float | None = None  # of the text's own tokens
+
+
+class Learner(Protocol):
+    """A student with its rows."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """What is trained, as data parallelism wraps it; ``loss`` calls it or its wrapper."""
+
+    @property
+    def row_ids(self) -> Sequence[str]:
+        """Of the train rows."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64[n]: tokens of each train row."""
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64[n]: what each train row counts in a mean, 1 or the tokens that are learned."""
+
+    def groups(self, training: Training) -> list[dict[str, Any]]:
+        """AdamW's parameter groups."""
+
+    def batches(self, parts: Iterator[np.ndarray]) -> Iterator[Any]:
+        """What ``loss`` takes, for row numbers int64[b] each, prepared ahead where that pays."""
+
+    def loss(self, parallel: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum over the batch, with gradients; and each row's, float[b], without."""
+
+    def evaluate(self) -> Measured:
+        """The student on the held-out rows."""
+
+    def save(self, folder: Path) -> None:
+        """A Hugging Face folder."""

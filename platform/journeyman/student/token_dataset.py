@@ -1,0 +1,237 @@
+"""Rows of tokens on disk as a training reads them: at random, mapped, decoded batch by batch.
+
+Distributions stay as the label dataset encodes them until their batch is due; the workers of a node
+share the pages, and a dataset may be larger than memory. Knows arrays and files, no torch.
+
+    tokens.npy int32[total]   starts.npy int64[n + 1]   first.npy int64[n]   ids.json
+    payloads.bin   payload_starts.npy int64[n + 1]   n_encoded.npy int64[n]   rows.json
+"""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from journeyman import files
+from journeyman.errors import DataError
+from journeyman.labels.codec import Codec
+from journeyman.student.batches import TokenRows
+
+_MANIFEST = "rows.json"
+_AHEAD = 4  # batches that are decoded before they are asked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRow:
+    """One text that the student learns from its token ``first`` on; before that is its context.
+
+    payload: its distributions, encoded, the first of them for token ``first``; None where there are
+    none. There may be more than tokens: a text that was cut keeps those of the part that is left.
+    """
+
+    id: str
+    tokens: np.ndarray  # int[t]
+    first: int  # 1 to t - 1
+    payload: bytes | None = None
+    n_encoded: int = 0  # positions in payload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """b rows; m learned tokens, row by row.
+
+    token_ids: int64[m, k], logprobs: float32[m, k], log_tail_mass: float32[m], as
+    ``labels.codec.Distributions``; None where the dataset has no distributions.
+    """
+
+    rows: TokenRows
+    token_rows: np.ndarray  # int64[m]: each token's row, 0 to b - 1
+    columns: np.ndarray  # int64[m]: where in its row the hidden state stands that predicts it
+    targets: np.ndarray  # int64[m]: the tokens
+    token_ids: np.ndarray | None
+    logprobs: np.ndarray | None
+    log_tail_mass: np.ndarray | None
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.rows)
+
+    def padded(self, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """input_ids and attention_mask, int64[b, t]; where the m hidden states stand in b · t."""
+        input_ids, mask = self.rows.padded(np.arange(self.n_rows), pad_id)
+        return input_ids, mask, self.token_rows * input_ids.shape[1] + self.columns
+
+
+class TokenDataset:
+    """The rows of one split."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DataError if the folder is not whole."""
+        if not (folder / _MANIFEST).exists():
+            raise DataError(f"{folder}: no rows to train on; run journeyman train again.")
+        about = files.read_json(folder / _MANIFEST)
+        codec = about["codec"]
+        self._codec = Codec(**codec) if codec else None
+        self._rows = TokenRows(
+            ids=np.load(folder / "tokens.npy", mmap_mode="r"), starts=np.load(folder / "starts.npy")
+        )
+        self._first = np.load(folder / "first.npy")
+        self._n_encoded = np.load(folder / "n_encoded.npy")
+        self._payload_starts = np.load(folder / "payload_starts.npy")
+        size = (folder / "payloads.bin").stat().st_size
+        if size != self._payload_starts[-1] or len(self._rows.ids) != self._rows.starts[-1]:
+            raise DataError(f"{folder}: cut short; remove it and run journeyman train again.")
+        self._payloads = np.memmap(folder / "payloads.bin", np.uint8, "r") if size else None
+        self.ids: list[str] = files.read_json(folder / "ids.json")["ids"]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def sampled(self) -> bool:
+        return self._codec is not None and self._codec.name == "sampled"
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64[n], in tokens."""
+        return self._rows.lengths
+
+    @property
+    def n_learned(self) -> np.ndarray:
+        """int64[n]: tokens of each row that are learned."""
+        return self._rows.lengths - self._first
+
+    def batch(self, rows: np.ndarray) -> TokenBatch:
+        """Some rows, decoded; raises DataError where a payload is damaged."""
+        lengths, learned = self.lengths[rows], self.n_learned[rows]
+        starts = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(lengths, out=starts[1:])
+        where = [slice(*self._rows.starts[i : i + 2]) for i in rows]
+        tokens = np.concatenate([self._rows.ids[part] for part in where])
+        token_rows = np.repeat(np.arange(len(rows)), learned)
+        at = np.concatenate(
+            [np.arange(f, n) for f, n in zip(self._first[rows], lengths, strict=True)]
+        )
+        token_ids, logprobs, tail = self._distributions(rows, learned)
+        return TokenBatch(
+            rows=TokenRows(ids=tokens, starts=starts),
+            token_rows=token_rows,
+            columns=at - 1,
+            targets=tokens[starts[token_rows] + at].astype(np.int64),
+            token_ids=token_ids,
+            logprobs=logprobs,
+            log_tail_mass=tail,
+        )
+
+    def _distributions(
+        self, rows: np.ndarray, learned: np.ndarray
+    ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+        if self._codec is None or self._payloads is None:
+            return None, None, None
+        parts = []
+        for row, n in zip(rows, learned, strict=True):
+            data = self._payloads[slice(*self._payload_starts[row : row + 2])].tobytes()
+            try:
+                decoded = self._codec.decode(data, int(self._n_encoded[row]))
+            except DataError as error:
+                raise DataError(f"the labels of row {self.ids[row]}: {error}") from error
+            parts.append((decoded.token_ids[:n], decoded.logprobs[:n], decoded.log_tail_mass[:n]))
+        widest = max(ids.shape[1] for ids, _, _ in parts)
+        return (
+            np.concatenate([_wide(ids, widest, -1) for ids, _, _ in parts]).astype(np.int64),
+            np.concatenate([_wide(values, widest, -np.inf) for _, values, _ in parts]),
+            np.concatenate([tail for _, _, tail in parts]),
+        )
+
+
+def _wide(array: np.ndarray, width: int, fill: float) -> np.ndarray:
+    """Entries that a row does not have: draws differ in how many tokens they hit."""
+    if array.shape[1] == width:
+        return array
+    padding = np.full((len(array), width - array.shape[1]), fill, array.dtype)
+    return np.concatenate((array, padding), axis=1)
+
+
+def prefetch(parts: Iterator[np.ndarray], rows: TokenDataset) -> Iterator[TokenBatch]:
+    """The batches of these row numbers, decoded ahead in a thread of its own.
+
+    Its errors are raised here; the thread ends when the caller stops asking.
+    """
+    ready: queue.Queue[Any] = queue.Queue(_AHEAD)
+    stopped = threading.Event()
+
+    def put(item: Any) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def decode() -> None:
+        try:
+            for part in parts:
+                if stopped.is_set():
+                    return
+                put(rows.batch(part))
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=decode, name="decoding", daemon=True).start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+
+
+def write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
+    """Write a split's rows, whole or not at all; how many there are.
+
+    codec: of the payloads; None where rows have none. A folder that is there already stays.
+    """
+    fresh = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
+    with files.disk_errors(folder.parent):
+        try:
+            fresh.mkdir(parents=True)
+            n_rows = _write(fresh, rows, codec)
+            if not folder.exists():
+                fresh.rename(folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return n_rows
+
+
+def _write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
+    ids, tokens, first, n_encoded, sizes = [], [], [], [], []
+    with (folder / "payloads.bin").open("wb") as payloads:
+        for row in rows:
+            ids.append(row.id)
+            tokens.append(np.asarray(row.tokens, np.int32))
+            first.append(row.first)
+            n_encoded.append(row.n_encoded)
+            sizes.append(len(row.payload or b""))
+            payloads.write(row.payload or b"")
+    np.save(folder / "tokens.npy", np.concatenate([np.zeros(0, np.int32), *tokens]))
+    np.save(folder / "starts.npy", _sums([len(t) for t in tokens]))
+    np.save(folder / "payload_starts.npy", _sums(sizes))
+    np.save(folder / "first.npy", np.asarray(first, np.int64))
+    np.save(folder / "n_encoded.npy", np.asarray(n_encoded, np.int64))
+    files.write_json(folder / "ids.json", {"ids": ids})
+    about = codec and {"name": codec.name, "vocab_size": codec.vocab_size, "k": codec.k}
+    files.write_json(folder / _MANIFEST, {"rows": len(ids), "codec": about})
+    return len(ids)
+
+
+def _sums(sizes: list[int]) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(sizes, np.int64))])

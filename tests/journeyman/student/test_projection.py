@@ -1,0 +1,249 @@
+"""Losses on sparse teachers, and their gradients, against a dense float64 computation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from journeyman.student.divergences import Objective, SparseTeacher
+from journeyman.student.projection import projected_logprobs_at, projected_loss
+
+N, H, V = 11, 6, 23
+DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A student's last layer, a text, and a teacher over the whole vocabulary."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    teacher: torch.Tensor  # log-probabilities, float64[N, V]
+
+    def inputs(self) -> list[torch.Tensor]:
+        return [t.clone().requires_grad_() for t in (self.hidden, self.weight, self.bias)]
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    targets = torch.randint(V, (N,), generator=random)
+    targets[4] = -1
+    weights = torch.rand(N, generator=random, dtype=torch.float64)
+    weights[2] = 0.0
+    return Case(
+        hidden=normal(N, H), weight=normal(V, H), bias=normal(V), targets=targets,
+        weights=weights, teacher=(2 * normal(N, V)).log_softmax(-1),
+    )  # fmt: skip
+
+
+def sparse(dense: torch.Tensor, k: int, absent: int = 0) -> SparseTeacher:
+    """The k likeliest tokens; of the first positions ``absent`` entries fewer."""
+    logprobs, ids = dense.topk(k)
+    logprobs, ids = logprobs.clone(), ids.clone()
+    if absent:
+        logprobs[:3, -absent:], ids[:3, -absent:] = -torch.inf, -1
+    tail = (1 - logprobs.exp().sum(-1)).clamp_min(0).log()
+    return SparseTeacher(token_ids=ids, logprobs=logprobs, log_tail_mass=tail)
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return torch.special.xlogy(p, p / q).sum()
+
+
+def reference(case: Case, teacher: SparseTeacher, objective: Objective, inputs) -> torch.Tensor:
+    """float64[N], position by position, from the full softmax."""
+    hidden, weight, bias = inputs
+    logprobs = (hidden @ weight.T + bias).log_softmax(-1)
+    temperature, losses = objective.temperature, []
+    for i in range(N):
+        ids = teacher.token_ids[i][teacher.token_ids[i] >= 0]
+        entries = torch.zeros(V, dtype=torch.bool)
+        entries[ids] = True
+        q, p = logprobs[i][ids].exp(), teacher.logprobs[i][: len(ids)].exp()
+        if objective.tail == "bucket" and len(ids) < V:
+            q = torch.cat((q, logprobs[i][~entries].exp().sum()[None]))
+            p = torch.cat((p, teacher.log_tail_mass[i].exp()[None]))
+        q, p = q ** (1 / temperature), p ** (1 / temperature)
+        q, p = q / q.sum(), p / p.sum()
+        mixed = {"jsd": objective.beta, "skewed_kl": objective.skew}.get(objective.divergence, 0)
+        m = mixed * p + (1 - mixed) * q
+        loss = {
+            "forward_kl": kl(p, q),
+            "reverse_kl": kl(q, p),
+            "jsd": objective.beta * kl(p, m) + (1 - objective.beta) * kl(q, m),
+            "skewed_kl": kl(p, m),
+            "total_variation": 0.5 * (p - q).abs().sum(),
+        }[objective.divergence]
+        text = torch.zeros((), dtype=torch.float64)
+        if case.targets[i] >= 0:
+            smooth = torch.full((V,), objective.label_smoothing / V, dtype=torch.float64)
+            smooth[case.targets[i]] += 1 - objective.label_smoothing
+            text = -(smooth * logprobs[i]).sum()
+        share = objective.cross_entropy
+        losses.append((1 - share) * temperature**2 * loss + share * text)
+    return torch.stack(losses)
+
+
+def check(case: Case, teacher: SparseTeacher, objective: Objective, chunk: int | None) -> None:
+    ours, theirs = case.inputs(), case.inputs()
+    total, each = projected_loss(*ours, teacher, case.targets, case.weights, objective, chunk=chunk)
+    (3 * total).backward()
+    expected = reference(case, teacher, objective, theirs)
+    (3 * (expected * case.weights).sum()).backward()
+    torch.testing.assert_close(each, expected.detach(), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(total, (expected * case.weights).sum(), rtol=1e-5, atol=1e-9)
+    for ours_one, theirs_one in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(ours_one.grad, theirs_one.grad, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("tail", ["bucket", "renormalised"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("k", "absent"), [(V, 0), (5, 0), (5, 2), (1, 0)])
+def test_loss_and_gradient_are_those_of_the_dense_one(
+    case: Case, divergence: str, tail: str, temperature: float, k: int, absent: int
+) -> None:
+    objective = Objective(divergence=divergence, tail=tail, temperature=temperature)
+    check(case, sparse(case.teacher, k, absent), objective, chunk=4)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, N, None])
+@pytest.mark.parametrize(("beta", "skew"), [(0.1, 0.01), (0.9, 0.7)])
+@pytest.mark.parametrize("divergence", ["jsd", "skewed_kl"])
+def test_mixed_with_the_text(
+    case: Case, divergence: str, beta: float, skew: float, chunk: int | None
+) -> None:
+    objective = Objective(
+        divergence=divergence, beta=beta, skew=skew, cross_entropy=0.3, label_smoothing=0.1
+    )
+    check(case, sparse(case.teacher, 5, 2), objective, chunk)
+
+
+def test_without_a_teacher_it_is_cross_entropy(case: Case) -> None:
+    ours, theirs = case.inputs(), case.inputs()
+    total, each = projected_loss(
+        *ours, None, case.targets, case.weights, Objective(label_smoothing=0.1), chunk=4
+    )
+    total.backward()
+    expected = torch.nn.functional.cross_entropy(
+        theirs[0] @ theirs[1].T + theirs[2], case.targets, ignore_index=-1, reduction="none",
+        label_smoothing=0.1,
+    )  # fmt: skip
+    (expected * case.weights).sum().backward()
+    torch.testing.assert_close(each, expected.detach())
+    for ours_one, theirs_one in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(ours_one.grad, theirs_one.grad)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("tail", ["bucket", "renormalised"])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_a_student_like_its_teacher_has_nothing_to_learn(
+    case: Case, divergence: str, tail: str, temperature: float
+) -> None:
+    hidden, weight, bias = case.inputs()
+    teacher = sparse((hidden @ weight.T + bias).detach().log_softmax(-1), 5)
+    objective = Objective(divergence=divergence, tail=tail, temperature=temperature)
+    total, _ = projected_loss(hidden, weight, bias, teacher, case.targets, case.weights, objective)
+    total.backward()
+    assert abs(total.item()) < 1e-12
+    if divergence != "total_variation":  # whose gradient has a kink there
+        assert hidden.grad.abs().max() < 1e-7
+
+
+def test_draws_give_the_dense_gradient_in_the_mean_and_renormalised_entries_do_not(
+    case: Case,
+) -> None:
+    def gradient(teacher: SparseTeacher, objective: Objective) -> torch.Tensor:
+        hidden, weight, bias = case.inputs()
+        projected_loss(hidden, weight, bias, teacher, case.targets, case.weights, objective)[
+            0
+        ].backward()
+        return hidden.grad
+
+    dense = gradient(sparse(case.teacher, V), Objective())
+    random = np.random.default_rng(0)
+    probabilities = case.teacher.exp().numpy()
+    draws, repeats = 8, [64, 4096]
+    sums, done, errors = torch.zeros_like(dense), 0, []
+    for n in repeats:
+        while done < n:
+            counts = torch.from_numpy(
+                np.stack([random.multinomial(draws, p / p.sum()) for p in probabilities])
+            )
+            ids = torch.where(counts > 0, torch.arange(V), -1).sort(-1, descending=True).values
+            found = counts.gather(1, ids.clamp_min(0)).double() / draws
+            logprobs = torch.where(ids >= 0, found.log(), -torch.inf)
+            teacher = SparseTeacher(
+                token_ids=ids[:, :draws], logprobs=logprobs[:, :draws],
+                log_tail_mass=torch.full((N,), -torch.inf), sampled=True,
+            )  # fmt: skip
+            sums += gradient(teacher, Objective())
+            done += 1
+        errors.append(((sums / done - dense).norm() / dense.norm()).item())
+    # 64 times the draws: an eighth of the error, but for chance.
+    assert errors[1] < 0.02 and errors[1] < errors[0] / 3
+    biased = gradient(sparse(case.teacher, draws), Objective(tail="renormalised"))
+    assert (biased - dense).norm() / dense.norm() > 10 * errors[1]
+
+
+@pytest.mark.parametrize("objective", [Objective(divergence="jsd"), Objective(temperature=2.0)])
+def test_draws_estimate_forward_kl_only(case: Case, objective: Objective) -> None:
+    teacher = dataclasses.replace(sparse(case.teacher, 5), sampled=True)
+    with pytest.raises(ValueError, match="forward KL at temperature 1"):
+        projected_loss(*case.inputs(), teacher, case.targets, case.weights, objective)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_sure_students_and_teachers_give_finite_numbers(case: Case, divergence: str) -> None:
+    hidden = (300 * case.hidden).float().requires_grad_()
+    weight = case.weight.float().requires_grad_()
+    dense = case.teacher.clone()
+    dense[0] = -torch.inf
+    dense[0, 3] = 0.0
+    teacher = sparse(dense, 5)
+    teacher = SparseTeacher(
+        token_ids=torch.where(teacher.logprobs > -torch.inf, teacher.token_ids, -1),
+        logprobs=teacher.logprobs.float(),
+        log_tail_mass=teacher.log_tail_mass.float(),
+    )
+    objective = Objective(divergence=divergence, cross_entropy=0.1)
+    total, each = projected_loss(
+        hidden, weight, None, teacher, case.targets, case.weights.float(), objective
+    )
+    total.backward()
+    for tensor in (total, each, hidden.grad, weight.grad):
+        assert tensor.isfinite().all()
+
+
+def test_float32_is_within_rounding_of_float64(case: Case) -> None:
+    teacher = sparse(case.teacher, 5, 2)
+    wide, narrow = case.inputs(), [t.float().detach().requires_grad_() for t in case.inputs()]
+    projected_loss(*wide, teacher, case.targets, case.weights, Objective())[0].backward()
+    half = SparseTeacher(
+        token_ids=teacher.token_ids,
+        logprobs=teacher.logprobs.float(),
+        log_tail_mass=teacher.log_tail_mass.float(),
+    )
+    projected_loss(*narrow, half, case.targets, case.weights.float(), Objective())[0].backward()
+    for a, b in zip(narrow, wide, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_logprobs_at_chosen_tokens(case: Case) -> None:
+    dense = (case.hidden @ case.weight.T + case.bias).log_softmax(-1)
+    ids = torch.randint(V, (N, 4), generator=torch.Generator().manual_seed(1))
+    found, first = projected_logprobs_at(case.hidden, case.weight, case.bias, ids, chunk=3)
+    torch.testing.assert_close(found, dense.gather(1, ids))
+    assert first.equal(dense.argmax(-1))

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from journeyman.labels.codec import Codec
 from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
 from journeyman.recipe import Recipe, parse
+from journeyman.student import token_dataset
 from journeyman.student.classifying import Classifying
 from journeyman.student.lesson import Load
+from journeyman.student.token_dataset import TokenRow
 
 TOPICS = {
     "bank": ["money", "loan", "account", "card", "transfer"],
@@ -44,6 +47,49 @@ def make_tiny_encoder(folder: Path) -> Path:
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
     tokenizer.save_pretrained(folder)
     return folder
+
+
+VOCABULARY = 50  # as in tests/journeyman/labels/synthetic.py
+
+
+def make_tiny_llama(
+    folder: Path, *, layers: int = 2, tied: bool = True, swap: bool = False
+) -> Path:
+    """A random Llama, 32 wide, whose tokens are the words w0 to w44; swap: two of them."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 5)), "is", "the"]
+    if swap:
+        words[5], words[6] = words[6], words[5]
+    tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        tie_word_embeddings=tied, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = make_tiny_llama(tmp_path_factory.mktemp("llama") / "tiny")
+    return Model(
+        reference="test/tiny-llama",
+        path=folder,
+        weights_digest="w" * 64,
+        tokenizer_digest="t" * 64,
+        size_bytes=1,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -119,3 +165,37 @@ def make_recipe(**training: object) -> Recipe:
             "training": settings,
         }
     )
+
+
+def make_causal_recipe(student: dict[str, object] | None = None, **training: object) -> Recipe:
+    recipe = make_recipe(**training)
+    settings = recipe.model_dump(mode="json") | {
+        "labels": {"kind": "logits", "k": 3},
+        "student": {"kind": "causal", "model": "test/tiny-llama", "max_length": 32}
+        | (student or {}),
+    }
+    return parse(settings)
+
+
+def write_token_rows(folder: Path, n_train: int, n_calibrate: int) -> None:
+    """Texts that count up by one or two, and a teacher that is 90% sure of the next word."""
+    random = np.random.default_rng(0)
+    codec = Codec(name="topk_fp16", vocab_size=VOCABULARY, k=4)
+    for split, n in (("train", n_train), ("calibrate", n_calibrate)):
+        rows = []
+        for i in range(n):
+            step, length = random.integers(1, 3), random.integers(4, 12)
+            tokens = 3 + (random.integers(40) + step * np.arange(length)) % 45
+            others = np.array([(tokens[1:] + j) % VOCABULARY for j in (1, 2, 3)]).T
+            ids = np.concatenate((tokens[1:, None], others), axis=1)
+            logprobs = np.log(np.tile([0.9, 0.04, 0.03, 0.02], (length - 1, 1)))
+            rows.append(
+                TokenRow(
+                    id=f"{split}-{i}",
+                    tokens=tokens,
+                    first=1,
+                    payload=codec.encode(ids, logprobs),
+                    n_encoded=length - 1,
+                )
+            )
+        token_dataset.write(folder / split, rows, codec)

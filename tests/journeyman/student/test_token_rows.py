@@ -1,0 +1,203 @@
+"""Label datasets to batches of tokens, against what the test wrote and encodes itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from journeyman.errors import DataError
+from journeyman.labels.codec import Codec
+from journeyman.models import Model
+from journeyman.student import token_dataset, token_rows
+from journeyman.student.models import load_tokenizer
+from journeyman.student.token_dataset import TokenDataset, TokenRow
+
+from ..labels import synthetic as made
+
+WORDS = np.random.default_rng(0)
+
+
+def tokens(n: int) -> list[int]:
+    """Of the words w0 to w44."""
+    return WORDS.integers(3, 48, size=n).tolist()
+
+
+def text(ids: Sequence[int]) -> str:
+    return " ".join(f"w{i - 3}" for i in ids)
+
+
+def built(
+    run: Path, llama: Model, kind: str, rows: list[tuple[list[int], str]], length: int = 64,
+    **labels: object,
+) -> tuple[dict[str, TokenDataset], list[np.ndarray]]:  # fmt: skip
+    """A dataset of (tokens, split), its rows as a training reads them, and each row's dense
+    distributions."""
+    settings = made.settings(kind, **labels)
+    context = 2 if labels.get("context") else 0
+    shard, dense = [], []
+    for i, (ids, split) in enumerate(rows):
+        source = made.row(text(ids), split)
+        n_positions = len(ids) if context or kind == "generate" else len(ids) - 1
+        probabilities = made.distributions(n_positions, seed=i)
+        answer = made.generated(text(ids), ids, probabilities) if kind == "generate" else (
+            made.logits(ids, probabilities))  # fmt: skip
+        shard.append((source, answer))
+        dense.append(probabilities)
+    made.write_dataset(run, settings, [shard[::2], shard[1::2]], codec=made.TOP3)
+    token_rows.build(
+        run / "labels", run / "corpus", settings, load_tokenizer(llama.path), length,
+        run / "rows", as_text=False,
+    )  # fmt: skip
+    return {s: TokenDataset(run / "rows" / s) for s in token_rows.SPLITS}, dense
+
+
+def some_rows(n: int = 6) -> list[tuple[list[int], str]]:
+    return [(tokens(4 + i), "calibrate" if i == n - 1 else "train") for i in range(n)]
+
+
+@pytest.mark.parametrize("context", ["", "is the"])
+def test_logits_stand_where_the_teacher_read_them(
+    context: str, tiny_llama: Model, tmp_path: Path
+) -> None:
+    rows = some_rows()
+    found, dense = built(tmp_path, tiny_llama, "logits", rows, context=context)
+    before = [48, 49] if context else []
+    train = found["train"]
+    assert len(train) == 5 and len(found["calibrate"]) == 1
+    for number, row_id in enumerate(train.ids):
+        i = next(i for i, (ids, _) in enumerate(rows) if made.row(text(ids))["id"] == row_id)
+        batch = train.batch(np.array([number]))
+        whole = [*before, *rows[i][0]]
+        first = max(1, len(before))
+        assert batch.rows.ids.tolist() == whole
+        assert batch.targets.tolist() == whole[first:]
+        assert batch.columns.tolist() == list(range(first - 1, len(whole) - 1))
+        expected = made.top(dense[i])
+        assert batch.token_ids.tolist() == expected.token_ids.tolist()
+        np.testing.assert_allclose(batch.logprobs, expected.logprobs, atol=2e-3)
+        others = 1 - np.exp(expected.logprobs.astype(float)).sum(axis=1)
+        np.testing.assert_allclose(np.exp(batch.log_tail_mass), others, atol=2e-3)
+
+
+def test_a_batch_is_its_rows_one_behind_the_other(tiny_llama: Model, tmp_path: Path) -> None:
+    train = built(tmp_path, tiny_llama, "generate", some_rows(), prompt="the {{ text }}")[0][
+        "train"
+    ]
+    order = np.array([3, 0, 4])
+    together, alone = train.batch(order), [train.batch(np.array([i])) for i in order]
+    for name in ("targets", "columns", "token_ids", "logprobs", "log_tail_mass"):
+        expected = np.concatenate([getattr(one, name) for one in alone])
+        np.testing.assert_array_equal(getattr(together, name), expected)
+    input_ids, mask, at = together.padded(0)
+    for row, one in enumerate(alone):
+        assert input_ids[row][mask[row] == 1].tolist() == one.rows.ids.tolist()
+    # The hidden state at a place predicts the token behind it.
+    np.testing.assert_array_equal(input_ids.flatten()[at + 1], together.targets)
+    assert train.n_learned[order].sum() == len(together.targets)
+
+
+def test_an_answer_stands_behind_its_prompt(tiny_llama: Model, tmp_path: Path) -> None:
+    rows = some_rows()
+    train = built(tmp_path, tiny_llama, "generate", rows, prompt="the {{ text }}")[0]["train"]
+    batch = train.batch(np.array([0]))
+    answer = batch.targets.tolist()
+    assert batch.rows.ids.tolist() == [49, *answer, *answer]  # the prompt repeats the text
+
+
+def test_long_rows_lose_context_first_and_then_their_end(tiny_llama: Model, tmp_path: Path) -> None:
+    rows = [(tokens(6), "train"), (tokens(12), "train"), (tokens(5), "calibrate")]
+    found, dense = built(tmp_path, tiny_llama, "logits", rows, length=7, context="is the")
+    for i in range(2):
+        whole = [49, *rows[i][0]][:7]
+        number = found["train"].ids.index(made.row(text(rows[i][0]))["id"])
+        batch = found["train"].batch(np.array([number]))
+        assert batch.rows.ids.tolist() == whole and batch.targets.tolist() == whole[1:]
+        kept = made.top(dense[i][: len(whole) - 1])
+        assert batch.token_ids.tolist() == kept.token_ids.tolist()
+
+
+def test_rationales_are_learned_as_answer_and_as_reasoning(
+    tiny_llama: Model, tmp_path: Path
+) -> None:
+    settings = made.settings("rationales", prompt="the {{ text }}")
+    sources = [made.row("w1 w2", "train"), made.row("w3", "calibrate")]
+    shard = [(s, made.rationales(["w7", "w7", "w8"])) for s in sources]
+    made.write_dataset(tmp_path, settings, [shard])
+    tokenizer = load_tokenizer(tiny_llama.path)
+    token_rows.build(tmp_path / "labels", tmp_path / "corpus", settings, tokenizer, 64,
+                     tmp_path / "rows", as_text=True)  # fmt: skip
+    train = TokenDataset(tmp_path / "rows" / "train")
+    assert train.ids == [sources[0]["id"]] * 2
+    answer, reasoning = (train.batch(np.array([i])) for i in range(2))
+    assert tokenizer.decode(answer.targets) == "w7 <eos>" and answer.token_ids is None
+    assert tokenizer.decode(answer.rows.ids).endswith("the w1 w2 w7 <eos>")
+    assert "is w7" in tokenizer.decode(reasoning.targets)
+
+
+def written(folder: Path, codec: Codec, n: int = 4) -> TokenDataset:
+    rows = []
+    for i in range(n):
+        ids = np.array(tokens(5 + i))
+        draws = np.random.default_rng(i).integers(made.VOCABULARY, size=(len(ids) - 1, codec.k))
+        recorded = made.top(made.distributions(len(ids) - 1, i), k=codec.k)
+        data = codec.encode(draws if codec.name == "sampled" else recorded.token_ids,
+                            recorded.logprobs)  # fmt: skip
+        rows.append(TokenRow(id=f"row-{i}", tokens=ids, first=1, payload=data,
+                             n_encoded=len(ids) - 1))  # fmt: skip
+    token_dataset.write(folder, rows, codec)
+    return TokenDataset(folder)
+
+
+def test_draws_have_as_many_entries_as_the_widest_row(tmp_path: Path) -> None:
+    rows = written(tmp_path / "rows", Codec(name="sampled", vocab_size=made.VOCABULARY, k=7))
+    assert rows.sampled
+    batch = rows.batch(np.arange(4))
+    there = batch.token_ids >= 0
+    np.testing.assert_allclose(np.exp(batch.logprobs).sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(there, batch.logprobs > -np.inf)
+    assert there.sum(axis=1).max() <= 7
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    rows = written(tmp_path / "rows", made.TOP3)
+    payloads = tmp_path / "rows" / "payloads.bin"
+    data = bytearray(payloads.read_bytes())
+    data[int(rows._payload_starts[2]) + 3] ^= 0xFF
+    payloads.write_bytes(bytes(data))
+    with pytest.raises(DataError, match="the labels of row row-2"):
+        TokenDataset(tmp_path / "rows").batch(np.arange(4))
+    payloads.write_bytes(bytes(data[:-1]))
+    with pytest.raises(DataError, match="cut short"):
+        TokenDataset(tmp_path / "rows")
+
+
+def test_an_empty_split_is_named(tiny_llama: Model, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no calibrate rows"):
+        built(tmp_path, tiny_llama, "logits", [(tokens(4), "train")])
+
+
+def test_whoever_writes_first_wins_and_nothing_is_left_over(tmp_path: Path) -> None:
+    first, second = (written(tmp_path / "rows", made.TOP3, n=n) for n in (4, 6))
+    assert len(first) == len(second) == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["rows"]
+
+
+def test_batches_are_decoded_ahead_and_their_errors_raised(tmp_path: Path) -> None:
+    rows = written(tmp_path / "rows", made.TOP3)
+    parts = [np.array([i % 4]) for i in range(20)]
+    ahead = list(token_dataset.prefetch(iter(parts), rows))
+    assert [b.rows.ids.tolist() for b in ahead] == [rows.batch(p).rows.ids.tolist() for p in parts]
+    with pytest.raises(IndexError):
+        list(token_dataset.prefetch(iter([np.array([0]), np.array([99])]), rows))
+    stopped = token_dataset.prefetch(iter(parts), rows)
+    next(stopped)
+    stopped.close()
+    deadline = time.monotonic() + 5
+    while any(t.name == "decoding" for t in threading.enumerate()):
+        assert time.monotonic() < deadline, "the decoding thread lives on"
+        time.sleep(0.02)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from journeyman import __version__
-from journeyman.cli import labels
+from journeyman.cli import compare, labels
 from journeyman.cli.arguments import add_recipe, command, load, positive
 from journeyman.errors import JourneymanError, RecipeError
 from journeyman.progress import duration
@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         add_recipe(step)
         step.set_defaults(step=name)
     labels.add_commands(commands)
+    compare.add_command(commands)
     _recipe_commands(commands)
     return parser
 

@@ -3,7 +3,7 @@
 Distributions stay as the label dataset encodes them until their batch is due; the workers of a node
 share the pages, and a dataset may be larger than memory. Knows arrays and files, no torch.
 
-    tokens.npy int32[total]   starts.npy int64[n + 1]   first.npy int64[n]   ids.json
+    tokens.bin int32[total]   starts.npy int64[n + 1]   first.npy int64[n]   ids.json
     payloads.bin   payload_starts.npy int64[n + 1]   n_encoded.npy int64[n]   rows.json
 """
 
@@ -80,16 +80,12 @@ class TokenDataset:
         about = files.read_json(folder / _MANIFEST)
         codec = about["codec"]
         self._codec = Codec(**codec) if codec else None
-        self._rows = TokenRows(
-            ids=np.load(folder / "tokens.npy", mmap_mode="r"), starts=np.load(folder / "starts.npy")
-        )
+        starts = np.load(folder / "starts.npy")
         self._first = np.load(folder / "first.npy")
         self._n_encoded = np.load(folder / "n_encoded.npy")
         self._payload_starts = np.load(folder / "payload_starts.npy")
-        size = (folder / "payloads.bin").stat().st_size
-        if size != self._payload_starts[-1] or len(self._rows.ids) != self._rows.starts[-1]:
-            raise DataError(f"{folder}: cut short; remove it and run journeyman train again.")
-        self._payloads = np.memmap(folder / "payloads.bin", np.uint8, "r") if size else None
+        self._rows = TokenRows(ids=_mapped(folder / "tokens.bin", np.int32, starts), starts=starts)
+        self._payloads = _mapped(folder / "payloads.bin", np.uint8, self._payload_starts)
         self.ids: list[str] = files.read_json(folder / "ids.json")["ids"]
 
     def __len__(self) -> int:
@@ -134,7 +130,7 @@ class TokenDataset:
     def _distributions(
         self, rows: np.ndarray, learned: np.ndarray
     ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        if self._codec is None or self._payloads is None:
+        if self._codec is None:
             return None, None, None
         parts = []
         for row, n in zip(rows, learned, strict=True):
@@ -150,6 +146,14 @@ class TokenDataset:
             np.concatenate([_wide(values, widest, -np.inf) for _, values, _ in parts]),
             np.concatenate([tail for _, _, tail in parts]),
         )
+
+
+def _mapped(path: Path, kind: type, starts: np.ndarray) -> np.ndarray:
+    """A file of as many values as the starts say; raises DataError if it has others."""
+    n_values = path.stat().st_size / np.dtype(kind).itemsize
+    if n_values != starts[-1]:
+        raise DataError(f"{path}: cut short; remove its folder and run journeyman train again.")
+    return np.memmap(path, kind, "r") if n_values else np.zeros(0, kind)
 
 
 def _wide(array: np.ndarray, width: int, fill: float) -> np.ndarray:
@@ -213,17 +217,17 @@ def write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
 
 
 def _write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
-    ids, tokens, first, n_encoded, sizes = [], [], [], [], []
-    with (folder / "payloads.bin").open("wb") as payloads:
+    ids, first, n_encoded, n_tokens, sizes = [], [], [], [], []
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "payloads.bin").open("wb") as data:
         for row in rows:
             ids.append(row.id)
-            tokens.append(np.asarray(row.tokens, np.int32))
             first.append(row.first)
             n_encoded.append(row.n_encoded)
+            n_tokens.append(len(row.tokens))
             sizes.append(len(row.payload or b""))
-            payloads.write(row.payload or b"")
-    np.save(folder / "tokens.npy", np.concatenate([np.zeros(0, np.int32), *tokens]))
-    np.save(folder / "starts.npy", _sums([len(t) for t in tokens]))
+            tokens.write(np.asarray(row.tokens, np.int32).tobytes())
+            data.write(row.payload or b"")
+    np.save(folder / "starts.npy", _sums(n_tokens))
     np.save(folder / "payload_starts.npy", _sums(sizes))
     np.save(folder / "first.npy", np.asarray(first, np.int64))
     np.save(folder / "n_encoded.npy", np.asarray(n_encoded, np.int64))

@@ -1,0 +1,81 @@
+"""A language model from its teacher, as a user runs it: the recipe, the table, the student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from journeyman import models, recipe, steps
+from journeyman.errors import RecipeError
+from journeyman.student import step
+from tests.conftest import DEMO, ROOT, journeyman
+
+RECIPE = ROOT / "jobs" / "recipes" / "language_model.yaml"
+SMALL = (
+    "corpus.limits={train: 48, calibrate: 16}",
+    "student.layers=3",
+    "training.epochs=2",
+    "training.batch_size=16",
+    "training.workers=1",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("runs")
+    overrides = [part for one in (*SMALL, f"output={output}") for part in ("--set", one)]
+    done = journeyman("run", str(RECIPE), *overrides)
+    assert done.returncode == 0, done.stderr
+    return output / "language_model", done.stdout
+
+
+def test_run_ends_with_a_student_that_learned(run: tuple[Path, str]) -> None:
+    folder, printed = run
+    record = json.loads((folder / "student" / "journeyman.json").read_text())
+    first, last = record["evaluations"]
+    assert last["kl"] < first["kl"] and record["best"] == last
+    assert f"{last['kl']:.3f} nats" in printed and str(folder / "student") in printed
+    model = AutoModelForCausalLM.from_pretrained(folder / "student")
+    assert model.config.num_hidden_layers == 3
+    assert not (folder / "bundle").exists()
+
+
+def test_it_is_skipped_when_nothing_has_changed(run: tuple[Path, str]) -> None:
+    output = run[0].parent
+    current = steps.Run(recipe.load(RECIPE, [*SMALL, f"output={output}"]))
+    assert current.execute("train").seconds is None
+
+
+def test_students_stand_side_by_side(run: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = run
+    compared = journeyman("compare", str(folder), str(folder / "student"))
+    assert compared.returncode == 0, compared.stderr
+    heads, first, second = compared.stdout.splitlines()
+    assert "perplexity" in heads and "language_model" in first and "student" in second
+    nothing = journeyman("compare", str(tmp_path))
+    assert nothing.returncode == 1 and "no finished student here" in nothing.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "override", "words"),
+    [
+        (RECIPE, "student.kind=classifier", "start, layers and config go with kind: causal"),
+        (RECIPE, "student.layers=null", "start: pruned needs layers"),
+        (DEMO, "student.kind=causal", "student.kind: causal learns tokens"),
+    ],
+)
+def test_students_that_do_not_fit_get_a_sentence(path: Path, override: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        step.check(recipe.load(path, [override]))
+
+
+def test_another_vocabulary_is_refused_before_a_worker_starts(tmp_path: Path) -> None:
+    loaded = recipe.load(RECIPE)
+    encoder = models.resolve(recipe.load(DEMO).learner().model)
+    with pytest.raises(RecipeError, match="has another vocabulary than the teacher"):
+        step._causal(
+            loaded, tmp_path, tmp_path, encoder, models.teacher(loaded.teacher), tmp_path / "rows"
+        )

@@ -120,7 +120,7 @@ def read_ray(where: str | Path, *, filtered: bool = False) -> ray.data.Dataset:
         store = LabelStore(store.directory.resolve())
     commits = _finished_commits(store, manifest)
     left_out = None if filtered else _left_out(store, manifest)
-    return ray.data.from_items(
+    read = ray.data.from_items(
         [{"commit": json.dumps(dataclasses.asdict(commit))} for commit in commits],
         override_num_blocks=len(commits),
     ).map_batches(
@@ -129,6 +129,8 @@ def read_ray(where: str | Path, *, filtered: bool = False) -> ray.data.Dataset:
         batch_format="pyarrow",
         fn_args=(store, left_out),  # Ray Data puts a function with its arguments away once
     )
+    read.context.execution_options.preserve_order = True  # of this dataset alone
+    return read
 
 
 def _read_commits(batch: pa.Table, store: LabelStore, left_out: pa.Array | None) -> pa.Table:

@@ -150,7 +150,7 @@ def other_vocabulary(student: Path, teacher: Path) -> str:
     """How the student's tokens differ from the teacher's; empty if each token is the same one."""
     theirs = load_tokenizer(teacher).get_vocab()
     ours = load_tokenizer(student).get_vocab()
-    for token, number in theirs.items():
+    for token, number in sorted(theirs.items(), key=lambda item: item[1]):
         if ours.get(token) != number:
             known = f"{ours[token]}" if token in ours else "no token"
             return f"{token!r} is {number} to the teacher and {known} to the student"

@@ -72,7 +72,7 @@ def sparse_loss(
     """T² · the divergence at each position: float[n], natural logarithm.
 
     student: float[n, k], log-probabilities at the teacher's entries, any number where there is
-    none; log_rest: float[n], log of the student's mass on all other tokens.
+    none; log_rest: float[n], log of the student's mass on all other tokens, -inf if there are none.
     Raises ValueError for what true draws give no unbiased estimate of.
     """
     there = teacher.token_ids >= 0
@@ -81,10 +81,13 @@ def sparse_loss(
     q = student.masked_fill(~there, _NONE)
     p = teacher.logprobs.to(student.dtype).clamp_min(_NONE).masked_fill(~there, _NONE)
     if objective.tail == "bucket":
-        tail = teacher.log_tail_mass.to(student.dtype).clamp_min(_LEAST)
-        q, p = _with(q, log_rest), _with(p, tail)
+        # Bounded after the temperature, which would give a bound weight; and where the record holds
+        # every token, a tail is rounding.
+        tail = (teacher.log_tail_mass.to(student.dtype) / objective.temperature).clamp_min(_LEAST)
+        tail = tail.masked_fill(log_rest == -math.inf, _NONE)
+        q = _with(q, log_rest.clamp_min(_NONE))
         # A record is rounded: what it says of all outcomes adds up to 1 only then.
-        p = (p / objective.temperature).log_softmax(-1)
+        p = _with(p / objective.temperature, tail).log_softmax(-1)
         if objective.temperature != 1:
             q = (q / objective.temperature).log_softmax(-1)
     else:

@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from journeyman.student.divergences import Objective, SparseTeacher, sparse_loss
 
 # Logits of a chunk, in bytes. On a CPU glibc gives larger blocks back to the kernel each time they
 # are freed, and faults their pages in again for the next chunk; on a GPU this bounds memory.
 _CHUNK_CPU, _CHUNK_GPU = 28 << 20, 256 << 20
-_LEAST_MASS = 1e-30
 
 
 def projected_loss(
@@ -51,14 +51,15 @@ def projected_logprobs_at(
     chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities float32[n, k] at int64[n, k], and the likeliest tokens int64[n]."""
-    values, first = [], []
+    values = torch.empty(token_ids.shape, dtype=_precision(hidden), device=hidden.device)
+    first = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
     with torch.no_grad():
         for part in _parts(hidden, weight, chunk):
             logprobs = _logits(hidden[part], weight, bias)
             torch.log_softmax(logprobs, -1, out=logprobs)
-            values.append(logprobs.gather(1, token_ids[part]))
-            first.append(logprobs.argmax(-1))
-    return torch.cat(values), torch.cat(first)
+            values[part] = logprobs.gather(1, token_ids[part])
+            first[part] = logprobs.argmax(-1)
+    return values, first
 
 
 class _ProjectedLoss(torch.autograd.Function):
@@ -80,13 +81,14 @@ class _ProjectedLoss(torch.autograd.Function):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
-        # The parameter's own precision is that of its gradient.
         projection = weight.to(hidden.dtype)
         losses = torch.empty(len(hidden), dtype=_precision(hidden), device=hidden.device)
         of_hidden, of_weight, of_bias = (wanted and n for n in ctx.needs_input_grad[:3])
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
         grad_weight: torch.Tensor | None = None
-        grad_bias = torch.zeros_like(bias) if bias is not None and of_bias else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=_precision(bias)) if bias is not None and of_bias else None
+        )
         with torch.autocast(device, enabled=False):
             for part in _parts(hidden, weight, chunk):
                 logits = _logits(hidden[part], projection, bias)
@@ -107,14 +109,19 @@ class _ProjectedLoss(torch.autograd.Function):
                 if grad_hidden is not None:
                     torch.mm(gradient, projection, out=grad_hidden[part])
                 if of_weight:
-                    grad_weight = _added(grad_weight, gradient, hidden[part], weight.dtype)
-        if of_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight)
+                    grad_weight = _added(grad_weight, gradient, hidden[part], _precision(weight))
+        if of_weight:
+            grad_weight = (
+                torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+            )
+        if grad_bias is not None and bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         scaled = [g if g is None else g.mul_(grad.to(g.dtype)) for g in ctx.gradients]
         ctx.gradients = None
@@ -124,7 +131,7 @@ class _ProjectedLoss(torch.autograd.Function):
 def _added(
     total: torch.Tensor | None, gradient: torch.Tensor, hidden: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """total + gradientᵀ · hidden, [v, h]."""
+    """total + gradientᵀ · hidden, [v, h]; in dtype, or a bfloat16 sum would stop growing."""
     if total is None:
         return torch.mm(gradient.T, hidden).to(dtype)
     if hidden.dtype == dtype:
@@ -144,48 +151,48 @@ def _in_place(
     memory."""
     of_text = objective.cross_entropy if teacher is not None else 1.0
     smoothing = objective.label_smoothing if of_text else 0.0
-    loss = logits.new_zeros(len(logits))
-    logprobs = torch.log_softmax(logits, -1, out=logits)
     known = (targets >= 0).to(logits.dtype)
     target = targets.clamp_min(0).unsqueeze(-1)
-    if of_text:
-        own = logprobs.gather(1, target).squeeze(-1)
-        text_loss = -(1 - smoothing) * own
-        if smoothing:
-            text_loss -= smoothing * logprobs.mean(-1)
-        loss += of_text * known * text_loss
-    # The gradient of a position is `scale` · softmax for all tokens outside the record.
+    own = logits.gather(1, target).squeeze(-1)
+    mean = logits.mean(-1) if smoothing else torch.zeros_like(own)
+    # The gradient of cross-entropy is `scale` · softmax, and of the target `scale` less.
     scale = of_text * known
     if teacher is None:
-        gradient = logprobs.exp_()
-        if not with_gradient:
-            return loss, None
-        gradient.mul_((scale * weights).unsqueeze(-1))
+        log_total = _softmax_in_place(logits)
+        loss, gradient = torch.zeros_like(own), logits
+        of_others = scale
     else:
         of_teacher = 1 - of_text
         there = teacher.token_ids >= 0
-        # An entry that is not there stands for the first one, and gets its value again.
-        ids = torch.where(there, teacher.token_ids, teacher.token_ids[:, :1].clamp_min(0))
-        entries = logprobs.gather(1, ids)
-        logprobs.scatter_(1, ids, float("-inf"))
-        gradient = logprobs.exp_()
-        rest = gradient.sum(-1).clamp_min_(_LEAST_MASS)
-        # A position without any entry: all of the mass is the rest.
-        rest = torch.where(there[:, 0], rest, torch.ones_like(rest))
-        if not with_gradient:
-            return loss + of_teacher * sparse_loss(entries, rest.log(), teacher, objective), None
-        divergence, by_entry, by_rest = _gradients(entries, rest.log(), teacher, objective)
-        loss += of_teacher * divergence
-        together = by_entry.sum(-1) + by_rest
-        rest_scale = of_teacher * (by_rest / rest - together) + scale
-        rest_scale = torch.where(there[:, 0], rest_scale, scale)
-        at_entries = of_teacher * by_entry + entries.exp() * (
-            scale - of_teacher * together
-        ).unsqueeze(-1)
-        at_entries = torch.where(there, at_entries, at_entries[:, :1])
-        at_entries = torch.where(there[:, :1], at_entries, entries.exp() * scale.unsqueeze(-1))
-        gradient.mul_((rest_scale * weights).unsqueeze(-1))
-        gradient.scatter_(1, ids, at_entries * weights.unsqueeze(-1))
+        any_there = there.any(1, keepdim=True)
+        # An entry that is not there stands for the first that is, and gets its value again.
+        first = there.to(torch.int8).argmax(1, keepdim=True)
+        ids = torch.where(there, teacher.token_ids, teacher.token_ids.gather(1, first).clamp_min(0))
+        entries = logits.gather(1, ids)
+        logits.scatter_(1, ids, torch.where(any_there, float("-inf"), entries))
+        # The rest by its own softmax: 1 - the entries' mass would be 0 for a sure student.
+        log_rest = _softmax_in_place(logits)
+        log_entries = entries.masked_fill(~there, float("-inf")).logsumexp(-1)
+        log_total = torch.logaddexp(log_rest, log_entries)
+        entries = entries - log_total.unsqueeze(-1)
+        log_rest = log_rest - log_total
+        loss, by_entry, by_rest = _gradients(entries, log_rest, teacher, objective, with_gradient)
+        loss, gradient = of_teacher * loss, logits
+        # d loss / d logit = d loss / d its log-probability - softmax · the sum of all of these.
+        of_total = scale - of_teacher * (by_entry.sum(-1) + by_rest)
+        at_entries = of_teacher * by_entry + entries.exp() * of_total.unsqueeze(-1)
+        at_entries = torch.where(there, at_entries, at_entries.gather(1, first))
+        of_others = of_teacher * by_rest + log_rest.exp() * of_total
+    if of_text:
+        text_loss = log_total - (1 - smoothing) * own - smoothing * mean
+        loss = loss + scale * text_loss
+    if not with_gradient:
+        return loss, None
+    gradient.mul_((of_others * weights).unsqueeze(-1))
+    if teacher is not None:
+        at_entries = at_entries * weights.unsqueeze(-1)
+        # Of a position without entries, all tokens are the rest.
+        gradient.scatter_(1, ids, torch.where(any_there, at_entries, gradient.gather(1, ids)))
     if of_text:
         scaled = scale * weights
         gradient.scatter_add_(1, target, (-(1 - smoothing) * scaled).unsqueeze(-1))
@@ -194,11 +201,26 @@ def _in_place(
     return loss, gradient
 
 
+def _softmax_in_place(logits: torch.Tensor) -> torch.Tensor:
+    """The log of the sum of exp(logits), float[c]: -inf for a row of -inf, which becomes nan."""
+    peak = logits.amax(-1)
+    torch.softmax(logits, -1, out=logits)
+    # The peak's probability is exp(0) / sum.
+    return torch.where(peak == float("-inf"), peak, peak - logits.amax(-1).log())
+
+
 def _gradients(
-    entries: torch.Tensor, log_rest: torch.Tensor, teacher: SparseTeacher, objective: Objective
+    entries: torch.Tensor,
+    log_rest: torch.Tensor,
+    teacher: SparseTeacher,
+    objective: Objective,
+    with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The divergence, and its derivatives by the student's log-probabilities at the entries,
-    float[c, k], and by the log of its rest, float[c]."""
+    float[c, k], and by the log of its rest, float[c]; 0 where they are not wanted."""
+    if not with_gradient:
+        loss = sparse_loss(entries, log_rest, teacher, objective)
+        return loss, torch.zeros_like(entries), torch.zeros_like(log_rest)
     with torch.enable_grad():
         entries, log_rest = entries.detach().requires_grad_(), log_rest.detach().requires_grad_()
         loss = sparse_loss(entries, log_rest, teacher, objective)

@@ -13,6 +13,7 @@ import queue
 import shutil
 import threading
 import uuid
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,13 +81,32 @@ class TokenDataset:
         about = files.read_json(folder / _MANIFEST)
         codec = about["codec"]
         self._codec = Codec(**codec) if codec else None
-        starts = np.load(folder / "starts.npy")
-        self._first = np.load(folder / "first.npy")
-        self._n_encoded = np.load(folder / "n_encoded.npy")
-        self._payload_starts = np.load(folder / "payload_starts.npy")
-        self._rows = TokenRows(ids=_mapped(folder / "tokens.bin", np.int32, starts), starts=starts)
-        self._payloads = _mapped(folder / "payloads.bin", np.uint8, self._payload_starts)
         self.ids: list[str] = files.read_json(folder / "ids.json")["ids"]
+        try:
+            self._rows = TokenRows(
+                ids=_mapped(folder / "tokens.bin", np.int32), starts=np.load(folder / "starts.npy")
+            )
+            self._first = np.load(folder / "first.npy")
+            self._n_encoded = np.load(folder / "n_encoded.npy")
+            self._payload_starts = np.load(folder / "payload_starts.npy")
+            self._payloads = _mapped(folder / "payloads.bin", np.uint8)
+        except (OSError, ValueError, EOFError) as error:  # what numpy raises for half a file
+            raise _cut_short(folder, str(error)) from error
+        arrays = (
+            (self._rows.starts, 1), (self._payload_starts, 1), (self._first, 0),
+            (self._n_encoded, 0), (self.ids, 0),
+        )  # fmt: skip
+        if any(len(held) != about["rows"] + more for held, more in arrays):
+            raise _cut_short(folder, f"its files do not all hold {about['rows']} rows")
+        for held, starts in (
+            (self._rows.ids, self._rows.starts),
+            (self._payloads, self._payload_starts),
+        ):
+            if len(held) != starts[-1]:
+                raise _cut_short(folder, f"{len(held)} entries where {starts[-1]} were written")
+        # Once: over all rows, they would be most of a batch's cost.
+        self._lengths = self._rows.lengths
+        self._n_learned = self._lengths - self._first
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -98,12 +118,12 @@ class TokenDataset:
     @property
     def lengths(self) -> np.ndarray:
         """int64[n], in tokens."""
-        return self._rows.lengths
+        return self._lengths
 
     @property
     def n_learned(self) -> np.ndarray:
         """int64[n]: tokens of each row that are learned."""
-        return self._rows.lengths - self._first
+        return self._n_learned
 
     def batch(self, rows: np.ndarray) -> TokenBatch:
         """Some rows, decoded; raises DataError where a payload is damaged."""
@@ -148,20 +168,21 @@ class TokenDataset:
         )
 
 
-def _mapped(path: Path, kind: type, starts: np.ndarray) -> np.ndarray:
-    """A file of as many values as the starts say; raises DataError if it has others."""
-    n_values = path.stat().st_size / np.dtype(kind).itemsize
-    if n_values != starts[-1]:
-        raise DataError(f"{path}: cut short; remove its folder and run journeyman train again.")
-    return np.memmap(path, kind, "r") if n_values else np.zeros(0, kind)
+def _mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
+    """A raw file's values; an empty one cannot be mapped."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
-def _wide(array: np.ndarray, width: int, fill: float) -> np.ndarray:
+def _cut_short(folder: Path, why: str) -> DataError:
+    return DataError(f"{folder}: cut short ({why}); remove it and run journeyman train again.")
+
+
+def _wide(entries: np.ndarray, width: int, fill: float) -> np.ndarray:
     """Entries that a row does not have: draws differ in how many tokens they hit."""
-    if array.shape[1] == width:
-        return array
-    padding = np.full((len(array), width - array.shape[1]), fill, array.dtype)
-    return np.concatenate((array, padding), axis=1)
+    if entries.shape[1] == width:
+        return entries
+    padding = np.full((len(entries), width - entries.shape[1]), fill, entries.dtype)
+    return np.concatenate((entries, padding), axis=1)
 
 
 def prefetch(parts: Iterator[np.ndarray], rows: TokenDataset) -> Iterator[TokenBatch]:
@@ -200,7 +221,7 @@ def prefetch(parts: Iterator[np.ndarray], rows: TokenDataset) -> Iterator[TokenB
 
 
 def write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
-    """Write a split's rows, whole or not at all; how many there are.
+    """Write a split's rows, whole or not at all; how many there are. Of none, nothing is written.
 
     codec: of the payloads; None where rows have none. A folder that is there already stays.
     """
@@ -209,25 +230,39 @@ def write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
         try:
             fresh.mkdir(parents=True)
             n_rows = _write(fresh, rows, codec)
-            if not folder.exists():
-                fresh.rename(folder)
+            if n_rows:
+                _take_name(fresh, folder)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     return n_rows
 
 
+def _take_name(fresh: Path, folder: Path) -> None:
+    """Of two that write at the same time the first wins: a full folder is not renamed over."""
+    try:
+        fresh.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+
+
 def _write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
-    ids, first, n_encoded, n_tokens, sizes = [], [], [], [], []
-    with (folder / "tokens.bin").open("wb") as tokens, (folder / "payloads.bin").open("wb") as data:
+    """Row by row: what is held in memory are ids and numbers of rows."""
+    ids: list[str] = []
+    lengths, first, n_encoded, sizes = (array("q") for _ in range(4))
+    with (
+        (folder / "tokens.bin").open("wb") as tokens,
+        (folder / "payloads.bin").open("wb") as payloads,
+    ):
         for row in rows:
             ids.append(row.id)
+            lengths.append(len(row.tokens))
             first.append(row.first)
             n_encoded.append(row.n_encoded)
-            n_tokens.append(len(row.tokens))
             sizes.append(len(row.payload or b""))
             tokens.write(np.asarray(row.tokens, np.int32).tobytes())
-            data.write(row.payload or b"")
-    np.save(folder / "starts.npy", _sums(n_tokens))
+            payloads.write(row.payload or b"")
+    np.save(folder / "starts.npy", _sums(lengths))
     np.save(folder / "payload_starts.npy", _sums(sizes))
     np.save(folder / "first.npy", np.asarray(first, np.int64))
     np.save(folder / "n_encoded.npy", np.asarray(n_encoded, np.int64))
@@ -237,5 +272,5 @@ def _write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
     return len(ids)
 
 
-def _sums(sizes: list[int]) -> np.ndarray:
+def _sums(sizes: array[int]) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(sizes, np.int64))])

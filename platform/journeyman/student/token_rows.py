@@ -22,8 +22,9 @@ from journeyman.labels.store import LabelStore
 from journeyman.recipe import Generate, Labels, Logits, Rationales
 from journeyman.student import token_dataset
 from journeyman.student.token_dataset import TokenRow
+from journeyman.teacher.answers import ContextOverflow
 from journeyman.teacher.classes import prompting
-from journeyman.teacher.prompting import Encoder, Prompting, Segment
+from journeyman.teacher.prompting import Encoder, Prompting, Rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "calibrate")
 _ANSWER, _REASONING = "[label] ", "[rationale] "  # task prefixes (Hsieh et al. 2023, section 3.2)
 
-Rows = Callable[[dict[str, Any], dict[str, Any]], Sequence[TokenRow]]
+Rows = Callable[[dict[str, Any], dict[str, Any]], Sequence[TokenRow | None]]
 
 
 def build(
@@ -44,24 +45,32 @@ def build(
     *,
     as_text: bool,
 ) -> dict[str, int]:
-    """Write the rows of each split to ``folder``/SPLIT; how many there are, and how many were cut.
+    """Write the rows of each split to ``folder``/SPLIT; how many there are, how many were cut, and
+    how many left out: those with nothing to learn, and those whose cut prompt is not found again.
 
     tokenizer: the teacher's; with as_text (no distributions) the student's. Rows of more than
     max_length tokens lose the beginning of their context first, then the end of their text.
-    Raises DataError where a split is empty, or the dataset damaged.
+    Raises DataError where a split is empty, or the dataset damaged or made of another corpus or
+    prompt.
     """
     manifest = dataset.finished_manifest(LabelStore(labels_dir))
+    identity = manifest["identity"]
+    if corpus.read_manifest(corpus_dir)["digest"] != identity["corpus"]:
+        raise DataError(f"{labels_dir} labels another corpus than {corpus_dir} holds now; "
+                        "run journeyman label --new.")  # fmt: skip
     codec = None if as_text else dataset.codec_of(manifest)
-    make = _maker(labels, tokenizer, codec)
-    counts = {"cut": 0}
+    make = _maker(labels, tokenizer, codec, identity.get("max_model_len"))
+    counts = {"cut": 0, "left_out": 0}
     for split in SPLITS:
 
         def fitting(split: str = split) -> Iterator[TokenRow]:
             for row in _rows(labels_dir, corpus_dir, split, make):
-                fitted = _fitted(row, max_length)
+                fitted = row and _fitted(row, max_length)
+                if fitted is None or fitted.first >= len(fitted.tokens):
+                    counts["left_out"] += 1
+                    continue
                 counts["cut"] += fitted is not row
-                if fitted.first < len(fitted.tokens):
-                    yield fitted
+                yield fitted
 
         counts[split] = token_dataset.write(folder / split, fitting(), codec)
         if not counts[split]:
@@ -73,24 +82,32 @@ def build(
     return counts
 
 
-def _rows(labels_dir: str | Path, corpus_dir: Path, split: str, make: Rows) -> Iterator[TokenRow]:
+def _rows(
+    labels_dir: str | Path, corpus_dir: Path, split: str, make: Rows
+) -> Iterator[TokenRow | None]:
+    import pyarrow.compute as pc
+
     for shard, table in dataset.shards(labels_dir):
-        labeled = table.to_pylist()
-        if not any(row["split"] == split for row in labeled):
+        labeled = table.filter(pc.equal(table["split"], split))
+        if not len(labeled):
             continue
-        texts = {row["id"]: row for row in corpus.read_shard(corpus_dir / shard).to_pylist()}
-        for row in labeled:
-            if row["split"] == split:
-                yield from make(row, columns_of(texts[row["id"]]))
+        read = corpus.read_shard(corpus_dir / shard)
+        texts = read.filter(pc.is_in(read["id"], labeled["id"].combine_chunks()))
+        columns = {row["id"]: columns_of(row) for row in texts.to_pylist()}
+        for row in labeled.to_pylist():
+            yield from make(row, columns[row["id"]])
 
 
-def _maker(labels: Labels, tokenizer: PreTrainedTokenizerBase, codec: Codec | None) -> Rows:
+def _maker(
+    labels: Labels, tokenizer: PreTrainedTokenizerBase, codec: Codec | None, context: int | None
+) -> Rows:
+    """context: the teacher's, in tokens, where the dataset names it."""
     encoder = Encoder(tokenizer, max_tokens=2**31, overflow="truncate_left")
     match labels:
         case Logits() if codec is not None:
             return _of_logits(labels, encoder, codec)
         case Generate() if codec is not None:
-            return _of_answers(labels, encoder, codec)
+            return _of_answers(labels, encoder, codec, context)
         case Generate():
             return _of_answers_as_text(labels, encoder)
         case Rationales():
@@ -103,31 +120,60 @@ def _of_logits(labels: Logits, encoder: Encoder, codec: Codec) -> Rows:
 
     def make(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow]:
         before = encoder.raw(context.render(columns).segments, begin=True)
-        tokens = np.concatenate([np.asarray(before, np.int32), codec.unpack_ids(row["token_ids"])])
-        return [_recorded(row, tokens, first=max(1, len(before)))]
+        target = codec.unpack_ids(row["token_ids"])
+        _check_prompt(row, len(before) + len(target))
+        return [_recorded(row, before, target, first=max(1, len(before)))]
 
     return make
 
 
-def _of_answers(labels: Generate, encoder: Encoder, codec: Codec) -> Rows:
+def _of_answers(labels: Generate, encoder: Encoder, codec: Codec, context: int | None) -> Rows:
     asked = prompting(labels)
 
-    def make(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow]:
+    def make(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow | None]:
+        if row["token_ids"] is None:
+            raise DataError(
+                f"row {row['id']} has no tokens: it comes from a teacher behind a URL; label it "
+                "with a teacher that runs here, or take a student with a tokenizer of its own."
+            )
         rendered = asked.render(columns, tokenizer=encoder.tokenizer)
         before = encoder.raw(rendered.segments, begin=rendered.messages is None)
-        if row["token_ids"] is None:
-            raise DataError("these labels hold no tokens: they come from a teacher behind a URL.")
-        tokens = np.concatenate([np.asarray(before, np.int32), codec.unpack_ids(row["token_ids"])])
-        return [_recorded(row, tokens, first=len(before))]
+        if row["truncated"]:
+            room = context - labels.max_tokens if context else row["n_prompt_tokens"]
+            before = _cut_as_then(rendered, Encoder(encoder.tokenizer, room, labels.overflow))
+            if len(before) != row["n_prompt_tokens"]:
+                return [None]
+        _check_prompt(row, len(before))
+        return [_recorded(row, before, codec.unpack_ids(row["token_ids"]), first=len(before))]
 
     return make
 
 
-def _recorded(row: dict[str, Any], tokens: np.ndarray, first: int) -> TokenRow:
+def _cut_as_then(rendered: Rendered, encoder: Encoder) -> list[int]:
+    """The prompt as the teacher read it; none where it cannot be cut to what was there."""
+    try:
+        return encoder.fit(rendered)[0]
+    except ContextOverflow:
+        return []
+
+
+def _check_prompt(row: dict[str, Any], n_tokens: int) -> None:
+    if n_tokens != row["n_prompt_tokens"]:
+        raise DataError(
+            f"the teacher read {row['n_prompt_tokens']} tokens for row {row['id']}, and its prompt "
+            f"has {n_tokens} now: the labels were made with another prompt or tokenizer; run "
+            "journeyman label --new."
+        )
+
+
+def _recorded(
+    row: dict[str, Any], before: Sequence[int], target: np.ndarray, first: int
+) -> TokenRow:
+    tokens = np.concatenate([np.asarray(before, np.int32), target])
     if len(tokens) - first != row["n_positions"]:
         raise DataError(
             f"row {row['id']} has {len(tokens) - first} tokens to learn and distributions for "
-            f"{row['n_positions']}: its labels were made with another prompt or tokenizer."
+            f"{row['n_positions']}; label its shard again."
         )
     return TokenRow(
         id=row["id"], tokens=tokens, first=first, payload=row["logprobs"],
@@ -140,27 +186,31 @@ def _of_answers_as_text(labels: Generate, encoder: Encoder) -> Rows:
 
     def make(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow]:
         rendered = asked.render(columns, tokenizer=encoder.tokenizer)
-        return [_text(row["id"], encoder, rendered.segments, row["output"])]
+        return [_text(row["id"], encoder, rendered, row["output"])]
 
     return make
 
 
 def _of_rationales(labels: Rationales, encoder: Encoder) -> Rows:
-    asked = prompting(labels)
+    # A prefix is part of the user's message: in front of a chat template's own begin token the
+    # model would not be where it was trained.
+    asked = {
+        column: prompting(labels.model_copy(update={"prompt": prefix + labels.prompt}))
+        for column, prefix in (("answer", _ANSWER), ("reasoning", _REASONING))
+    }
 
     def make(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow]:
-        prompt = asked.render(columns, tokenizer=encoder.tokenizer).segments
         return [
-            _text(row["id"], encoder, [(_ANSWER, False), *prompt], row["answer"]),
-            _text(row["id"], encoder, [(_REASONING, False), *prompt], row["reasoning"]),
+            _text(row["id"], encoder, p.render(columns, tokenizer=encoder.tokenizer), row[column])
+            for column, p in asked.items()
         ]
 
     return make
 
 
-def _text(row_id: str, encoder: Encoder, prompt: Sequence[Segment], answer: str) -> TokenRow:
+def _text(row_id: str, encoder: Encoder, prompt: Rendered, answer: str) -> TokenRow:
     """Prompt and answer in the student's tokens, and the token that ends a text."""
-    before = encoder.raw(prompt, begin=True)
+    before = encoder.raw(prompt.segments, begin=prompt.messages is None)
     end = encoder.tokenizer.eos_token_id
     after = encoder.raw([(answer, True)]) + ([] if end is None else [end])
     tokens = np.asarray([*before, *after], np.int32)

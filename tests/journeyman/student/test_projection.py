@@ -247,3 +247,102 @@ def test_logprobs_at_chosen_tokens(case: Case) -> None:
     found, first = projected_logprobs_at(case.hidden, case.weight, case.bias, ids, chunk=3)
     torch.testing.assert_close(found, dense.gather(1, ids))
     assert first.equal(dense.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [8.0, 20.0])
+def test_a_record_of_the_whole_vocabulary_has_no_tail_at_any_temperature(
+    case: Case, temperature: float
+) -> None:
+    check(case, sparse(case.teacher, V), Objective(temperature=temperature), chunk=4)
+
+
+def test_a_sure_student_is_still_pulled_to_the_tail(case: Case) -> None:
+    hidden, weight = case.hidden, case.weight
+    # The student's mass on all other tokens is below what float32 can hold.
+    narrow = [(300 * hidden).float().requires_grad_(), weight.float(), None]
+    teacher = sparse(case.teacher, 5)
+    total, _ = projected_loss(*narrow, teacher, case.targets, case.weights.float(), Objective())
+    total.backward()
+    wide = [narrow[0].detach().double().requires_grad_(), narrow[1].double(), torch.zeros(())]
+    logprobs = (wide[0] @ wide[1].T).log_softmax(-1)
+    others = torch.ones(N, V).scatter(1, teacher.token_ids, 0.0).bool()
+    rest = logprobs.masked_fill(~others, -torch.inf).logsumexp(-1)
+    assert rest.min() < -110
+    p = torch.cat((teacher.logprobs, teacher.log_tail_mass[:, None]), 1)
+    q = torch.cat((logprobs.gather(1, teacher.token_ids), rest[:, None]), 1)
+    expected = ((p.exp() * (p - q)).sum(-1) * case.weights).sum()
+    expected.backward()
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(narrow[0].grad.double(), wide[0].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_entries_that_are_not_there_may_stand_anywhere(case: Case) -> None:
+    teacher = sparse(case.teacher, 5, 2)
+    turned = dataclasses.replace(
+        teacher, token_ids=teacher.token_ids.roll(1, 1), logprobs=teacher.logprobs.roll(1, 1)
+    )
+    assert (turned.token_ids[:3, 0] == -1).all()
+    gradients = []
+    for record in (teacher, turned):
+        inputs = case.inputs()
+        projected_loss(*inputs, record, case.targets, case.weights, Objective())[0].backward()
+        gradients.append([t.grad for t in inputs])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_position_without_entries_teaches_nothing(case: Case) -> None:
+    teacher = SparseTeacher(
+        token_ids=torch.full((N, 5), -1), logprobs=torch.full((N, 5), -torch.inf),
+        log_tail_mass=torch.zeros(N),
+    )  # fmt: skip
+    inputs = case.inputs()
+    total, _ = projected_loss(*inputs, teacher, case.targets, case.weights, Objective())
+    total.backward()
+    assert total.item() == 0
+    assert all(t.grad.abs().max() < 1e-12 for t in inputs)
+
+
+def test_gradient_of_bfloat16_weights_does_not_lose_small_chunks() -> None:
+    random = torch.Generator().manual_seed(0)
+    n, v = 1024, 60
+    hidden = torch.randn(n, 16, generator=random).bfloat16()
+    weight = (torch.randn(v, 16, generator=random) / 4).bfloat16().requires_grad_()
+    targets = torch.randint(v, (n,), generator=random)
+    projected_loss(hidden, weight, None, None, targets, torch.ones(n), Objective(), chunk=8)[
+        0
+    ].backward()
+    wide = weight.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(hidden.double() @ wide.T, targets, reduction="sum").backward()
+    assert (weight.grad.double() - wide.grad).norm() < 0.006 * wide.grad.norm()
+
+
+def test_autocast_and_tied_weights(case: Case) -> None:
+    """The projection is the embedding matrix too, and both uses give it gradient."""
+    ids, teacher = torch.arange(N) % V, sparse(case.teacher, 5)
+    tied = case.weight.float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        total, each = projected_loss(
+            tied[ids], tied, None, teacher, case.targets, case.weights.float(), Objective()
+        )
+    total.backward()
+    wide = case.weight.clone().requires_grad_()
+    inputs = wide[ids], wide, torch.zeros(V, dtype=torch.float64)
+    (reference(case, teacher, Objective(), inputs) * case.weights).sum().backward()
+    assert total.dtype == each.dtype == tied.grad.dtype == torch.float32
+    assert (tied.grad.double() - wide.grad).norm() < 0.02 * wide.grad.norm()
+
+
+def test_no_positions(case: Case) -> None:
+    none = torch.zeros(0, 1, dtype=torch.int64)
+    found, first = projected_logprobs_at(case.hidden[:0], case.weight, case.bias, none)
+    assert found.shape == (0, 1) and first.shape == (0,)
+
+
+def test_without_gradients_it_is_the_same_loss(case: Case) -> None:
+    teacher, objective = sparse(case.teacher, 5, 2), Objective(cross_entropy=0.3)
+    expected = reference(case, teacher, objective, case.inputs())
+    with torch.inference_mode():
+        _, each = projected_loss(
+            *case.inputs(), teacher, case.targets, case.weights, objective, chunk=4
+        )
+    torch.testing.assert_close(each, expected.detach(), rtol=1e-5, atol=1e-9)

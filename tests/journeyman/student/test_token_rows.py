@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,8 @@ def built(
         probabilities = made.distributions(n_positions, seed=i)
         answer = made.generated(text(ids), ids, probabilities) if kind == "generate" else (
             made.logits(ids, probabilities))  # fmt: skip
-        shard.append((source, answer))
+        n_read = len(ids) + (1 if kind == "generate" else context)  # behind "the", or "is the"
+        shard.append((source, dataclasses.replace(answer, n_prompt_tokens=n_read)))
         dense.append(probabilities)
     made.write_dataset(run, settings, [shard[::2], shard[1::2]], codec=made.TOP3)
     token_rows.build(
@@ -176,14 +179,93 @@ def test_damage_is_named(tmp_path: Path) -> None:
         TokenDataset(tmp_path / "rows")
 
 
+FILES = ("tokens.bin", "starts.npy", "first.npy", "n_encoded.npy", "payload_starts.npy", "ids.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_short_or_gone_is_a_sentence(name: str, tmp_path: Path) -> None:
+    written(tmp_path / "rows", made.TOP3)
+    path = tmp_path / "rows" / name
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"cut short|damaged"):
+        TokenDataset(tmp_path / "rows")
+    path.unlink()
+    with pytest.raises(DataError, match=r"cut short|not found"):
+        TokenDataset(tmp_path / "rows")
+
+
+@pytest.mark.parametrize("overflow", ["truncate_left", "truncate_right"])
+def test_a_cut_prompt_is_the_one_that_the_teacher_read(
+    overflow: str, tiny_llama: Model, tmp_path: Path
+) -> None:
+    settings = made.settings("generate", prompt="the {{ text }}", overflow=overflow)
+    tokenizer = load_tokenizer(tiny_llama.path)
+    shard, asked = [], []
+    for split in ("train", "calibrate"):
+        ids, answer = tokens(10), tokens(3)
+        asked.append([49, *(ids[-4:] if overflow == "truncate_left" else ids[:4])])
+        said = made.generated(
+            text(answer), answer, made.distributions(3), n_prompt_tokens=5, truncated=True
+        )
+        shard.append((made.row(text(ids), split), said))
+    made.write_dataset(tmp_path, settings, [shard], codec=made.TOP3)
+    counts = token_rows.build(tmp_path / "labels", tmp_path / "corpus", settings, tokenizer, 64,
+                              tmp_path / "rows", as_text=False)  # fmt: skip
+    batch = TokenDataset(tmp_path / "rows" / "train").batch(np.array([0]))
+    assert batch.rows.ids.tolist() == [*asked[0], *batch.targets.tolist()]
+    assert counts["left_out"] == 0
+
+
+def test_labels_of_another_prompt_or_corpus_are_refused(tiny_llama: Model, tmp_path: Path) -> None:
+    built(tmp_path, tiny_llama, "logits", some_rows(), context="is the")
+    tokenizer = load_tokenizer(tiny_llama.path)
+    other = made.settings("logits", context="is the the")
+    with pytest.raises(DataError, match="another prompt or tokenizer"):
+        token_rows.build(tmp_path / "labels", tmp_path / "corpus", other, tokenizer, 64,
+                         tmp_path / "again", as_text=False)  # fmt: skip
+    made.write_corpus(tmp_path / "other", [[made.row("w1")]])
+    with pytest.raises(DataError, match="another corpus"):
+        token_rows.build(tmp_path / "labels", tmp_path / "other", other, tokenizer, 64,
+                         tmp_path / "again", as_text=False)  # fmt: skip
+
+
+def test_a_task_prefix_stands_inside_the_users_message(tiny_llama: Model, tmp_path: Path) -> None:
+    settings = made.settings("rationales", prompt="{{ text }}", chat=True)
+    tokenizer = load_tokenizer(tiny_llama.path)
+    tokenizer.chat_template = "<eos>{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    shard = [(made.row("w1", s), made.rationales(["w7"])) for s in ("train",)]
+    shard += [(made.row("w2", "calibrate"), made.rationales(["w7"]))]
+    made.write_dataset(tmp_path, settings, [shard])
+    token_rows.build(tmp_path / "labels", tmp_path / "corpus", settings, tokenizer, 64,
+                     tmp_path / "rows", as_text=True)  # fmt: skip
+    batch = TokenDataset(tmp_path / "rows" / "train").batch(np.array([0]))
+    assert batch.rows.ids[0] == tokenizer.eos_token_id
+
+
 def test_an_empty_split_is_named(tiny_llama: Model, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no calibrate rows"):
         built(tmp_path, tiny_llama, "logits", [(tokens(4), "train")])
+    assert not (tmp_path / "rows" / "calibrate").exists()  # else the next run would go on with it
 
 
 def test_whoever_writes_first_wins_and_nothing_is_left_over(tmp_path: Path) -> None:
     first, second = (written(tmp_path / "rows", made.TOP3, n=n) for n in (4, 6))
     assert len(first) == len(second) == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["rows"]
+
+
+def test_two_who_finish_at_once_both_find_the_rows(tmp_path: Path) -> None:
+    """Neither sees the other's folder until both have all their rows."""
+    both, row = threading.Barrier(2), TokenRow(id="a", tokens=np.array([1, 2]), first=1)
+
+    def rows() -> Iterator[TokenRow]:
+        yield row
+        both.wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(token_dataset.write, tmp_path / "rows", rows(), None) for _ in "ab"]
+        assert [d.result() for d in done] == [1, 1]
+    assert TokenDataset(tmp_path / "rows").ids == ["a"]
     assert [p.name for p in tmp_path.iterdir()] == ["rows"]
 
 

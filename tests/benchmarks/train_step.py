@@ -115,6 +115,7 @@ class Trl(PlainLoop):
             processing_class=AutoTokenizer.from_pretrained(path),
         )  # fmt: skip
         self._trainer.create_optimizer()
+        self._trainer.current_gradient_accumulation_steps = 1  # train() would set it
 
     def step(self, number: int) -> None:
         ids = self._texts[number * ROWS : (number + 1) * ROWS]

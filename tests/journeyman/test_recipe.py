@@ -45,6 +45,54 @@ def test_impossible_combination_is_one_sentence(override: str, words: str):
     assert "\n" not in sentence(override)
 
 
+CAUSAL = "student={model: m, kind: causal}"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("student.start=fresh", "start, layers and config go with kind: causal"),
+        ("student.config={hidden_size: 8}", "start, layers and config go with kind: causal"),
+        ("student.layer_choice=similarity", "layer_choice and lora go with kind: causal"),
+        ("student.lora={rank: 4}", "layer_choice and lora go with kind: causal"),
+    ],
+)
+def test_a_classifier_takes_no_key_of_causal_students(override: str, words: str):
+    assert words in sentence(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("student.start=pruned", "start: pruned needs layers: how many to keep"),
+        ("student.layers=2", "layers goes with start: pruned or fresh"),
+        ("student.layer_choice=similarity", "layer_choice goes with start: pruned"),
+        ("student.config={hidden_size: 8}", "config goes with start: fresh"),
+        ("student.lora={rnk: 4}", "unknown key student.lora.rnk; did you mean rank?"),
+        ("student.lora.target_modules=[]", "student.lora.target_modules"),
+        ("training.beta=1", "training.beta"),
+        ("training.skew=0", "training.skew"),
+    ],
+)
+def test_impossible_causal_student_is_one_sentence(override: str, words: str):
+    assert words in sentence(CAUSAL, override)
+    assert "\n" not in sentence(CAUSAL, override)
+
+
+def test_fresh_student_takes_its_layers_from_one_key_and_no_low_rank_matrices():
+    fresh = (CAUSAL, "student.start=fresh")
+    words = sentence(*fresh, "student.layers=2", "student.config={num_hidden_layers: 3}")
+    assert "layers and config.num_hidden_layers say the same" in words
+    assert "lora adds to weights that have learned" in sentence(*fresh, "student.lora={}")
+
+
+def test_causal_student_has_the_defaults_of_a_whole_model():
+    student = recipe.load(DEMO, [CAUSAL, "student.lora={target_modules: [q_proj]}"]).learner()
+    assert (student.start, student.layers, student.layer_choice) == ("pretrained", None, "even")
+    assert student.lora is not None
+    assert (student.lora.rank, student.lora.target_modules) == (16, ("q_proj",))
+
+
 def test_gold_mix_without_gold_is_refused():
     words = sentence("training.gold_weight=0.5", "corpus.columns.label=null")
     assert "training.gold_weight needs gold labels" in words

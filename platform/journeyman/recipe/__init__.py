@@ -19,7 +19,7 @@ from journeyman.recipe.labels import (
 )
 from journeyman.recipe.loading import Recipe, load, parse
 from journeyman.recipe.serving import Cascade, Certify
-from journeyman.recipe.student import Student, Training
+from journeyman.recipe.student import Lora, Student, Training
 from journeyman.recipe.teacher import Price, Teacher
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Generate",
     "Labels",
     "Logits",
+    "Lora",
     "Price",
     "Rationales",
     "Recipe",

@@ -11,6 +11,24 @@ from journeyman.recipe.base import Count, Section, Share
 Weight = Annotated[float, Field(gt=0, lt=1)]
 
 
+class Lora(Section):
+    """Low-rank matrices that learn in place of the weights (Hu et al. 2021)."""
+
+    rank: Count = Field(16, description="Columns of each of the two matrices.")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        32.0, description="Their product is added times alpha / rank."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of the inputs that they do not see in a step."
+    )
+    target_modules: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Names of the modules that get them, such as q_proj; default all linear ones "
+        "but the output projection.",
+    )
+
+
 class Student(Section):
     """The small model that learns."""
 
@@ -33,24 +51,43 @@ class Student(Section):
     )
     layers: Count | None = Field(
         None,
-        description="causal, pruned or fresh: transformer layers; pruned keeps the first, the last "
-        "and evenly spaced ones between.",
+        description="causal, pruned or fresh: how many transformer layers it has; default, for "
+        "fresh, as many as the model.",
+    )
+    layer_choice: Literal["even", "similarity"] = Field(
+        "even",
+        description="causal, pruned: which layers stay. even: the first, the last and evenly "
+        "spaced ones between. similarity: those that change the hidden states of sample texts "
+        "most, by cosine (Block Influence of ShortGPT, Men et al. 2024).",
     )
     config: dict[str, Any] = Field(
         default_factory=dict,
         description="causal, fresh: values of the model's config to change, such as hidden_size.",
+    )
+    lora: Lora | None = Field(
+        None,
+        description="causal: train low-rank matrices only, through the package peft, and merge "
+        "them into the weights at the end.",
     )
 
     @model_validator(mode="after")
     def _start_fits(self) -> Student:
         if self.kind == "classifier" and (self.start != "pretrained" or self.layers or self.config):
             raise ValueError("start, layers and config go with kind: causal")
+        if self.kind == "classifier" and (self.layer_choice != "even" or self.lora):
+            raise ValueError("layer_choice and lora go with kind: causal")
         if self.start == "pruned" and self.layers is None:
             raise ValueError("start: pruned needs layers: how many to keep")
         if self.start == "pretrained" and self.layers is not None:
             raise ValueError("layers goes with start: pruned or fresh")
+        if self.layer_choice != "even" and self.start != "pruned":
+            raise ValueError("layer_choice goes with start: pruned")
         if self.config and self.start != "fresh":
             raise ValueError("config goes with start: fresh")
+        if self.layers is not None and "num_hidden_layers" in self.config:
+            raise ValueError("layers and config.num_hidden_layers say the same; give layers only")
+        if self.start == "fresh" and self.lora:
+            raise ValueError("lora adds to weights that have learned; start: fresh has none")
         return self
 
 
@@ -95,6 +132,11 @@ class Training(Section):
     label_smoothing: Share = Field(0.0, description="causal: of that cross-entropy.")
     accumulate: Count = Field(
         1, description="Parts in which a worker takes its share of a batch, to save memory."
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="causal: keep each layer's input only and compute the rest again in backward; "
+        "less memory, about a third more time a step.",
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         2, description="Worker failures from which a run restarts at its last checkpoint."

@@ -16,7 +16,9 @@ from journeyman.student.divergences import Objective, SparseTeacher
 from journeyman.student.learner import Measured
 from journeyman.student.token_dataset import TokenBatch, TokenDataset
 
+LORA = "lora.pt"  # in a checkpoint, beside the merged weights: what training goes on with
 _EVALUATION_BATCH = 16
+_SAMPLE_ROWS = 64  # that layers are compared on
 # Held-out divergences are of one kind whatever is trained on, so that runs can be compared.
 _KL = Objective(divergence="forward_kl", tail="bucket")
 
@@ -38,12 +40,27 @@ class Causal:
         rows_dir: as ``token_rows.build`` wrote it. Raises DataError, ModelError."""
         self._rows, self._held_out = (TokenDataset(rows_dir / s) for s in token_rows.SPLITS)
         self._tokenizer = models.load_tokenizer(model_dir)
-        model = causal.load(folder) if folder else causal.build(model_dir, student, training.seed)
+        model = self._model(folder, model_dir, student, training.seed)
+        if training.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self._device = device
         self.module = _Projected(model.to(device), objective(training))
         self.row_ids = self._rows.ids
         self.lengths = self._rows.lengths
         self.sizes = self._rows.n_learned
+
+    def _model(self, folder: Path | None, model_dir: Path, student: Student, seed: int) -> Any:
+        if folder and not student.lora:
+            return causal.load(folder)
+        texts: list[str] = []
+        if student.layer_choice == "similarity":
+            some = self._rows.batch(np.arange(min(_SAMPLE_ROWS, len(self._rows)))).rows
+            ends = some.starts[1:-1]
+            texts = [self._tokenizer.decode(ids) for ids in np.split(some.ids, ends)]
+        model = causal.build(model_dir, student, seed, texts)
+        if folder:
+            causal.restore(model, torch.load(folder / LORA))
+        return model
 
     def groups(self, training: Training) -> list[dict[str, Any]]:
         return causal.parameter_groups(
@@ -115,8 +132,10 @@ class Causal:
 
     def save(self, folder: Path) -> None:
         with models.quiet():
-            self.module.model.save_pretrained(folder)
+            causal.merged(self.module.model).save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
+        if matrices := causal.adapter(self.module.model):
+            torch.save(matrices, folder / LORA)
 
 
 class _Projected(torch.nn.Module):

@@ -38,7 +38,10 @@ def write(
 ) -> None:
     """Replace ``out_dir`` by the best checkpoint's model, whole or not at all."""
     with replaced_directory(out_dir) as fresh, disk_errors(out_dir.parent):
-        shutil.copytree(model_dir, fresh, dirs_exist_ok=True)
+        # Low-rank matrices are merged into the weights; by themselves they are for resuming.
+        shutil.copytree(
+            model_dir, fresh, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lora.pt")
+        )
         shutil.copyfile(curve, fresh / "training.jsonl")
         write_json(fresh / "journeyman.json", _record(best, state, origin))
         write_bytes(fresh / "README.md", _card(best, state, origin).encode())

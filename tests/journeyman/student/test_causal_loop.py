@@ -77,3 +77,49 @@ def test_a_row_with_damaged_labels_stops_the_run_by_name(
         loop.train(
             recipe, load, tiny_llama, tmp_path / "student", inputs="d", labels_digest="labels"
         )
+
+
+def learner(model: Model, folder: Path | None, rows: Path, **student: object) -> Causal:
+    recipe = make_causal_recipe(student, activation_checkpointing=True)
+    return Causal(
+        folder, torch.device("cpu"), model_dir=model.path, student=recipe.learner(),
+        training=recipe.training, rows_dir=rows,
+    )  # fmt: skip
+
+
+def one_step(of: Causal) -> float:
+    """The loss, before a step of plain gradient descent."""
+    of.module.eval()
+    loss, _ = of.loss(of.module, next(of.batches(iter([torch.arange(8).numpy()]))))
+    loss.backward()
+    with torch.no_grad():
+        for parameter in of.module.parameters():
+            if parameter.grad is not None:
+                parameter -= 1e-3 * parameter.grad
+                parameter.grad = None
+    return loss.item()
+
+
+def test_low_rank_matrices_are_merged_in_a_checkpoint_and_go_on_from_it(
+    tiny_llama: Model, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    write_token_rows(tmp_path / "rows", n_train=8, n_calibrate=2)
+    first = learner(tiny_llama, None, tmp_path / "rows", lora={"rank": 4})
+    before = one_step(first)
+    first.save(tmp_path / "saved")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        ours = first.module.model(input_ids=ids).logits
+        torch.testing.assert_close(plain(input_ids=ids).logits, ours, rtol=1e-4, atol=1e-5)
+    resumed = learner(tiny_llama, tmp_path / "saved", tmp_path / "rows", lora={"rank": 4})
+    after = one_step(first)
+    assert one_step(resumed) == pytest.approx(after, rel=1e-5) and after < before
+
+
+def test_layers_are_chosen_on_the_train_rows(tiny_llama: Model, tmp_path: Path) -> None:
+    write_token_rows(tmp_path / "rows", n_train=8, n_calibrate=2)
+    settings = {"start": "pruned", "layers": 1, "layer_choice": "similarity"}
+    pruned = learner(tiny_llama, None, tmp_path / "rows", **settings)
+    assert pruned.module.model.config.num_hidden_layers == 1

@@ -258,6 +258,10 @@ Reporter = Callable[[StepResult], None]
 
 def run(recipe: Recipe, report: Reporter, *, new_labels: bool = False) -> list[StepResult]:
     """All steps of a recipe; what is done already for the same inputs is skipped."""
+    from journeyman.student import step
+
+    if recipe.student is not None:
+        step.check(recipe)  # before labels are paid for
     results = []
     current = Run(recipe)
     with current.locked():

@@ -72,6 +72,18 @@ def test_students_that_do_not_fit_get_a_sentence(path: Path, override: str, word
         step.check(recipe.load(path, [override]))
 
 
+def test_a_student_that_cannot_learn_the_labels_is_refused_before_they_are_paid_for(
+    tmp_path: Path,
+) -> None:
+    overrides = ["--set", "labels.k=4", "--set", "student.start=pretrained", "--set",
+                 "student.layers=null", "--set", "student.kind=classifier", "--set",
+                 f"output={tmp_path}"]  # fmt: skip
+    for command in (("run",), ("recipe", "check")):
+        refused = journeyman(*command, str(RECIPE), *overrides)
+        assert refused.returncode == 1 and "set student.kind: causal" in refused.stderr
+    assert not any(tmp_path.rglob("*.parquet"))
+
+
 def test_another_vocabulary_is_refused_before_a_worker_starts(tmp_path: Path) -> None:
     loaded = recipe.load(RECIPE)
     encoder = models.resolve(recipe.load(DEMO).learner().model)

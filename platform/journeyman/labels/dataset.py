@@ -66,6 +66,13 @@ def finished_manifest(store: LabelStore) -> dict[str, Any]:
     return manifest
 
 
+def check_corpus(labels_dir: str | Path, identity: dict[str, Any], corpus_dir: Path) -> None:
+    """Raises DataError if the labels were made of another corpus than the folder holds."""
+    if corpus.read_manifest(corpus_dir)["digest"] != identity["corpus"]:
+        raise DataError(f"{labels_dir} labels another corpus than {corpus_dir} holds now; "
+                        "run journeyman label --new.")  # fmt: skip
+
+
 def codec_of(manifest: dict[str, Any]) -> Codec | None:
     """What the dataset's distributions are written in; None where it has none."""
     codec = manifest.get("codec")
@@ -183,9 +190,7 @@ def read_classes(
             f"{labels_dir} holds labels of kind {identity['kind']}, where class distributions are "
             "needed; set labels.kind: classes and label again."
         )
-    if corpus.read_manifest(corpus_dir)["digest"] != identity["corpus"]:
-        raise DataError(f"{labels_dir} labels another corpus than {corpus_dir} holds now; "
-                        "run journeyman label --new.")  # fmt: skip
+    check_corpus(labels_dir, identity, corpus_dir)
     labels = tuple(identity["labels"]["classes"])
     table = read(labels_dir)
     if splits is not None:

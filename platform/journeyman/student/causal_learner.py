@@ -12,11 +12,11 @@ import torch
 
 from journeyman.recipe import Student, Training
 from journeyman.student import causal, models, projection, token_dataset, token_rows
+from journeyman.student.checkpoints import LORA
 from journeyman.student.divergences import Objective, SparseTeacher
 from journeyman.student.learner import Measured
 from journeyman.student.token_dataset import TokenBatch, TokenDataset
 
-LORA = "lora.pt"  # in a checkpoint, beside the merged weights: what training goes on with
 _EVALUATION_BATCH = 16
 _SAMPLE_ROWS = 64  # that layers are compared on
 # Held-out divergences are of one kind whatever is trained on, so that runs can be compared.

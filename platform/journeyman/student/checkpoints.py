@@ -5,6 +5,7 @@ Written by rank 0, read by all. Knows files and names, nothing of what a model i
     WORK/attempt                 who may write: the newest start of this run
     WORK/training.jsonl          the curve, one record a line
     WORK/checkpoints/step-N/     state.json, model/ (a Hugging Face folder), optimizer.pt
+    ../step-N/model/lora.pt      low-rank matrices, where they are what is trained
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 from journeyman.errors import ClusterError
 from journeyman.files import disk_errors, read_json, write_bytes, write_json
+
+LORA = "lora.pt"  # beside the weights that it is merged into: what training goes on with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

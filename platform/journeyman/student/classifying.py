@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from journeyman.errors import DataError
 from journeyman.labels.dataset import ClassRows
 from journeyman.recipe import Student, Training
 from journeyman.student import batches, losses, models
-from journeyman.student.learner import Measured
+from journeyman.student.learner import Measured, no_rows
 
 if TYPE_CHECKING:
     import torch
@@ -107,9 +106,5 @@ class Classifying:
 def _split(rows: ClassRows, name: str) -> ClassRows:
     part = rows.split(name)
     if not len(part):
-        raise DataError(
-            f"the label dataset has no {name} rows, and training needs some; give the {name} "
-            "split rows in the recipe's corpus section (split_map, shares or limits) and label "
-            "them."
-        )
+        raise no_rows(name)
     return part

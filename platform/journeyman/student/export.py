@@ -17,7 +17,7 @@ import journeyman
 from journeyman.files import disk_errors, replaced_directory, write_bytes, write_json
 from journeyman.models import Model
 from journeyman.recipe import Generate, Logits, Recipe
-from journeyman.student.checkpoints import Evaluation, State
+from journeyman.student.checkpoints import LORA, Evaluation, State
 
 SCHEMA_VERSION = 1
 
@@ -39,9 +39,7 @@ def write(
     """Replace ``out_dir`` by the best checkpoint's model, whole or not at all."""
     with replaced_directory(out_dir) as fresh, disk_errors(out_dir.parent):
         # Low-rank matrices are merged into the weights; by themselves they are for resuming.
-        shutil.copytree(
-            model_dir, fresh, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lora.pt")
-        )
+        shutil.copytree(model_dir, fresh, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LORA))
         shutil.copyfile(curve, fresh / "training.jsonl")
         write_json(fresh / "journeyman.json", _record(best, state, origin))
         write_bytes(fresh / "README.md", _card(best, state, origin).encode())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from journeyman.errors import DataError
 from journeyman.recipe import Training
 
 if TYPE_CHECKING:
@@ -31,6 +32,14 @@ class Measured:
     n_rows: int
     gold_accuracy: float | None = None  # over the rows that have gold
     perplexity: float | None = None  # of the text's own tokens
+
+
+def no_rows(split: str) -> DataError:
+    """What to say of a label dataset without rows to train, or to evaluate, on."""
+    return DataError(
+        f"the label dataset has no {split} rows, and training needs some; give the {split} split "
+        "rows in the recipe's corpus section (split_map, shares or limits) and label them."
+    )
 
 
 class Learner(Protocol):

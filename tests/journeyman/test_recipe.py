@@ -98,6 +98,25 @@ def test_gold_mix_without_gold_is_refused():
     assert "training.gold_weight needs gold labels" in words
 
 
+GENERATE = "labels={kind: generate, prompt: '{{ text }}'}"
+RATIONALES = "labels={kind: rationales, prompt: '{{ text }}', samples: 3}"
+CONFIDENCE, AGREEMENT = "training.row_weight=confidence", "training.row_weight=agreement"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ((AGREEMENT,), "needs labels.kind: rationales with labels.samples of 2 or more"),
+        ((AGREEMENT, RATIONALES, "labels.samples=1"), "labels.samples of 2 or more"),
+        ((CONFIDENCE, RATIONALES), "confidence of rationales needs labels.classes"),
+        ((CONFIDENCE, "labels={kind: logits, codec: sampled}"), "true draws do not hold"),
+        ((CONFIDENCE, GENERATE, "teacher.url=http://host/v1"), "behind a URL does not give"),
+    ],
+)
+def test_weights_that_the_labels_do_not_hold_are_refused(overrides: tuple[str, ...], words: str):
+    assert words in sentence(*overrides) and "\n" not in sentence(*overrides)
+
+
 def test_missing_key_says_what_it_is_for():
     assert "teacher.model is missing; Hub id, local folder" in sentence("teacher={}")
 

@@ -19,7 +19,7 @@ from journeyman.recipe.labels import (
 )
 from journeyman.recipe.loading import Recipe, load, parse
 from journeyman.recipe.serving import Cascade, Certify
-from journeyman.recipe.student import Lora, Student, Training
+from journeyman.recipe.student import Lora, RowWeight, Student, Training
 from journeyman.recipe.teacher import Price, Teacher
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "Price",
     "Rationales",
     "Recipe",
+    "RowWeight",
     "Section",
     "Split",
     "Student",

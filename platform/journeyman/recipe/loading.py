@@ -95,6 +95,34 @@ class Recipe(Section):
             raise ValueError("training.gold_weight needs gold labels: set corpus.columns.label")
         return self
 
+    @model_validator(mode="after")
+    def _row_weight_is_there(self) -> Recipe:
+        wanted, labels = self.training.row_weight, self.labels
+        reasoned = labels if isinstance(labels, Rationales) else None
+        if wanted == "agreement" and (reasoned is None or reasoned.samples == 1):
+            raise ValueError(
+                "training.row_weight: agreement needs labels.kind: rationales with labels.samples "
+                "of 2 or more"
+            )
+        if wanted != "confidence":
+            return self
+        if reasoned and not reasoned.classes:
+            raise ValueError(
+                "training.row_weight: confidence of rationales needs labels.classes; or take "
+                "agreement"
+            )
+        if isinstance(labels, Logits) and labels.codec == "sampled":
+            raise ValueError(
+                "training.row_weight: confidence needs the teacher's largest probabilities, which "
+                "true draws do not hold: take labels.codec: topk_fp16"
+            )
+        if isinstance(labels, Generate) and self.teacher.url:
+            raise ValueError(
+                "training.row_weight: confidence needs the answer's probability, which a teacher "
+                "behind a URL does not give"
+            )
+        return self
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply ``a.b=c`` overrides (values in YAML).

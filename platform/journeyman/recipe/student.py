@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from journeyman.recipe.base import Count, Section, Share
 
 Weight = Annotated[float, Field(gt=0, lt=1)]
+RowWeight = Literal["none", "confidence", "agreement"]
 
 
 class Lora(Section):
@@ -113,6 +114,12 @@ class Training(Section):
     gold_weight: Share = Field(
         0.0,
         description="classifier: weight of cross-entropy on gold labels, for rows that have one.",
+    )
+    row_weight: RowWeight = Field(
+        "none",
+        description="What a row's loss is multiplied with, 1 on average over the train rows. "
+        "confidence: how sure the teacher was. agreement: rationales: the share of its samples "
+        "with the majority's answer.",
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"] = Field(
         "forward_kl",

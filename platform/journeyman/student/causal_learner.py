@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from journeyman.recipe import Student, Training
-from journeyman.student import causal, models, projection, token_dataset, token_rows
+from journeyman.student import causal, models, projection, row_weights, token_dataset, token_rows
 from journeyman.student.checkpoints import LORA
 from journeyman.student.divergences import Objective, SparseTeacher
 from journeyman.student.learner import Measured
@@ -48,6 +48,7 @@ class Causal:
         self.row_ids = self._rows.ids
         self.lengths = self._rows.lengths
         self.sizes = self._rows.n_learned
+        self._weights = row_weights.normalised(self._rows.weights, self.sizes)
 
     def _model(self, folder: Path | None, model_dir: Path, student: Student, seed: int) -> Any:
         if folder and not student.lora:
@@ -72,9 +73,11 @@ class Causal:
 
     def loss(self, parallel: Any, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast("cuda", torch.bfloat16, enabled=self._device.type == "cuda"):
-            total, each = parallel(**self._arguments(batch))
+            weights = self._tensor(self._weights[batch.numbers][batch.token_rows])
+            weights = weights.float()
+            total, each = parallel(**self._arguments(batch), weights=weights)
         of_rows = torch.zeros(batch.n_rows, device=each.device)
-        return total, of_rows.index_add_(0, self._tensor(batch.token_rows), each)
+        return total, of_rows.index_add_(0, self._tensor(batch.token_rows), each * weights)
 
     def _arguments(self, batch: TokenBatch) -> dict[str, Any]:
         input_ids, mask, at = batch.padded(self._tokenizer.pad_token_id or 0)
@@ -165,7 +168,7 @@ class _Projected(torch.nn.Module):
             bias,
             arguments["teacher"],
             arguments["targets"],
-            torch.ones(len(hidden), device=hidden.device),
+            arguments["weights"],
             self._objective,
         )
 

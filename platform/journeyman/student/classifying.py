@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from journeyman.labels import confidence
 from journeyman.labels.dataset import ClassRows
 from journeyman.recipe import Student, Training
-from journeyman.student import batches, losses, models
+from journeyman.student import batches, losses, models, row_weights
 from journeyman.student.learner import Measured, no_rows
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class Classifying:
         self.row_ids = self._train.ids
         self.lengths = self._tokens.lengths
         self.sizes = np.ones(len(self._train), np.int64)
+        self._weights: np.ndarray | None = None
+        if training.row_weight != "none":
+            sure = confidence.of_classes(self._train.logprobs)
+            self._weights = row_weights.normalised(sure, self.sizes)
 
     @property
     def _pad_id(self) -> int:
@@ -74,6 +79,8 @@ class Classifying:
             temperature=self._training.temperature,
             gold_weight=self._training.gold_weight,
         )
+        if self._weights is not None:
+            loss = loss * torch.from_numpy(self._weights[batch]).to(loss)
         return loss.sum(), loss.detach()
 
     def evaluate(self) -> Measured:

@@ -113,6 +113,7 @@ def _causal(
             recipe.learner().max_length,
             rows_dir,
             as_text=as_text,
+            row_weight=recipe.training.row_weight,
         )
     return partial(
         Causal,

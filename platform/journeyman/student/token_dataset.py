@@ -5,6 +5,7 @@ share the pages, and a dataset may be larger than memory. Knows arrays and files
 
     tokens.bin int32[total]   starts.npy int64[n + 1]   first.npy int64[n]   ids.json
     payloads.bin   payload_starts.npy int64[n + 1]   n_encoded.npy int64[n]   rows.json
+    weights.npy float64[n]
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class TokenRow:
     first: int  # 1 to t - 1
     payload: bytes | None = None
     n_encoded: int = 0  # positions in payload
+    weight: float = 1.0  # before it is normalised over the split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,7 @@ class TokenBatch:
     ``labels.codec.Distributions``; None where the dataset has no distributions.
     """
 
+    numbers: np.ndarray  # int64[b]: the rows, as the dataset counts them
     rows: TokenRows
     token_rows: np.ndarray  # int64[m]: each token's row, 0 to b - 1
     columns: np.ndarray  # int64[m]: where in its row the hidden state stands that predicts it
@@ -88,13 +91,14 @@ class TokenDataset:
             )
             self._first = np.load(folder / "first.npy")
             self._n_encoded = np.load(folder / "n_encoded.npy")
+            self.weights = np.load(folder / "weights.npy")
             self._payload_starts = np.load(folder / "payload_starts.npy")
             self._payloads = _mapped(folder / "payloads.bin", np.uint8)
         except (OSError, ValueError, EOFError) as error:  # what numpy raises for half a file
             raise _cut_short(folder, str(error)) from error
         arrays = (
             (self._rows.starts, 1), (self._payload_starts, 1), (self._first, 0),
-            (self._n_encoded, 0), (self.ids, 0),
+            (self._n_encoded, 0), (self.weights, 0), (self.ids, 0),
         )  # fmt: skip
         if any(len(held) != about["rows"] + more for held, more in arrays):
             raise _cut_short(folder, f"its files do not all hold {about['rows']} rows")
@@ -138,6 +142,7 @@ class TokenDataset:
         )
         token_ids, logprobs, tail = self._distributions(rows, learned)
         return TokenBatch(
+            numbers=rows,
             rows=TokenRows(ids=tokens, starts=starts),
             token_rows=token_rows,
             columns=at - 1,
@@ -250,6 +255,7 @@ def _write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
     """Row by row: what is held in memory are ids and numbers of rows."""
     ids: list[str] = []
     lengths, first, n_encoded, sizes = (array("q") for _ in range(4))
+    weights = array("d")
     with (
         (folder / "tokens.bin").open("wb") as tokens,
         (folder / "payloads.bin").open("wb") as payloads,
@@ -259,6 +265,7 @@ def _write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
             lengths.append(len(row.tokens))
             first.append(row.first)
             n_encoded.append(row.n_encoded)
+            weights.append(row.weight)
             sizes.append(len(row.payload or b""))
             tokens.write(np.asarray(row.tokens, np.int32).tobytes())
             payloads.write(row.payload or b"")
@@ -266,6 +273,7 @@ def _write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
     np.save(folder / "payload_starts.npy", _sums(sizes))
     np.save(folder / "first.npy", np.asarray(first, np.int64))
     np.save(folder / "n_encoded.npy", np.asarray(n_encoded, np.int64))
+    np.save(folder / "weights.npy", np.asarray(weights, np.float64))
     files.write_json(folder / "ids.json", {"ids": ids})
     about = codec and {"name": codec.name, "vocab_size": codec.vocab_size, "k": codec.k}
     files.write_json(folder / _MANIFEST, {"rows": len(ids), "codec": about})

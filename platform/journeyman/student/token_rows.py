@@ -7,6 +7,7 @@ for ``rationales``: two rows for each, Distilling step-by-step (Hsieh et al. 202
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,11 @@ import numpy as np
 
 from journeyman import corpus
 from journeyman.errors import DataError
-from journeyman.labels import dataset
+from journeyman.labels import confidence, dataset
 from journeyman.labels.codec import Codec
 from journeyman.labels.rows import columns_of
 from journeyman.labels.store import LabelStore
-from journeyman.recipe import Generate, Labels, Logits, Rationales
+from journeyman.recipe import Generate, Labels, Logits, Rationales, RowWeight
 from journeyman.student import token_dataset
 from journeyman.student.learner import no_rows
 from journeyman.student.token_dataset import TokenRow
@@ -45,11 +46,13 @@ def build(
     folder: Path,
     *,
     as_text: bool,
+    row_weight: RowWeight = "none",
 ) -> dict[str, int]:
     """Write the rows of each split to ``folder``/SPLIT; how many there are, how many were cut, and
     how many left out: those with nothing to learn, and those whose cut prompt is not found again.
 
-    tokenizer: the teacher's; with as_text (no distributions) the student's. Rows of more than
+    tokenizer: the teacher's; with as_text (no distributions) the student's. row_weight: what
+    becomes their ``weight``, of all rows of a labeled text alike. Rows of more than
     max_length tokens lose the beginning of their context first, then the end of their text.
     Raises DataError where a split is empty, or the dataset damaged or made of another corpus or
     prompt.
@@ -57,13 +60,19 @@ def build(
     manifest = dataset.finished_manifest(LabelStore(labels_dir))
     identity = manifest["identity"]
     dataset.check_corpus(labels_dir, identity, corpus_dir)
-    codec = None if as_text else dataset.codec_of(manifest)
+    recorded = dataset.codec_of(manifest)
+    codec = None if as_text else recorded
     make = _maker(labels, tokenizer, codec, identity.get("max_model_len"))
+
+    def weighted(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow | None]:
+        weight = confidence.of_record(row, row_weight, recorded)
+        return [one and dataclasses.replace(one, weight=weight) for one in make(row, columns)]
+
     counts = {"cut": 0, "left_out": 0}
     for split in SPLITS:
 
         def fitting(split: str = split) -> Iterator[TokenRow]:
-            for row in _rows(labels_dir, corpus_dir, split, make):
+            for row in _rows(labels_dir, corpus_dir, split, weighted):
                 fitted = row and _fitted(row, max_length)
                 if fitted is None or fitted.first >= len(fitted.tokens):
                     counts["left_out"] += 1
@@ -218,10 +227,8 @@ def _fitted(row: TokenRow, max_length: int) -> TokenRow:
     if excess <= 0:
         return row
     from_context = min(excess, row.first - 1)
-    return TokenRow(
-        id=row.id,
+    return dataclasses.replace(
+        row,
         tokens=row.tokens[from_context : from_context + max_length],
         first=row.first - from_context,
-        payload=row.payload,
-        n_encoded=row.n_encoded,
     )

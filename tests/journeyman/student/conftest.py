@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -177,8 +178,13 @@ def make_causal_recipe(student: dict[str, object] | None = None, **training: obj
     return parse(settings)
 
 
-def write_token_rows(folder: Path, n_train: int, n_calibrate: int) -> None:
-    """Texts that count up by one or two, and a teacher that is 90% sure of the next word."""
+def write_token_rows(
+    folder: Path, n_train: int, n_calibrate: int, weights: Sequence[float] = (1.0,)
+) -> None:
+    """Texts that count up by one or two, and a teacher that is 90% sure of the next word.
+
+    weights: of the rows in turn.
+    """
     random = np.random.default_rng(0)
     codec = Codec(name="topk_fp16", vocab_size=VOCABULARY, k=4)
     for split, n in (("train", n_train), ("calibrate", n_calibrate)):
@@ -196,6 +202,7 @@ def write_token_rows(folder: Path, n_train: int, n_calibrate: int) -> None:
                     first=1,
                     payload=codec.encode(ids, logprobs),
                     n_encoded=length - 1,
+                    weight=weights[i % len(weights)],
                 )
             )
         token_dataset.write(folder / split, rows, codec)

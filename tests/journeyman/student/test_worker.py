@@ -1,19 +1,24 @@
-"""One step of two real workers on gloo against one worker with the whole batch."""
+"""Steps of two real workers on gloo against one worker, and against dense float64."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
 from journeyman.recipe import Recipe
 from journeyman.student import checkpoints, worker
@@ -24,21 +29,29 @@ from journeyman.student.lesson import Lesson, Load, Task, prepare
 from .conftest import make_causal_recipe, make_recipe, make_rows, write_token_rows
 
 BATCHES = [[3, 1, 4, 0, 2], [6], [5, 7]]  # shards of 3 and 2 rows, of 1 and none, of 1 and 1
+SURE = [0.9, 0.4, 0.6, 0.5, 0.99, 0.7, 0.8, 0.45]  # how sure the teacher is of the train rows
 
 
-def classifying(encoder: Path, accumulate: int) -> tuple[Recipe, Load]:
-    recipe = make_recipe(gold_weight=0.3, batch_size=6, accumulate=accumulate)
+def class_rows() -> ClassRows:
+    rows = make_rows(n_train=8, n_calibrate=2)
+    sure = np.array([*SURE, 0.9, 0.9])[:, None]
+    is_first = rows.logprobs == rows.logprobs.max(axis=1, keepdims=True)
+    return dataclasses.replace(rows, logprobs=np.log(np.where(is_first, sure, (1 - sure) / 2)))
+
+
+def classifying(encoder: Path, **training: object) -> tuple[Recipe, Load]:
+    recipe = make_recipe(gold_weight=0.3, batch_size=6, **training)
     return recipe, partial(
         Classifying,
         model_dir=encoder,
         student=recipe.learner(),
         training=recipe.training,
-        read_rows=lambda: make_rows(n_train=8, n_calibrate=2),
+        read_rows=class_rows,
     )
 
 
-def writing(llama: Path, accumulate: int) -> tuple[Recipe, Load]:
-    recipe = make_causal_recipe(batch_size=6, cross_entropy=0.2, accumulate=accumulate)
+def writing(llama: Path, **training: object) -> tuple[Recipe, Load]:
+    recipe = make_causal_recipe(batch_size=6, cross_entropy=0.2, **training)
     return recipe, partial(
         Causal,
         model_dir=llama,
@@ -49,10 +62,15 @@ def writing(llama: Path, accumulate: int) -> tuple[Recipe, Load]:
 
 
 def steps(
-    kind: str, model: Path, accumulate: int, work: Path, place: worker.Place
+    kind: str,
+    model: Path,
+    training: dict[str, Any],
+    work: Path,
+    place: worker.Place,
+    batches: Sequence[Sequence[int]] = BATCHES,
 ) -> dict[str, np.ndarray]:
     """Losses, and the gradients of the last step."""
-    recipe, load = {"classifier": classifying, "causal": writing}[kind](model, accumulate)
+    recipe, load = {"classifier": classifying, "causal": writing}[kind](model, **training)
     task = Task(
         training=recipe.training, checkpoints=checkpoints.Checkpoints.claim(work), load=load
     )
@@ -61,7 +79,7 @@ def steps(
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # workers draw their own
     parallel = worker._parallel(lesson.learner.module, place)
-    shares = [worker._share(np.array(batch), task.training, place) for batch in BATCHES]
+    shares = [worker._share(np.array(batch), task.training, place) for batch in batches]
     loaded = lesson.learner.batches(part for share in shares for part in share.parts)
     losses = [
         worker._step(parallel, share, loaded, i, task, lesson, place)
@@ -71,16 +89,52 @@ def steps(
     return {"losses": np.array(losses), **gradients}
 
 
-def main(rank: int, kind: str, accumulate: int, model: Path, work: Path) -> None:
+def main(rank: int, work: Path) -> None:
+    kind, model, training, batches = json.loads((work / "asked.json").read_text())
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{work / 'meet'}", rank=rank, world_size=2
     )
     place = worker.Place(rank=rank, world_size=2, device=torch.device("cpu"))
-    found = steps(kind, model, accumulate, work / str(rank), place)
+    found = steps(kind, Path(model), training, work / str(rank), place, batches)
     (work / f"{rank}.pickle").write_bytes(pickle.dumps(found))
     # Without this gloo's threads may outlive the interpreter, which then aborts.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def of_two(
+    kind: str,
+    model: Path,
+    training: dict[str, Any],
+    work: Path,
+    batches: Sequence[Sequence[int]] = BATCHES,
+) -> list[dict[str, np.ndarray]]:
+    """What each of two workers finds."""
+    (work / "asked.json").write_text(json.dumps([kind, str(model), training, batches]))
+    code = (
+        f"import sys; from pathlib import Path; sys.path.append('.'); from {__name__} import main; "
+        "main(int(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(work)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    assert [w.wait() for w in workers] == [0, 0]
+    return [pickle.loads((work / f"{rank}.pickle").read_bytes()) for rank in range(2)]
+
+
+ALONE = worker.Place(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def model_of(kind: str, encoder: Model, llama: Model, folder: Path) -> Path:
+    if kind == "classifier":
+        return encoder.path
+    copy = shutil.copytree(llama.path, folder / "llama")
+    write_token_rows(copy / "rows", n_train=8, n_calibrate=2, weights=SURE)
+    return copy
 
 
 @pytest.mark.timeout(120)
@@ -89,31 +143,67 @@ def main(rank: int, kind: str, accumulate: int, model: Path, work: Path) -> None
 def test_two_workers_take_the_step_of_one(
     kind: str, accumulate: int, tiny_encoder: Model, tiny_llama: Model, tmp_path: Path
 ) -> None:
-    model = tiny_encoder.path
-    if kind == "causal":
-        model = shutil.copytree(tiny_llama.path, tmp_path / "llama")
-        write_token_rows(model / "rows", n_train=8, n_calibrate=2)
-    code = (
-        f"import sys; from pathlib import Path; sys.path.append('.'); from {__name__} import main; "
-        "rank, kind, n, *paths = sys.argv[1:]; main(int(rank), kind, int(n), *map(Path, paths))"
-    )
-    arguments = [kind, str(accumulate), str(model), str(tmp_path)]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), *arguments],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    alone = steps(
-        kind,
-        model,
-        1,
-        tmp_path / "alone",
-        worker.Place(rank=0, world_size=1, device=torch.device("cpu")),
-    )
-    assert [w.wait() for w in workers] == [0, 0]
-    for rank in range(2):
-        shared = pickle.loads((tmp_path / f"{rank}.pickle").read_bytes())
+    model = model_of(kind, tiny_encoder, tiny_llama, tmp_path)
+    alone = steps(kind, model, {}, tmp_path / "alone", ALONE)
+    for shared in of_two(kind, model, {"accumulate": accumulate}, tmp_path):
         for name, expected in alone.items():
             np.testing.assert_allclose(shared[name], expected, atol=2e-5, err_msg=name)
+
+
+def of_classes(model: torch.nn.Module, learner: Classifying, rows: list[int]) -> list[torch.Tensor]:
+    """Each row's loss, from the recipe's words."""
+    known, tokens = class_rows(), learner._tokens
+    losses = []
+    for i in rows:
+        ids = torch.tensor(tokens.ids[slice(*tokens.starts[i : i + 2])])[None].long()
+        q = model(input_ids=ids).logits[0].log_softmax(-1)
+        p = torch.tensor(known.logprobs[i])
+        loss, gold = (p.exp() * (p - q)).sum(), known.gold[i]
+        losses.append(loss if gold < 0 else 0.7 * loss - 0.3 * q[gold])
+    return losses
+
+
+def of_tokens(model: torch.nn.Module, learner: Causal, rows: list[int]) -> list[torch.Tensor]:
+    """Each row's sum over its tokens."""
+    losses = []
+    for i in rows:
+        batch = learner._rows.batch(np.array([i]))
+        ids = torch.tensor(batch.rows.ids).long()[None]
+        q = model.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        p = torch.tensor(batch.logprobs).double()
+        rest = torch.tensor(batch.log_tail_mass).double()
+        total = torch.logaddexp(p.logsumexp(-1), rest)
+        entries = q.gather(1, torch.tensor(batch.token_ids))
+        loss = torch.zeros((), dtype=torch.float64)
+        for t in range(len(rest)):
+            others = (q[t].exp().sum() - entries[t].exp().sum()).log()
+            pt, rt = p[t] - total[t], rest[t] - total[t]
+            kl = (pt.exp() * (pt - entries[t])).sum() + rt.exp() * (rt - others)
+            loss = loss + 0.8 * kl - 0.2 * q[t, batch.targets[t]]
+        losses.append(loss)
+    return losses
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", ["classifier", "causal"])
+def test_weighted_rows_take_the_step_of_dense_float64(
+    kind: str, tiny_encoder: Model, tiny_llama: Model, tmp_path: Path
+) -> None:
+    model = model_of(kind, tiny_encoder, tiny_llama, tmp_path)
+    rows, training = BATCHES[0], {"row_weight": "confidence", "accumulate": 2}
+    if kind == "causal":  # its rows' weights are those that were written
+        training = {"accumulate": 2}
+    _, load = {"classifier": classifying, "causal": writing}[kind](model, **training)
+    learner = load(None, ALONE.device)
+    dense = learner.module.double().eval()
+    losses = {"classifier": of_classes, "causal": of_tokens}[kind](dense, learner, rows)
+    sizes = learner.sizes
+    weights = np.array(SURE) * sizes.sum() / (np.array(SURE) * sizes).sum()
+    assert (weights * sizes).sum() / sizes.sum() == pytest.approx(1, abs=1e-12)
+    loss = sum(weights[i] * one for i, one in zip(rows, losses, strict=True)) / sizes[rows].sum()
+    loss.backward()
+    alone = steps(kind, model, training, tmp_path / "alone", ALONE, [rows])
+    for found in (alone, *of_two(kind, model, training, tmp_path, [rows])):
+        np.testing.assert_allclose(found["losses"], [loss.item()], rtol=1e-5)
+        for name, parameter in dense.named_parameters():
+            np.testing.assert_allclose(found[name], parameter.grad, atol=1e-5, err_msg=name)

@@ -182,7 +182,10 @@ def _costs(run: RunFolder) -> list[SummaryRow]:
 
 
 def _training_note(student: dict[str, Any]) -> str:
-    return f"{student['rows']:,} rows, {student['world_size']} workers"
+    early = ""
+    if student["stopped_early"]:
+        early = f"; stopped early, after step {student['steps']:,} of {student['planned_steps']:,}"
+    return f"{student['rows']:,} rows, {student['world_size']} workers{early}"
 
 
 def _seconds(run: RunFolder, step: str) -> float:

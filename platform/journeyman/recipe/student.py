@@ -145,6 +145,16 @@ class Training(Section):
         description="causal: keep each layer's input only and compute the rest again in backward; "
         "less memory, about a third more time a step.",
     )
+    evaluate_every: Count | None = Field(
+        None,
+        description="Optimizer steps from one evaluation on calibrate rows to the next; default, "
+        "as many as an epoch has. The last step is always followed by one.",
+    )
+    patience: Count | None = Field(
+        None,
+        description="Evaluations without a better one than before, after which training stops; "
+        "default, never.",
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         2, description="Worker failures from which a run restarts at its last checkpoint."
     )

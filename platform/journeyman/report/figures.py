@@ -63,9 +63,9 @@ def training(data: ReportData) -> Figure | None:
     if data.evaluations:
         caption += (
             " The squares, and the curves below, are the student on "
-            f"{data.evaluations[-1]['n_rows']:,} calibrate rows after each epoch: where agreement "
-            "falls and the divergence (KL) from the teacher rises while the loss still falls, it "
-            "learns by heart."
+            f"{data.evaluations[-1]['n_rows']:,} calibrate rows at each evaluation: where "
+            "agreement falls and the divergence (KL) from the teacher rises while the loss "
+            "still falls, it learns by heart."
         )
     return Figure(
         name="training",

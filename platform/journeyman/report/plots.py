@@ -67,7 +67,7 @@ def label_histogram(
 
 
 def training_curves(steps: Sequence[TrainingRecord], evaluations: Sequence[TrainingRecord]) -> str:
-    """Loss by optimizer step; below, what the evaluations between epochs saw.
+    """Loss by optimizer step; below, what the evaluations on the way saw.
 
     Args:
         steps: `step` and `loss`, the mean over the steps since the record before.

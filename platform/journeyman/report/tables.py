@@ -143,7 +143,7 @@ def label_counts(
 
 
 def evaluations(records: Sequence[TrainingRecord]) -> Table | None:
-    """The evaluations between epochs, one row each, the best marked; None if there were none."""
+    """The evaluations on the way, one row each, the best marked; None if there were none."""
     if not records:
         return None
     has_gold = any(record.get("gold_accuracy") is not None for record in records)

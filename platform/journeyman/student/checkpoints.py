@@ -30,7 +30,7 @@ LORA = "lora.pt"  # beside the weights that it is merged into: what training goe
 class Evaluation:
     """What the student is worth on the calibrate rows, after so many steps."""
 
-    epoch: int  # epochs done, from 1
+    epoch: int  # that the last step belongs to, from 1
     step: int  # optimizer steps done
     # As in ``learner.Measured``.
     agreement: float
@@ -55,10 +55,11 @@ class State:
     seconds: float  # of training, over all starts
     n_rows: int  # train rows
     evaluations: tuple[Evaluation, ...]
+    stopped_early: bool = False  # no better evaluation had come for training.patience of them
 
     @property
     def finished(self) -> bool:
-        return self.step == self.total_steps
+        return self.stopped_early or self.step == self.total_steps
 
     @property
     def best(self) -> Evaluation | None:

@@ -57,7 +57,9 @@ def _record(best: Evaluation, state: State, origin: Provenance) -> dict[str, obj
         "max_length": origin.recipe.learner().max_length,
         "best": dataclasses.asdict(best),
         "evaluations": [dataclasses.asdict(e) for e in state.evaluations],
-        "steps": state.total_steps,
+        "steps": state.step,
+        "planned_steps": state.total_steps,
+        "stopped_early": state.stopped_early,
         "rows": state.n_rows,
         "seconds": round(state.seconds, 3),
         "world_size": origin.world_size,
@@ -75,14 +77,14 @@ def _card(best: Evaluation, state: State, origin: Provenance) -> str:
 
 - Teacher: `{recipe.teacher.model}`, {what.labels}.
 - Weights it started from: `{origin.parent.reference}` (SHA-256 `{origin.parent.weights_digest}`).
-- {state.n_rows} train rows, {recipe.training.epochs} epochs, batches of
+- {state.n_rows} train rows, {recipe.training.epochs} epochs{_stopped(state)}, batches of
   {recipe.training.batch_size}, {what.loss}; {state.seconds:.0f} s on {origin.world_size}
   worker(s). Texts are cut at {recipe.learner().max_length} tokens.
 
 ## How good it is
 
-After epoch {best.epoch} of {recipe.training.epochs}, on {best.n_rows} held-out rows (the split
-`calibrate`; the epoch was picked on these rows, so a little optimistic):
+After {best.step} of {state.total_steps} steps (epoch {best.epoch}), on {best.n_rows} held-out rows
+(the split `calibrate`; the checkpoint was picked on these rows, so a little optimistic):
 
 | | |
 |---|---|
@@ -166,6 +168,10 @@ write = pipeline("text-generation", model="PATH_OF_THIS_FOLDER")
         kl=kl,
         warning="fluent text is not true text",
     )
+
+
+def _stopped(state: State) -> str:
+    return f" (stopped early, after step {state.step})" * state.stopped_early
 
 
 def _further(best: Evaluation) -> str:

@@ -8,20 +8,22 @@ from pathlib import Path
 
 from journeyman.student.checkpoints import Evaluation
 from journeyman.student.lesson import Lesson, Task
+from journeyman.student.plan import Plan
 
 CHECKPOINT_EVERY_S = 300.0  # between the ends of epochs, where epochs are long
 _CURVE_RECORDS = 1000  # at most about so many in a run
 
 
 class Journal:
-    """Told of every step and epoch; decides what to write of it."""
+    """Told of every step; decides what to write of it."""
 
-    def __init__(self, task: Task, lesson: Lesson) -> None:
+    def __init__(self, task: Task, lesson: Lesson, plan: Plan) -> None:
         self.state = lesson.state
+        self.metrics: dict[str, float] = {}  # of the newest evaluation, for Ray Train
+        self._plan = plan
         self._lesson = lesson
         self._checkpoints = task.checkpoints
         self._every = max(1, lesson.state.total_steps // _CURVE_RECORDS)
-        self._per_epoch = lesson.state.total_steps // task.training.epochs
         self._began = self._saved = self._recorded = time.monotonic()
         self._seconds_before = lesson.state.seconds
         self._losses: list[float] = []
@@ -31,24 +33,34 @@ class Journal:
         """step: done so far; loss: mean over the step's n_rows rows."""
         self._losses.append(loss)
         self._rows += n_rows
-        ends_epoch = step % self._per_epoch == 0
-        if step % self._every and not ends_epoch:
+        evaluates, ends_epoch = self._plan.evaluates(step), self._plan.ends_epoch(step)
+        if step % self._every and not evaluates and not ends_epoch:
             return
         self._record(step)
         # Only behind a record: what a resumed run records is then what it would have recorded.
-        if not ends_epoch and time.monotonic() - self._saved > CHECKPOINT_EVERY_S:
+        if not evaluates and self._due():
             self._save(step)
 
-    def after_epoch(self, epoch: int) -> dict[str, float]:
-        """Evaluate, record and save; the metrics that Ray Train is told."""
+    def evaluate(self, step: int) -> bool:
+        """Evaluate behind a step's record, and save what may be needed; whether training ends."""
         measured = dataclasses.asdict(self._lesson.learner.evaluate())
-        found = Evaluation(epoch=epoch, step=epoch * self._per_epoch, **measured)
-        metrics = {k: v for k, v in dataclasses.asdict(found).items() if v is not None}
-        self._checkpoints.record(kind="evaluation", **metrics)
-        self.state = dataclasses.replace(self.state, evaluations=(*self.state.evaluations, found))
-        self._save(found.step)
+        found = Evaluation(epoch=self._plan.epoch(step), step=step, **measured)
+        self.metrics = {k: v for k, v in dataclasses.asdict(found).items() if v is not None}
+        self._checkpoints.record(kind="evaluation", **self.metrics)
+        evaluations = (*self.state.evaluations, found)
+        stops = self._plan.gives_up(evaluations)
+        self.state = dataclasses.replace(self.state, evaluations=evaluations, stopped_early=stops)
+        best = self.state.best
+        assert best is not None
+        if stops:
+            self._checkpoints.record(kind="stopped", step=step, best_step=best.step)
+        if best.step == step or stops or self._plan.ends_epoch(step) or self._due():
+            self._save(step)
         self._recorded = time.monotonic()
-        return metrics
+        return stops
+
+    def _due(self) -> bool:
+        return time.monotonic() - self._saved > CHECKPOINT_EVERY_S
 
     def _record(self, step: int) -> None:
         now = time.monotonic()
@@ -56,7 +68,7 @@ class Journal:
             kind="steps",
             step=step,
             total_steps=self.state.total_steps,
-            epoch=(step - 1) // self._per_epoch + 1,
+            epoch=self._plan.epoch(step),
             loss=sum(self._losses) / len(self._losses),
             learning_rate=self._lesson.schedule.get_last_lr()[0],
             rows_per_s=round(self._rows / max(now - self._recorded, 1e-9), 1),

@@ -1,4 +1,4 @@
-"""Training a student, seen from the driver: start Ray Train, follow it, export the best epoch.
+"""Training a student, seen from the driver: start Ray Train, follow it, export the best checkpoint.
 
 A run's state lies beside its output, in ``.student-work-INPUTS``, and is our own rather than
 Ray Train's: a run killed with its driver is a new run to Ray, but finds its work by ``inputs``.
@@ -36,12 +36,14 @@ class TrainProgress:
     rows_per_s: float
     eta_s: float
     agreement: float | None  # at the last evaluation
+    stopped_early: bool = False
 
     def __str__(self) -> str:
         agreement = "" if self.agreement is None else f", agreement {self.agreement:.3f}"
+        to_go = "stopped early" if self.stopped_early else f"{self.eta_s:.0f} s to go"
         return (
             f"epoch {self.epoch}/{self.epochs}, step {self.step}/{self.total_steps}, loss "
-            f"{self.loss:.3f}{agreement}, {self.rows_per_s:.0f} rows/s, {self.eta_s:.0f} s to go"
+            f"{self.loss:.3f}{agreement}, {self.rows_per_s:.0f} rows/s, {to_go}"
         )
 
 
@@ -50,9 +52,10 @@ class TrainResult:
     """A finished training."""
 
     path: Path  # the exported Hugging Face folder
-    best: Evaluation  # the exported epoch's
+    best: Evaluation  # the exported checkpoint's
     evaluations: tuple[Evaluation, ...]
-    steps: int
+    steps: int  # taken
+    stopped_early: bool  # by training.patience
     n_rows: int  # train rows
     world_size: int
     seconds: float  # of training, over all starts; without Ray's start-up
@@ -69,7 +72,7 @@ def train(
     labels_digest: str,
     on_progress: Callable[[TrainProgress], None] | None = None,
 ) -> TrainResult:
-    """Train on the ``train`` rows, pick the epoch by the ``calibrate`` rows, export to out_dir.
+    """Train on the ``train`` rows, pick a checkpoint by the ``calibrate`` rows, export to out_dir.
 
     Ray is up. load is called in every worker, in another directory than the driver's: its paths
     must be absolute. model: where its weights come from. inputs: digest of all that decides the
@@ -145,12 +148,13 @@ def _fit(task: Task, work: Path) -> State:
 
 
 def _result(out_dir: Path, state: State, training: Training, before: State | None) -> TrainResult:
-    assert state.best is not None  # a finished run has evaluated its last epoch
+    assert state.best is not None  # a finished run has evaluated after its last step
     return TrainResult(
         path=out_dir,
         best=state.best,
         evaluations=state.evaluations,
-        steps=state.total_steps,
+        steps=state.step,
+        stopped_early=state.stopped_early,
         n_rows=state.n_rows,
         world_size=training.workers,
         seconds=state.seconds,
@@ -212,4 +216,5 @@ def _newest(curve: Path, training: Training) -> TrainProgress | None:
         rows_per_s=newest["rows_per_s"],
         eta_s=left / newest["rows_per_s"] if newest["rows_per_s"] else 0.0,
         agreement=evaluations[-1]["agreement"] if evaluations else None,
+        stopped_early=records[-1]["kind"] == "stopped",
     )

@@ -23,6 +23,7 @@ from journeyman.student import batches
 from journeyman.student.checkpoints import State
 from journeyman.student.journal import Journal
 from journeyman.student.lesson import Lesson, Task, prepare
+from journeyman.student.plan import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,8 @@ def run(task: Task) -> State | JourneymanError:
     place = _place()
     # Rank 0 looks, so that all start from the same checkpoint.
     state = place.gather(task.checkpoints.latest() if place.leads else None)[0]
+    if state and state.finished:  # a worker was lost behind its last checkpoint
+        return state
     lesson, error = None, None
     try:
         lesson = prepare(task, state, place.device)
@@ -91,13 +94,14 @@ def _place() -> Place:
 
 
 def _train(task: Task, lesson: Lesson, place: Place) -> State | JourneymanError:
-    """All steps that the checkpoint has not taken; evaluates and saves after each epoch."""
+    """All steps that the checkpoint has not taken, or until evaluations get no better."""
     from ray import train as ray_train
 
     training, begin = task.training, lesson.state
-    per_epoch = begin.total_steps // training.epochs
+    plan = Plan.of(training, begin.total_steps)
+    per_epoch = plan.per_epoch
     parallel = _parallel(lesson.learner.module, place)
-    journal = Journal(task, lesson) if place.leads else None
+    journal = Journal(task, lesson, plan) if place.leads else None
     for epoch in range(begin.step // per_epoch, training.epochs):
         order = batches.epoch_batches(
             lesson.learner.lengths, training.batch_size, seed=training.seed, epoch=epoch
@@ -111,8 +115,16 @@ def _train(task: Task, lesson: Lesson, place: Place) -> State | JourneymanError:
                 return loss
             if journal:
                 journal.after_step(step + 1, loss, len(share.batch))
-        ray_train.report(journal.after_epoch(epoch + 1) if journal else {})
+            if plan.evaluates(step + 1) and _evaluated(journal, step + 1, place):
+                return journal.state if journal else begin
+        # No more often: Ray takes one report in two seconds, and lets the next one wait.
+        ray_train.report(journal.metrics if journal else {})
     return journal.state if journal else begin
+
+
+def _evaluated(journal: Journal | None, step: int, place: Place) -> bool:
+    """Whether rank 0, which evaluates, says that training ends here; a meeting point."""
+    return place.gather(journal.evaluate(step) if journal else None)[0]
 
 
 def _parallel(module: Any, place: Place) -> Any:

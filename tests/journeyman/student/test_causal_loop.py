@@ -42,6 +42,7 @@ def test_student_learns_to_count(trained: loop.TrainResult) -> None:
     first, best = trained.evaluations[0], trained.best
     assert best.kl == min(e.kl for e in trained.evaluations) < 0.5 * first.kl
     assert best.agreement > 0.6 and best.perplexity < first.perplexity
+    assert [e.step for e in trained.evaluations] == list(range(10, 121, 10))
     lines = (trained.path / "training.jsonl").read_text().splitlines()
     steps = [r for r in map(json.loads, lines) if r["kind"] == "steps"]
     assert [r["step"] for r in steps] == list(range(1, 12 * 10 + 1))

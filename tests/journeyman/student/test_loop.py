@@ -18,14 +18,14 @@ import pytest
 
 from journeyman.errors import DataError
 from journeyman.models import Model
-from journeyman.student import checkpoints, loop
+from journeyman.student import checkpoints, export, loop, worker
 from journeyman.student.lesson import Task, prepare
 from journeyman.student.models import Classifier
 
 from .conftest import TOPICS, loader, make_recipe, make_rows
 
 # Many short epochs: a run that can be killed between two checkpoints.
-RECIPE = make_recipe(epochs=10, gold_weight=0.2)
+RECIPE = make_recipe(epochs=10, gold_weight=0.2, evaluate_every=4)
 ROWS = make_rows(n_train=131, n_calibrate=30)
 N_STEPS = 10 * 9
 
@@ -80,6 +80,7 @@ def test_student_learns_its_teacher(trained: loop.TrainResult) -> None:
     assert trained.best.agreement > 0.9
     assert trained.best.gold_accuracy is not None and trained.best.gold_accuracy > 0.9
     assert trained.steps == N_STEPS and trained.n_rows == 131 and trained.world_size == 2
+    assert [e.step for e in trained.evaluations] == [*range(4, N_STEPS, 4), N_STEPS]
     ranked = sorted(trained.evaluations, key=lambda e: (-e.agreement, e.kl))
     assert trained.best == ranked[0]
     steps = [r for r in curve(trained.path) if r["kind"] == "steps"]
@@ -178,11 +179,69 @@ def test_killed_run_goes_on_as_if_it_had_not_been(
         inputs="killed",
         labels_digest="labels",
     )
-    assert 9 <= resumed.resumed_from_step < N_STEPS
+    assert 4 <= resumed.resumed_from_step < N_STEPS  # within an epoch, as a rule
     whole, continued = curve(trained.path), curve(out)
     assert [(r["kind"], r["step"]) for r in whole] == [(r["kind"], r["step"]) for r in continued]
     for a, b in zip(whole, continued, strict=True):
         assert a == pytest.approx(b, abs=1e-6)
+
+
+def test_a_run_that_gets_no_better_stops_on_all_workers_and_stays_stopped(
+    trained: loop.TrainResult,
+    tiny_encoder: Model,
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = make_recipe(epochs=10, gold_weight=0.2, evaluate_every=2, patience=2)
+    progress: list[loop.TrainProgress] = []
+
+    def train() -> loop.TrainResult:
+        return loop.train(
+            recipe,
+            loader(recipe, tiny_encoder.path, rows_file),
+            tiny_encoder,
+            tmp_path / "student",
+            inputs="patient",
+            labels_digest="labels",
+            on_progress=progress.append,
+        )
+
+    with monkeypatch.context() as patch:  # killed when all was done but the export
+        patch.setattr(export, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    assert progress[-1].stopped_early and str(progress[-1]).endswith("stopped early")
+    work = tmp_path / ".student-work-patient"
+    before = (work / "training.jsonl").read_bytes()
+    task = Task(
+        training=recipe.training, checkpoints=checkpoints.Checkpoints.claim(work), load=None
+    )
+    with monkeypatch.context() as patch:  # a worker that Ray has started again
+        alone = worker.Place(rank=0, world_size=1, device=None)
+        patch.setattr(worker, "_place", lambda: alone)
+        state = worker.run(task)
+    assert isinstance(state, checkpoints.State) and state.stopped_early
+
+    result = train()
+    assert (result.path / "training.jsonl").read_bytes() == before
+    assert result.stopped_early and result.resumed_from_step == result.steps < N_STEPS
+    ranks = [(e.agreement, -e.kl) for e in result.evaluations]
+    assert ranks.index(max(ranks)) == len(ranks) - 3
+    assert [e.step for e in result.evaluations] == list(range(2, result.steps + 1, 2))
+    assert result.best.step == result.steps - 4
+    records = curve(result.path)
+    assert records[-1] == {
+        "kind": "stopped", "step": result.steps, "best_step": result.best.step,
+    }  # fmt: skip
+    said = json.loads((result.path / "journeyman.json").read_text())
+    assert said["stopped_early"] and said["steps"] == result.steps
+    assert said["planned_steps"] == N_STEPS
+    assert f"(stopped early, after step {result.steps})" in (result.path / "README.md").read_text()
+    # Evaluating more often changes nothing of what is learned.
+    losses = [r["loss"] for r in records if r["kind"] == "steps"]
+    others = [r["loss"] for r in curve(trained.path) if r["kind"] == "steps"]
+    assert losses == pytest.approx(others[: len(losses)], abs=1e-6)
 
 
 def test_a_row_that_is_no_number_stops_the_run_by_name(

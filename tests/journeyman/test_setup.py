@@ -23,7 +23,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            ["__init__", "errors", "files", "progress"],
+            ["__init__", "errors", "files", "probabilities", "progress"],
             [
                 "recipe",
                 "models",

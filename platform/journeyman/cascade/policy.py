@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from journeyman.certify.bundle import PolicyBundle
 from journeyman.certify.calibration import Calibrator
-from journeyman.certify.scores import FloatArray, ScoreName, score
+from journeyman.certify.scores import ScoreName, score
 from journeyman.errors import DataError
 from journeyman.labels.prior import corrected
+from journeyman.probabilities import FloatArray
 
 AnsweredBy = Literal["student", "teacher"]
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-from journeyman.certify.scores import FloatArray
 from journeyman.errors import DataError
+from journeyman.probabilities import FloatArray
 
 # Where every row is right, no temperature is small enough; where the logits say nothing, none is
 # large enough. The bounds keep both finite, well outside what networks need (0.5 to 5).

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from journeyman.certify.scores import FloatArray
 from journeyman.certify.thresholds import ThresholdTable, WrittenThreshold, threshold_table
 from journeyman.errors import DataError
+from journeyman.probabilities import FloatArray
 
 
 class CurvePoint(BaseModel):

@@ -1,41 +1,18 @@
-"""How good a student is: accuracy, agreement, calibration, divergence from its teacher.
+"""How good a student is: accuracy, agreement, likelihood, divergence from its teacher.
 
 Point estimates for tables and plots. No promise rests on them: those are in `certificate`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
-from journeyman.certify.scores import FloatArray, class_probabilities
 from journeyman.errors import DataError
-
-IntArray = npt.NDArray[np.int64]
+from journeyman.probabilities import class_probabilities, with_targets
 
 # A probability of zero counts as this much, so that one impossible row leaves a mean finite.
 _LEAST_PROBABILITY = float(np.finfo(np.float64).tiny)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReliabilityBins:
-    """A reliability diagram; each array has one entry a bin.
-
-    Attributes:
-        lower: left edge, exclusive but for the first bin's 0.
-        upper: right edge, inclusive.
-        count: rows whose highest probability falls into the bin.
-        mean_confidence: mean highest probability of those rows; NaN in an empty bin.
-        accuracy: share of those rows that are right; NaN in an empty bin.
-    """
-
-    lower: FloatArray
-    upper: FloatArray
-    count: IntArray
-    mean_confidence: FloatArray
-    accuracy: FloatArray
 
 
 def accuracy(predicted: npt.ArrayLike, gold: npt.ArrayLike) -> float:
@@ -48,55 +25,16 @@ def agreement(student: npt.ArrayLike, teacher: npt.ArrayLike) -> float:
     return _share_equal(student, teacher)
 
 
-def reliability_bins(
-    probabilities: npt.ArrayLike, targets: npt.ArrayLike, n_bins: int = 15
-) -> ReliabilityBins:
-    """Bin rows by their highest probability into `n_bins` of equal width (Guo et al. 2017).
-
-    Args:
-        probabilities: float[n, c].
-        targets: int[n], the right class of each row.
-        n_bins: bins between 0 and 1.
-    """
-    checked, classes = _with_targets(probabilities, targets)
-    confidence = checked.max(axis=1)
-    right = checked.argmax(axis=1) == classes
-    edges = np.linspace(0.0, 1.0, n_bins + 1)
-    # side="left" puts a value on an edge into the bin that ends there, so 1.0 is in the last one.
-    bin_of_row = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, n_bins - 1)
-    count = np.bincount(bin_of_row, minlength=n_bins)
-    with np.errstate(invalid="ignore"):
-        mean_confidence = np.bincount(bin_of_row, confidence, n_bins) / count
-        bin_accuracy = np.bincount(bin_of_row, right, n_bins) / count
-    return ReliabilityBins(
-        lower=edges[:-1],
-        upper=edges[1:],
-        count=count,
-        mean_confidence=mean_confidence,
-        accuracy=bin_accuracy,
-    )
-
-
-def expected_calibration_error(
-    probabilities: npt.ArrayLike, targets: npt.ArrayLike, n_bins: int = 15
-) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins, weighted by their rows."""
-    bins = reliability_bins(probabilities, targets, n_bins)
-    filled = bins.count > 0
-    gaps = np.abs(bins.mean_confidence - bins.accuracy)[filled]
-    return float(np.average(gaps, weights=bins.count[filled]))
-
-
 def brier(probabilities: npt.ArrayLike, targets: npt.ArrayLike) -> float:
     """Mean squared distance to the one-hot target, summed over classes: 0 (best) to 2."""
-    checked, classes = _with_targets(probabilities, targets)
+    checked, classes = with_targets(probabilities, targets)
     one_hot = np.eye(checked.shape[1])[classes]
     return float(((checked - one_hot) ** 2).sum(axis=1).mean())
 
 
 def negative_log_likelihood(probabilities: npt.ArrayLike, targets: npt.ArrayLike) -> float:
     """Mean -log probability of the target class, in nats."""
-    checked, classes = _with_targets(probabilities, targets)
+    checked, classes = with_targets(probabilities, targets)
     of_target = checked[np.arange(len(classes)), classes]
     return float(-np.log(np.maximum(of_target, _LEAST_PROBABILITY)).mean())
 
@@ -144,22 +82,3 @@ def _share_equal(left: npt.ArrayLike, right: npt.ArrayLike) -> float:
             "Pass one answer of each kind for every row, at least one row."
         )
     return float((one == other).mean())
-
-
-def _with_targets(
-    probabilities: npt.ArrayLike, targets: npt.ArrayLike
-) -> tuple[FloatArray, IntArray]:
-    checked = class_probabilities(probabilities)
-    classes = np.asarray(targets)
-    n_rows, n_classes = checked.shape
-    if classes.shape != (n_rows,) or classes.dtype.kind not in "iu" or not n_rows:
-        raise DataError(
-            f"Targets have shape {classes.shape} and type {classes.dtype}, expected ({n_rows},) "
-            "whole numbers, at least one. Pass the right class of each row."
-        )
-    if classes.min() < 0 or classes.max() >= n_classes:
-        raise DataError(
-            f"Targets run from {classes.min()} to {classes.max()}, but there are {n_classes} "
-            "classes. Number them from 0 in the order of the label names."
-        )
-    return checked, classes.astype(np.int64)

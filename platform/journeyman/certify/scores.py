@@ -13,43 +13,19 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from journeyman.errors import DataError, RecipeError
+from journeyman.errors import RecipeError
+from journeyman.probabilities import FloatArray, class_probabilities
 
-FloatArray = npt.NDArray[np.float64]
 ScoreName = Literal["max_probability", "margin", "entropy"]
 
 # A float64 holds 53 bits. Main scores lie within +-16 (4 bits; the entropy of eight million
-# classes), rounded to 2**-24, the last bit of a float32 probability near 1; the remaining 25 bits
-# hold the second score. So the sum of the two is exact, and ordered by (main, second).
+# classes, the most that `probabilities` takes), rounded to 2**-24, the last bit of a float32
+# probability near 1; the remaining 25 bits hold the second score. So the sum of the two is exact,
+# and ordered by (main, second).
 _MAIN_GRID = 2.0**24
 _SECOND_GRID = 2.0**25
-_MAX_CLASSES = 8_000_000
 # -log of an entropy lies between -log(16) > -4 and -log(2**-1074) < 746.
 _SECOND_OFFSET, _SECOND_SPAN = 4.0, 750.0
-
-
-def class_probabilities(values: npt.ArrayLike) -> FloatArray:
-    """Check class probabilities[n, c] and return them as contiguous float64, otherwise unchanged.
-
-    Contiguous, because numpy adds up a row of a strided array in another order, and a batch must
-    score exactly like its rows alone.
-    """
-    probabilities = np.ascontiguousarray(values, dtype=np.float64)
-    if probabilities.ndim != 2 or not 2 <= probabilities.shape[1] <= _MAX_CLASSES:
-        raise DataError(
-            f"Class probabilities have shape {probabilities.shape}, expected [rows, classes] with "
-            "at least two classes. Pass one row for each example, one column for each label."
-        )
-    # Written so that a NaN fails the comparison.
-    valid = (probabilities >= 0).all(axis=1) & (np.abs(probabilities.sum(axis=1) - 1) < 1e-3)
-    if not valid.all():
-        row = int(np.argmin(valid))
-        raise DataError(
-            f"Row {row} of {len(valid)} is not a distribution: its values sum to "
-            f"{probabilities[row].sum():g}, the smallest is {probabilities[row].min():g}. "
-            "Pass probabilities (Calibrator.probabilities gives them), not logits."
-        )
-    return probabilities
 
 
 def max_probability(probabilities: npt.ArrayLike) -> FloatArray:

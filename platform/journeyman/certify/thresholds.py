@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BeforeValidator
 
-from journeyman.certify.scores import FloatArray
 from journeyman.errors import DataError
+from journeyman.probabilities import FloatArray
 
 IntArray = npt.NDArray[np.int64]
 

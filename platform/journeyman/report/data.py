@@ -105,7 +105,7 @@ class ReportData:
         teacher_histogram: label to rows, by the teacher's most probable label, over all splits.
         summary: the lines of the opening table.
         training: records of training.jsonl, in order: `kind: steps` with `step` and `loss`, and
-            `kind: evaluation` with `step`, `epoch`, `agreement`, `kl`, maybe `gold_accuracy`.
+            `kind: evaluation` with `step` and what `student.learner.Measured` has.
         bundle: the policy bundle that the run certified.
         test: the rows that nothing was fitted, chosen or certified on.
     """

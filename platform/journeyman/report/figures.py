@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from journeyman.certify.curve import CostQualityCurve, cost_quality_curve
-from journeyman.certify.metrics import expected_calibration_error
+from journeyman.probabilities import expected_calibration_error
 from journeyman.report import plots
 from journeyman.report.data import IntArray, ReportData, TestRows
 from journeyman.report.verdict import promised_words, served_guarantee

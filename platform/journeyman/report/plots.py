@@ -14,8 +14,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from journeyman.certify.bundle import Guarantee
 from journeyman.certify.curve import CostQualityCurve, CurvePoint
-from journeyman.certify.metrics import reliability_bins
 from journeyman.certify.thresholds import read_threshold
+from journeyman.probabilities import reliability_bins
 from journeyman.report import style
 from journeyman.report.data import FloatArray, IntArray, TrainingRecord
 

@@ -10,12 +10,9 @@ import numpy as np
 from journeyman.certify.bundle import Guarantee, PolicyBundle
 from journeyman.certify.certificate import clopper_pearson_upper
 from journeyman.certify.curve import CostQualityCurve
-from journeyman.certify.metrics import (
-    brier,
-    expected_calibration_error,
-    negative_log_likelihood,
-)
+from journeyman.certify.metrics import brier, negative_log_likelihood
 from journeyman.certify.thresholds import read_threshold
+from journeyman.probabilities import expected_calibration_error
 from journeyman.report.data import IntArray, TestRows, TrainingRecord
 from journeyman.report.measure import Measured
 from journeyman.report.plots import RELIABILITY_BINS
@@ -146,7 +143,13 @@ def evaluations(records: Sequence[TrainingRecord]) -> Table | None:
     """The evaluations on the way, one row each, the best marked; None if there were none."""
     if not records:
         return None
-    has_gold = any(record.get("gold_accuracy") is not None for record in records)
+    further = {
+        "gold_accuracy": ("right by gold", ".1%"),
+        "calibration_error": ("calibration error", ".3f"),
+        "gold_calibration_error": ("the same by gold", ".3f"),
+        "perplexity": ("perplexity", ",.1f"),
+    }
+    further = {key: words for key, words in further.items() if records[-1].get(key) is not None}
     best = max(range(len(records)), key=lambda i: (records[i]["agreement"], -records[i]["kl"]))
     return Table(
         caption="The student during training, on calibrate rows; highest agreement marked.",
@@ -155,7 +158,7 @@ def evaluations(records: Sequence[TrainingRecord]) -> Table | None:
             "step",
             "same as teacher",
             "KL, nats",
-            *(("right by gold",) if has_gold else ()),
+            *(name for name, _ in further.values()),
         ),
         rows=tuple(
             (
@@ -163,7 +166,7 @@ def evaluations(records: Sequence[TrainingRecord]) -> Table | None:
                 f"{record['step']:,}",
                 f"{record['agreement']:.1%}",
                 f"{record['kl']:.3f}",
-                *((f"{record['gold_accuracy']:.1%}",) if has_gold else ()),
+                *(format(record[key], form) for key, (_, form) in further.items()),
             )
             for record in records
         ),

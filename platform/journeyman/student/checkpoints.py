@@ -38,6 +38,8 @@ class Evaluation:
     n_rows: int
     gold_accuracy: float | None = None
     perplexity: float | None = None
+    calibration_error: float | None = None
+    gold_calibration_error: float | None = None
 
     def rank(self) -> tuple[float, float]:
         """Higher is better."""

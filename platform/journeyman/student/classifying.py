@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from journeyman.errors import DataError
 from journeyman.labels import confidence
 from journeyman.labels.dataset import ClassRows
+from journeyman.probabilities import expected_calibration_error
 from journeyman.recipe import Student, Training
 from journeyman.student import batches, losses, models, row_weights
 from journeyman.student.learner import Measured, no_rows
@@ -92,15 +94,25 @@ class Classifying:
             batch_size=_EVALUATION_BATCH,
         ).astype(np.float64)
         self.module.train()
+        if not np.isfinite(logits).all():
+            raise DataError(
+                "training stopped at an evaluation: the student's answers to calibrate rows are no "
+                "numbers; lower training.learning_rate and training.head_learning_rate."
+            )
         student = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
         teacher, gold = self._held_out.logprobs, self._held_out.gold
         # A class that the teacher rules out (-inf) adds 0.
         gap = np.where(np.isneginf(teacher), 0.0, teacher - student)
         answer, has_gold = student.argmax(axis=1), gold >= 0
+        error, sure = expected_calibration_error, np.exp(student)
         return Measured(
             agreement=float((answer == teacher.argmax(axis=1)).mean()),
             kl=float((np.exp(teacher) * gap).sum(axis=1).mean()),
             gold_accuracy=float((answer == gold)[has_gold].mean()) if has_gold.any() else None,
+            calibration_error=error(sure, teacher.argmax(axis=1)),
+            gold_calibration_error=error(sure[has_gold], gold[has_gold])
+            if has_gold.any()
+            else None,
             n_rows=len(gold),
         )
 

@@ -178,6 +178,8 @@ def _further(best: Evaluation) -> str:
     rows = [
         ("accuracy against gold labels", best.gold_accuracy),
         ("perplexity of the text's own tokens", best.perplexity),
+        ("expected calibration error against the teacher", best.calibration_error),
+        ("the same against gold labels", best.gold_calibration_error),
     ]
     return "".join(f"| {name} | {value:.3f} |\n" for name, value in rows if value is not None)
 

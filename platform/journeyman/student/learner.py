@@ -32,6 +32,10 @@ class Measured:
     n_rows: int
     gold_accuracy: float | None = None  # over the rows that have gold
     perplexity: float | None = None  # of the text's own tokens
+    # A classifier's expected calibration error, 0 to 1, where the teacher's first choice is right,
+    # and where gold is.
+    calibration_error: float | None = None
+    gold_calibration_error: float | None = None
 
 
 def no_rows(split: str) -> DataError:
@@ -71,7 +75,7 @@ class Learner(Protocol):
         """The sum over the batch, with gradients; and each row's, float[b], without."""
 
     def evaluate(self) -> Measured:
-        """The student on the held-out rows."""
+        """The student on the held-out rows. Raises DataError where it says nothing any more."""
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder."""

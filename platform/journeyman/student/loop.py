@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from journeyman.errors import ClusterError, JourneymanError
 from journeyman.models import Model
@@ -35,15 +36,25 @@ class TrainProgress:
     loss: float  # nats, mean since the record before
     rows_per_s: float
     eta_s: float
-    agreement: float | None  # at the last evaluation
+    agreement: float | None  # at the last evaluation, like the two below
+    calibration_error: float | None = None
+    perplexity: float | None = None
     stopped_early: bool = False
 
     def __str__(self) -> str:
-        agreement = "" if self.agreement is None else f", agreement {self.agreement:.3f}"
+        measured = "".join(
+            f", {name} {value:{form}}"
+            for name, value, form in (
+                ("agreement", self.agreement, ".3f"),
+                ("ECE", self.calibration_error, ".3f"),
+                ("perplexity", self.perplexity, ",.1f"),
+            )
+            if value is not None
+        )
         to_go = "stopped early" if self.stopped_early else f"{self.eta_s:.0f} s to go"
         return (
             f"epoch {self.epoch}/{self.epochs}, step {self.step}/{self.total_steps}, loss "
-            f"{self.loss:.3f}{agreement}, {self.rows_per_s:.0f} rows/s, {to_go}"
+            f"{self.loss:.3f}{measured}, {self.rows_per_s:.0f} rows/s, {to_go}"
         )
 
 
@@ -204,7 +215,9 @@ def _newest(curve: Path, training: Training) -> TrainProgress | None:
     steps = [r for r in records if r["kind"] == "steps"]
     if not steps:
         return None
-    evaluations = [r for r in records if r["kind"] == "evaluation"]
+    evaluated: dict[str, Any] = next(
+        (r for r in reversed(records) if r["kind"] == "evaluation"), {}
+    )
     newest = steps[-1]
     left = (newest["total_steps"] - newest["step"]) * training.batch_size
     return TrainProgress(
@@ -215,6 +228,8 @@ def _newest(curve: Path, training: Training) -> TrainProgress | None:
         loss=newest["loss"],
         rows_per_s=newest["rows_per_s"],
         eta_s=left / newest["rows_per_s"] if newest["rows_per_s"] else 0.0,
-        agreement=evaluations[-1]["agreement"] if evaluations else None,
+        agreement=evaluated.get("agreement"),
+        calibration_error=evaluated.get("calibration_error"),
+        perplexity=evaluated.get("perplexity"),
         stopped_early=records[-1]["kind"] == "stopped",
     )

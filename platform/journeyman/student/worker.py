@@ -115,16 +115,25 @@ def _train(task: Task, lesson: Lesson, place: Place) -> State | JourneymanError:
                 return loss
             if journal:
                 journal.after_step(step + 1, loss, len(share.batch))
-            if plan.evaluates(step + 1) and _evaluated(journal, step + 1, place):
-                return journal.state if journal else begin
+            if plan.evaluates(step + 1):
+                ends = _evaluated(journal, step + 1, place)
+                if isinstance(ends, DataError):
+                    return ends
+                if ends:
+                    return journal.state if journal else begin
         # No more often: Ray takes one report in two seconds, and lets the next one wait.
         ray_train.report(journal.metrics if journal else {})
     return journal.state if journal else begin
 
 
-def _evaluated(journal: Journal | None, step: int, place: Place) -> bool:
+def _evaluated(journal: Journal | None, step: int, place: Place) -> bool | DataError:
     """Whether rank 0, which evaluates, says that training ends here; a meeting point."""
-    return place.gather(journal.evaluate(step) if journal else None)[0]
+    ends: bool | DataError = False
+    try:
+        ends = journal is not None and journal.evaluate(step)
+    except DataError as error:
+        ends = error
+    return place.gather(ends)[0]
 
 
 def _parallel(module: Any, place: Place) -> Any:

@@ -10,8 +10,9 @@ from journeyman.certify.calibration import (
     Calibrator,
     fit_temperature,
 )
-from journeyman.certify.metrics import expected_calibration_error, negative_log_likelihood
+from journeyman.certify.metrics import negative_log_likelihood
 from journeyman.errors import DataError
+from journeyman.probabilities import expected_calibration_error
 
 
 def overconfident(n_rows: int = 4000, true_temperature: float = 2.5):

@@ -53,36 +53,6 @@ def test_impossible_rows_leave_divergence_and_likelihood_finite():
     assert metrics.kl_divergence(certain, certain) == 0
 
 
-def calibration_error_by_loop(probabilities, targets, n_bins):
-    n = len(targets)
-    total = 0.0
-    for b in range(n_bins):
-        rows = [i for i in range(n) if b / n_bins < probabilities[i].max() <= (b + 1) / n_bins]
-        if rows:
-            confidence = np.mean([probabilities[i].max() for i in rows])
-            right = np.mean([probabilities[i].argmax() == targets[i] for i in rows])
-            total += len(rows) / n * abs(confidence - right)
-    return total
-
-
-@pytest.mark.parametrize("n_bins", [1, 7, 15])
-def test_expected_calibration_error_matches_a_loop(n_bins):
-    probabilities, targets = sample()
-    expected = calibration_error_by_loop(probabilities, targets, n_bins)
-    got = metrics.expected_calibration_error(probabilities, targets, n_bins)
-    assert got == pytest.approx(expected)
-
-
-def test_reliability_bins_hold_every_row_certain_ones_too():
-    probabilities = np.array([[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]])
-    bins = metrics.reliability_bins(probabilities, [0, 1, 1], n_bins=4)
-    assert bins.count.tolist() == [0, 1, 1, 1]
-    assert np.isnan(bins.accuracy[0])
-    assert bins.accuracy[1:].tolist() == [0.0, 0.0, 1.0]
-    assert bins.mean_confidence[1:].tolist() == [0.5, 0.75, 1.0]
-    assert (bins.lower[0], bins.upper[-1]) == (0.0, 1.0)
-
-
 def test_area_under_risk_coverage_matches_a_loop():
     rng = np.random.default_rng(3)
     scores, losses = rng.normal(size=100), rng.random(100) < 0.3
@@ -117,7 +87,6 @@ def test_area_under_risk_coverage_ignores_the_order_of_rows(rows, random):
         lambda: metrics.brier([[0.5, 0.5]], [2]),
         lambda: metrics.brier([[0.5, 0.5]], [-1]),
         lambda: metrics.negative_log_likelihood([[0.5, 0.5]], [0.0]),
-        lambda: metrics.expected_calibration_error(np.empty((0, 2)), np.empty(0, dtype=int)),
         lambda: metrics.kl_divergence([[0.5, 0.5]], [[0.2, 0.3, 0.5]]),
         lambda: metrics.area_under_risk_coverage([], []),
     ],

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from scipy.stats import entropy as scipy_entropy
 
-from journeyman.certify.scores import SCORES, class_probabilities, score
+from journeyman.certify.scores import SCORES, score
 from journeyman.errors import DataError, RecipeError
+from journeyman.probabilities import class_probabilities
 
 GRID = 2.0**-24
 NAMES = tuple(SCORES)

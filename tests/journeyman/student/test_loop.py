@@ -22,6 +22,7 @@ from journeyman.student import checkpoints, export, loop, worker
 from journeyman.student.lesson import Task, prepare
 from journeyman.student.models import Classifier
 
+from ..test_probabilities import calibration_error_by_loop
 from .conftest import TOPICS, loader, make_recipe, make_rows
 
 # Many short epochs: a run that can be killed between two checkpoints.
@@ -69,6 +70,11 @@ def trained(
     )
 
 
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
 def curve(folder: Path) -> list[dict[str, Any]]:
     """The records of training.jsonl without what a clock says."""
     lines = (folder / "training.jsonl").read_text().splitlines()
@@ -80,6 +86,16 @@ def test_student_learns_its_teacher(trained: loop.TrainResult) -> None:
     assert trained.best.agreement > 0.9
     assert trained.best.gold_accuracy is not None and trained.best.gold_accuracy > 0.9
     assert trained.steps == N_STEPS and trained.n_rows == 131 and trained.world_size == 2
+    probabilities = _softmax(Classifier.load(trained.path).logits(ROWS.split("calibrate").texts))
+    teacher, gold = ROWS.split("calibrate").logprobs.argmax(axis=1), ROWS.split("calibrate").gold
+    known = gold >= 0
+    assert [trained.best.calibration_error, trained.best.gold_calibration_error] == pytest.approx(
+        [
+            calibration_error_by_loop(probabilities, teacher, 15),
+            calibration_error_by_loop(probabilities[known], gold[known], 15),
+        ],
+        abs=1e-5,
+    )
     assert [e.step for e in trained.evaluations] == [*range(4, N_STEPS, 4), N_STEPS]
     ranked = sorted(trained.evaluations, key=lambda e: (-e.agreement, e.kl))
     assert trained.best == ranked[0]

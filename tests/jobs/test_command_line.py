@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import DEMO, ROOT, journeyman
+from tests.conftest import DEMO, ROOT, journeyman, small_disk
 
 GOOD = [{"text": f"request {i}", "label": "banking"} for i in range(200)]
 
@@ -80,14 +80,8 @@ def test_unknown_recipe_key_ends_in_one_sentence(tmp_path: Path):
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "64k") as folder:
+        yield folder
 
 
 def test_full_disk_ends_in_one_sentence_and_harms_nothing(tiny_disk: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ Written by rank 0, read by all. Knows files and names, nothing of what a model i
     WORK/attempt                 who may write: the newest start of this run
     WORK/training.jsonl          the curve, one record a line
     WORK/checkpoints/step-N/     state.json, model/ (a Hugging Face folder), optimizer.pt
+                                 state.json names each file and its bytes
     ../step-N/model/lora.pt      low-rank matrices, where they are what is trained
 """
 
@@ -20,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from journeyman.errors import ClusterError
+from journeyman.errors import ClusterError, DataError
 from journeyman.files import disk_errors, read_json, write_bytes, write_json
 
 LORA = "lora.pt"  # beside the weights that it is merged into: what training goes on with
+_STATE = "state.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,14 +102,25 @@ class Checkpoints:
         return self._folder / f"step-{step:08d}"
 
     def latest(self) -> State | None:
-        """The newest whole checkpoint; one cut short has another name and is never looked at."""
-        newest = max(self._folder.glob("step-*"), default=None)
-        return _state(newest) if newest else None
+        """The newest whole checkpoint; one cut short is passed over."""
+        newest_first = sorted(self._folder.glob("step-*"), reverse=True)
+        return next(filter(None, map(_state, newest_first)), None)
 
-    def save(self, state: State, write: Callable[[Path], None]) -> None:
+    def model(self, step: int) -> Path:
+        """A checkpoint's Hugging Face folder; raises DataError if the checkpoint is not whole."""
+        folder = self.path(step)
+        if _state(folder) is None:
+            raise DataError(
+                f"{folder}: the checkpoint is cut short or gone; remove {self._work} and train "
+                "again."
+            )
+        return folder / "model"
+
+    def save(self, state: State, write: Callable[[Path], None], n_bytes: int) -> None:
         """Write a checkpoint whole or not at all; then drop all but it and the best one.
 
-        write: puts model/ and optimizer.pt into the folder it is given.
+        write: puts model/ and optimizer.pt into the folder it is given; n_bytes: about what they
+        take. Raises ClusterError.
         """
         self._must_own()
         final = self.path(state.step)
@@ -116,12 +129,14 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
             try:
                 fresh.mkdir()
-                write(fresh)
-                write_json(fresh / "state.json", dataclasses.asdict(state))
+                _write(fresh, write, n_bytes)
+                sizes = _sizes(fresh)
+                write_json(fresh / _STATE, dataclasses.asdict(state) | {"files": sizes})
                 _flush(fresh)
                 self._must_own()
                 # The step that a run resumed from may be met again, with equal content.
-                if not final.exists():
+                if _state(final) is None:
+                    shutil.rmtree(final, ignore_errors=True)
                     fresh.rename(final)
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
@@ -135,7 +150,7 @@ class Checkpoints:
     def record(self, **values: Any) -> None:
         """Append one record to the curve."""
         self._must_own()
-        with self.curve.open("a", encoding="utf-8") as file:
+        with disk_errors(self._work), self.curve.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def _keep(self, steps: set[int]) -> None:
@@ -152,10 +167,41 @@ class Checkpoints:
             )
 
 
-def _state(folder: Path) -> State:
-    values = read_json(folder / "state.json")
+def _state(folder: Path) -> State | None:
+    """What a checkpoint remembers; None if it is not whole, or not there."""
+    try:
+        values = read_json(folder / _STATE)
+    except DataError:
+        return None
+    sizes = {name: n for name, n in _sizes(folder).items() if name != _STATE}
+    if sizes != values.pop("files", None):
+        return None
     evaluations = tuple(Evaluation(**e) for e in values.pop("evaluations"))
     return State(**values, evaluations=evaluations)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file below a folder, by its path there."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def _write(folder: Path, write: Callable[[Path], None], n_bytes: int) -> None:
+    """Write a checkpoint's tensors; raises OSError where they do not fit on the disk.
+
+    safetensors 0.8 and torch 2.13 raise errors of their own then, which do not say what was wrong
+    but in words: so ask the disk for as many bytes.
+    """
+    try:
+        write(folder)
+    except OSError:
+        raise
+    except Exception:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        with (folder / "room").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+        raise
 
 
 def _flush(folder: Path) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -39,10 +40,22 @@ def write(
     """Replace ``out_dir`` by the best checkpoint's model, whole or not at all."""
     with replaced_directory(out_dir) as fresh, disk_errors(out_dir.parent):
         # Low-rank matrices are merged into the weights; by themselves they are for resuming.
-        shutil.copytree(model_dir, fresh, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LORA))
+        shutil.copytree(
+            model_dir,
+            fresh,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns(LORA),
+            copy_function=partial(_copy, where=out_dir.parent),
+        )
         shutil.copyfile(curve, fresh / "training.jsonl")
         write_json(fresh / "journeyman.json", _record(best, state, origin))
         write_bytes(fresh / "README.md", _card(best, state, origin).encode())
+
+
+def _copy(source: str, target: str, where: Path) -> None:
+    """copytree would gather OSErrors into one of its own, without their numbers."""
+    with disk_errors(where):
+        shutil.copy2(source, target)
 
 
 def _record(best: Evaluation, state: State, origin: Provenance) -> dict[str, object]:

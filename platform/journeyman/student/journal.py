@@ -81,7 +81,7 @@ class Journal:
 
     def _save(self, step: int) -> None:
         self.state = dataclasses.replace(self.state, step=step, seconds=self._seconds())
-        self._checkpoints.save(self.state, self._write)
+        self._checkpoints.save(self.state, self._write, _bytes_of(self._lesson))
         self._saved = time.monotonic()
 
     def _write(self, folder: Path) -> None:
@@ -96,3 +96,10 @@ class Journal:
             },
             folder / "optimizer.pt",
         )
+
+
+def _bytes_of(lesson: Lesson) -> int:
+    """Of a checkpoint: the weights, and AdamW's two moments of those that learn."""
+    weights = list(lesson.learner.module.parameters())
+    learning = [p for p in weights if p.requires_grad]
+    return sum(p.nbytes for p in weights) + 2 * sum(p.nbytes for p in learning)

@@ -108,7 +108,7 @@ def train(
         labels_digest=labels_digest,
         world_size=recipe.training.workers,
     )
-    best_model = checkpoints.path(result.best.step) / "model"
+    best_model = checkpoints.model(result.best.step)
     export.write(out_dir, best_model, checkpoints.curve, result.best, state, origin)
     shutil.rmtree(work, ignore_errors=True)
     return result

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,22 +82,43 @@ def file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
+def scratch_folder(final: Path) -> Iterator[Path]:
+    """An empty folder beside ``final``, removed when the block ends; to be renamed before.
+
+    What killed processes left of such folders is removed first. Who has one holds a shared lock on
+    the parent for as long as it lives: whoever gets that lock alone knows the others to be dead.
+    """
+    fresh = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+    with disk_errors(final.parent):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(final.parent, os.O_RDONLY)
+        try:
+            with contextlib.suppress(
+                OSError
+            ):  # others hold it; or it is NFS, which has no such lock
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for left in final.parent.glob(f".{final.name}.*.tmp"):
+                    shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            fresh.mkdir()
+            yield fresh
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
 def replaced_directory(final: Path) -> Iterator[Path]:
     """A fresh folder beside ``final`` that takes its place when the block ends well.
 
     The folder it replaces is kept as ``NAME.old`` until the next time; after an error
     ``final`` is as it was.
     """
-    fresh = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    with disk_errors(final.parent):
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        try:
-            yield fresh
-            set_aside(final)
-            fresh.rename(final)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+    with scratch_folder(final) as fresh:
+        yield fresh
+        set_aside(final)
+        fresh.rename(final)
 
 
 def set_aside(directory: Path) -> None:

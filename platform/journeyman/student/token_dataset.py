@@ -11,9 +11,7 @@ share the pages, and a dataset may be larger than memory. Knows arrays and files
 from __future__ import annotations
 
 import queue
-import shutil
 import threading
-import uuid
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -230,15 +228,10 @@ def write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
 
     codec: of the payloads; None where rows have none. A folder that is there already stays.
     """
-    fresh = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
-    with files.disk_errors(folder.parent):
-        try:
-            fresh.mkdir(parents=True)
-            n_rows = _write(fresh, rows, codec)
-            if n_rows:
-                _take_name(fresh, folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+    with files.scratch_folder(folder) as fresh:
+        n_rows = _write(fresh, rows, codec)
+        if n_rows:
+            _take_name(fresh, folder)
     return n_rows
 
 

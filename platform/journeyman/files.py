@@ -95,7 +95,7 @@ def scratch_folder(final: Path) -> Iterator[Path]:
         try:
             with contextlib.suppress(
                 OSError
-            ):  # others hold it; or it is NFS, which has no such lock
+            ):  # others hold it, or the disk has no locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for left in final.parent.glob(f".{final.name}.*.tmp"):
                     shutil.rmtree(left, ignore_errors=True)

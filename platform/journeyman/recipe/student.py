@@ -155,6 +155,10 @@ class Training(Section):
         description="Evaluations without a better one than before, after which training stops; "
         "default, never.",
     )
+    checkpoint_every_s: Annotated[float, Field(ge=0)] = Field(
+        300.0,
+        description="Seconds between checkpoints within an epoch; each evaluation makes one too.",
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         2, description="Worker failures from which a run restarts at its last checkpoint."
     )

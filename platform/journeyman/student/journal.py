@@ -10,7 +10,6 @@ from journeyman.student.checkpoints import Evaluation
 from journeyman.student.lesson import Lesson, Task
 from journeyman.student.plan import Plan
 
-CHECKPOINT_EVERY_S = 300.0  # between the ends of epochs, where epochs are long
 _CURVE_RECORDS = 1000  # at most about so many in a run
 
 
@@ -23,6 +22,7 @@ class Journal:
         self._plan = plan
         self._lesson = lesson
         self._checkpoints = task.checkpoints
+        self._checkpoint_every_s = task.training.checkpoint_every_s
         self._every = max(1, lesson.state.total_steps // _CURVE_RECORDS)
         self._began = self._saved = self._recorded = time.monotonic()
         self._seconds_before = lesson.state.seconds
@@ -60,7 +60,7 @@ class Journal:
         return stops
 
     def _due(self) -> bool:
-        return time.monotonic() - self._saved > CHECKPOINT_EVERY_S
+        return time.monotonic() - self._saved > self._checkpoint_every_s
 
     def _record(self, step: int) -> None:
         now = time.monotonic()

@@ -117,6 +117,22 @@ def test_weights_that_the_labels_do_not_hold_are_refused(overrides: tuple[str, .
     assert words in sentence(*overrides) and "\n" not in sentence(*overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("training.class_weight=heavy",), "none, balanced or a mapping of label to weight"),
+        (("training.class_weight={bankin: 2}",), "bankin is no label; did you mean banking"),
+        (
+            ("training.class_weight={banking: 0}",),
+            "weight of banking must be a number above 0, got 0",
+        ),
+        (("training.class_weight=balanced", GENERATE), "goes with labels.kind: classes"),
+    ],
+)
+def test_class_weights_that_do_not_fit_are_refused(overrides: tuple[str, ...], words: str):
+    assert words in sentence(*overrides) and "\n" not in sentence(*overrides)
+
+
 def test_missing_key_says_what_it_is_for():
     assert "teacher.model is missing; Hub id, local folder" in sentence("teacher={}")
 

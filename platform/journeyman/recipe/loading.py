@@ -96,6 +96,20 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _class_weights_have_classes(self) -> Recipe:
+        wanted = self.training.class_weight
+        if wanted == "none":
+            return self
+        if not isinstance(self.labels, Classes):
+            raise ValueError("training.class_weight goes with labels.kind: classes")
+        for label in wanted if isinstance(wanted, dict) else ():
+            if label not in self.labels.classes:
+                near = difflib.get_close_matches(label, self.labels.classes, n=1)
+                hint = f"did you mean {near[0]}" if near else "labels.classes has them"
+                raise ValueError(f"training.class_weight.{label} is no label; {hint}")
+        return self
+
+    @model_validator(mode="after")
     def _row_weight_is_there(self) -> Recipe:
         wanted, labels = self.training.row_weight, self.labels
         reasoned = labels if isinstance(labels, Rationales) else None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from journeyman.recipe.base import Count, Section, Share
 
 Weight = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
 RowWeight = Literal["none", "confidence", "agreement"]
 
 
@@ -121,6 +123,12 @@ class Training(Section):
         "confidence: how sure the teacher was. agreement: rationales: the share of its samples "
         "with the majority's answer.",
     )
+    class_weight: Literal["none", "balanced"] | dict[str, Positive] = Field(
+        "none",
+        description="classifier: weight of each class in the loss. balanced: rows / (classes · the "
+        "class's rows), counted by the teacher's probabilities on train rows. Or label to weight; "
+        "labels left out weigh 1.",
+    )
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"] = Field(
         "forward_kl",
         description="causal: of the student from the teacher at each token; jsd as in GKD (Agarwal "
@@ -163,6 +171,17 @@ class Training(Section):
         2, description="Worker failures from which a run restarts at its last checkpoint."
     )
     seed: int = Field(0, description="Of row order and of the head's first weights.")
+
+    @field_validator("class_weight", mode="before")
+    @classmethod
+    def _class_weight_is_known(cls, value: Any) -> Any:
+        """One sentence, where the union's two branches would each give one."""
+        if not isinstance(value, dict) and value not in ("none", "balanced"):
+            raise ValueError(f"none, balanced or a mapping of label to weight, got {value!r}")
+        for label, weight in value.items() if isinstance(value, dict) else ():
+            if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise ValueError(f"the weight of {label} must be a number above 0, got {weight!r}")
+        return value
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Training:

@@ -48,6 +48,7 @@ class Classifying:
         self.row_ids = self._train.ids
         self.lengths = self._tokens.lengths
         self.sizes = np.ones(len(self._train), np.int64)
+        self._class_weights = _class_weights(training, self._train, device)
         self._weights: np.ndarray | None = None
         if training.row_weight != "none":
             sure = confidence.of_classes(self._train.logprobs)
@@ -80,6 +81,7 @@ class Classifying:
             torch.from_numpy(self._train.gold[batch]).to(device),
             temperature=self._training.temperature,
             gold_weight=self._training.gold_weight,
+            class_weights=self._class_weights,
         )
         if self._weights is not None:
             loss = loss * torch.from_numpy(self._weights[batch]).to(loss)
@@ -120,6 +122,27 @@ class Classifying:
         with models.quiet():
             self.module.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
+
+
+def _class_weights(
+    training: Training, rows: ClassRows, device: torch.device
+) -> torch.Tensor | None:
+    """float32[c]; raises DataError where a class that has no rows would be balanced."""
+    import torch
+
+    if training.class_weight == "none":
+        return None
+    if training.class_weight == "balanced":
+        found = losses.balanced(np.exp(rows.logprobs))
+        if not np.isfinite(found).all():
+            absent = rows.labels[int(np.argmax(~np.isfinite(found)))]
+            raise DataError(
+                f"the teacher gives {absent} no probability on any train row, so that "
+                "training.class_weight: balanced has no weight for it; name the weights instead."
+            )
+    else:
+        found = np.array([training.class_weight.get(label, 1.0) for label in rows.labels])
+    return torch.tensor(found, dtype=torch.float32, device=device)
 
 
 def _split(rows: ClassRows, name: str) -> ClassRows:

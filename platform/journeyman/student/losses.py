@@ -7,37 +7,62 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
 
 
 def soft_divergence(
-    logits: torch.Tensor, teacher_logprobs: torch.Tensor, temperature: float
+    logits: torch.Tensor,
+    teacher_logprobs: torch.Tensor,
+    temperature: float,
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """T² · KL(softmax(teacher / T) ‖ softmax(logits / T)), natural logarithm: float[n].
 
     logits, teacher_logprobs: float[n, c]; the teacher's may be -inf and need no gradient.
     The gradient is that of cross-entropy with soft labels, and T² keeps its size while T grows
-    (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2). The
-    teacher's entropy is taken off, so that a perfect student's loss is 0.
+    (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2). Its smallest
+    value, the teacher's entropy, is taken off, so that a perfect student's loss is 0.
+    class_weights: float[c], of each class's term in that cross-entropy, as in
+    ``torch.nn.functional.cross_entropy``: what the student learns is then weight · probability,
+    normalised, and a row counts by their sum.
     """
     import torch
 
-    teacher = (teacher_logprobs / temperature).softmax(dim=-1)
+    target = (teacher_logprobs / temperature).softmax(dim=-1)
     student = (logits / temperature).log_softmax(dim=-1)
+    if class_weights is not None:
+        target = target * class_weights
+    mass = target.sum(dim=-1, keepdim=True)
+    share = target / mass
     # xlogy: a class that the teacher rules out adds 0, where p * log p would be nan.
-    divergence = torch.special.xlogy(teacher, teacher) - teacher * student
+    divergence = mass * (torch.special.xlogy(share, share) - share * student)
     return temperature**2 * divergence.sum(dim=-1)
 
 
-def gold_cross_entropy(logits: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
-    """-log softmax(logits)[gold], and 0 for a row without gold: float[n].
+def balanced(probabilities: np.ndarray) -> np.ndarray:
+    """Weights that give all classes the same part in the loss: float64[c].
 
-    logits: float[n, c]; gold: int64[n], -1 where there is none.
+    n / (c · count), as scikit-learn's ``compute_class_weight``, where a count is the sum of a
+    class's probabilities, float[n, c], over the rows; inf for a class that has none.
+    """
+    counts = probabilities.sum(axis=0, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        return len(probabilities) / (len(counts) * counts)
+
+
+def gold_cross_entropy(
+    logits: torch.Tensor, gold: torch.Tensor, class_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """-weight · log softmax(logits)[gold], and 0 for a row without gold: float[n].
+
+    logits: float[n, c]; gold: int64[n], -1 where there is none; class_weights: float[c].
     """
     from torch.nn.functional import cross_entropy
 
-    return cross_entropy(logits, gold, ignore_index=-1, reduction="none")
+    return cross_entropy(logits, gold, weight=class_weights, ignore_index=-1, reduction="none")
 
 
 def distillation(
@@ -47,13 +72,14 @@ def distillation(
     *,
     temperature: float,
     gold_weight: float,
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(1 - w) · soft_divergence + w · gold_cross_entropy: float[n].
 
     w is gold_weight for rows with gold; the others learn from the teacher alone.
     """
-    soft = soft_divergence(logits, teacher_logprobs, temperature)
+    soft = soft_divergence(logits, teacher_logprobs, temperature, class_weights)
     if gold_weight == 0:
         return soft
     weight = gold_weight * (gold >= 0).to(soft.dtype)
-    return (1 - weight) * soft + weight * gold_cross_entropy(logits, gold)
+    return (1 - weight) * soft + weight * gold_cross_entropy(logits, gold, class_weights)

@@ -72,3 +72,55 @@ def test_rows_without_gold_learn_from_the_teacher_alone(gold_weight: float) -> N
     logits = torch.tensor(LOGITS, requires_grad=True)
     np.testing.assert_allclose(loss(logits).detach().numpy(), expected, rtol=1e-12)
     assert torch.autograd.gradcheck(loss, (logits,))
+
+
+WEIGHTS = np.array([0.5, 3.0, 1.0, 1.7])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_class_weights_are_those_of_torchs_cross_entropy(temperature: float) -> None:
+    """With soft labels up to the loss of a perfect student, which has no gradient."""
+    weights = torch.tensor(WEIGHTS)
+    ours = torch.tensor(LOGITS, requires_grad=True)
+    loss = losses.soft_divergence(ours, torch.tensor(TEACHER), temperature, weights)
+    (loss * torch.arange(1, 7)).sum().backward()
+    theirs = torch.tensor(LOGITS, requires_grad=True)
+    target = torch.tensor(softmax(TEACHER / temperature, axis=1))
+    each = torch.nn.functional.cross_entropy(
+        theirs / temperature, target, weight=weights, reduction="none"
+    )
+    (temperature**2 * each * torch.arange(1, 7)).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+    best = target * weights
+    best = best / best.sum(-1, keepdim=True)
+    least = torch.nn.functional.cross_entropy(best.log(), target, weight=weights, reduction="none")
+    np.testing.assert_allclose(
+        loss.detach().numpy(), temperature**2 * (each - least).detach().numpy(), rtol=1e-10
+    )
+    assert (loss > 0).all()
+
+
+def test_class_weights_of_gold_and_mixture() -> None:
+    found = losses.distillation(
+        torch.tensor(LOGITS),
+        torch.tensor(TEACHER),
+        torch.tensor(GOLD),
+        temperature=1.0,
+        gold_weight=1.0,
+        class_weights=torch.tensor(WEIGHTS),
+    )
+    with_gold = GOLD >= 0
+    expected = -WEIGHTS[GOLD] * log_softmax(LOGITS, axis=1)[np.arange(6), GOLD]
+    np.testing.assert_allclose(found.numpy()[with_gold], expected[with_gold], rtol=1e-12)
+
+
+def test_balanced_weights_are_scikit_learns() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    rows = np.array([0, 0, 0, 1, 2, 2, 3])
+    expected = compute_class_weight("balanced", classes=np.arange(4), y=rows)
+    np.testing.assert_allclose(losses.balanced(np.eye(4)[rows]), expected, rtol=1e-12)
+    soft = np.exp(TEACHER)
+    np.testing.assert_allclose(losses.balanced(soft), 6 / (4 * soft.sum(axis=0)), rtol=1e-12)
+    # All classes have the same part in the loss.
+    np.testing.assert_allclose((losses.balanced(soft) * soft).sum(axis=0), 6 / 4, rtol=1e-12)

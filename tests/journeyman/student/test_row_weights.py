@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
+import torch
 
 from journeyman.errors import DataError
 from journeyman.models import Model
@@ -34,23 +37,47 @@ def test_weights_that_are_none_are_a_sentence(raw: list[float]) -> None:
         row_weights.normalised(np.array(raw), np.ones(2))
 
 
+PROBABILITIES = np.random.default_rng(0).dirichlet(np.ones(3), size=24)
+
+
+def classifier(
+    encoder: Model, folder: Path, probabilities: np.ndarray = PROBABILITIES, **training: object
+) -> Classifying:
+    """With 20 train rows."""
+    with np.errstate(divide="ignore"):
+        logprobs = np.log(probabilities)
+    rows = dataclasses.replace(make_rows(n_train=20, n_calibrate=4), logprobs=logprobs)
+    (folder / "rows").write_bytes(pickle.dumps(rows))
+    load = loader(make_recipe(**training), encoder.path, folder / "rows")
+    return cast(Classifying, load(None, torch.device("cpu")))
+
+
 def test_a_classifiers_rows_weigh_the_teachers_largest_probability(
     tiny_encoder: Model, tmp_path: Path
 ) -> None:
-    import pickle
-
-    import torch
-
-    random = np.random.default_rng(0)
-    rows = make_rows(n_train=20, n_calibrate=4)
-    rows = dataclasses.replace(rows, logprobs=np.log(random.dirichlet(np.ones(3), size=24)))
-    (tmp_path / "rows").write_bytes(pickle.dumps(rows))
-    recipe = make_recipe(row_weight="confidence")
-    load = loader(recipe, tiny_encoder.path, tmp_path / "rows")
-    learner = load(None, torch.device("cpu"))
-    assert isinstance(learner, Classifying) and learner._weights is not None
-    sure = np.exp(rows.logprobs[:20].max(axis=1))
+    learner = classifier(tiny_encoder, tmp_path, row_weight="confidence")
+    sure = PROBABILITIES[:20].max(axis=1)
+    assert learner._weights is not None
     np.testing.assert_allclose(learner._weights, sure / sure.mean(), rtol=1e-12)
+
+
+def test_classes_are_balanced_over_the_teachers_probabilities_on_train_rows(
+    tiny_encoder: Model, tmp_path: Path
+) -> None:
+    def weights(class_weight: object) -> np.ndarray | None:
+        found = classifier(tiny_encoder, tmp_path, class_weight=class_weight)._class_weights
+        return None if found is None else found.numpy()
+
+    expected = 20 / (3 * PROBABILITIES[:20].sum(axis=0))
+    np.testing.assert_allclose(weights("balanced"), expected, rtol=1e-6)
+    np.testing.assert_allclose(weights({"kitchen": 2.5}), [1, 2.5, 1])
+    assert weights("none") is None
+
+
+def test_a_class_that_no_row_has_cannot_be_balanced(tiny_encoder: Model, tmp_path: Path) -> None:
+    without = PROBABILITIES * [1, 0, 1]
+    with pytest.raises(DataError, match="the teacher gives kitchen no probability"):
+        classifier(tiny_encoder, tmp_path, without, class_weight="balanced")
 
 
 def weights_of(

@@ -26,10 +26,11 @@ from journeyman.student.causal_learner import Causal
 from journeyman.student.classifying import Classifying
 from journeyman.student.lesson import Lesson, Load, Task, prepare
 
-from .conftest import make_causal_recipe, make_recipe, make_rows, write_token_rows
+from .conftest import TOPICS, make_causal_recipe, make_recipe, make_rows, write_token_rows
 
 BATCHES = [[3, 1, 4, 0, 2], [6], [5, 7]]  # shards of 3 and 2 rows, of 1 and none, of 1 and 1
 SURE = [0.9, 0.4, 0.6, 0.5, 0.99, 0.7, 0.8, 0.45]  # how sure the teacher is of the train rows
+CLASS_WEIGHTS = dict(zip(TOPICS, (0.5, 2.0, 1.2), strict=True))
 
 
 def class_rows() -> ClassRows:
@@ -158,8 +159,10 @@ def of_classes(model: torch.nn.Module, learner: Classifying, rows: list[int]) ->
         ids = torch.tensor(tokens.ids[slice(*tokens.starts[i : i + 2])])[None].long()
         q = model(input_ids=ids).logits[0].log_softmax(-1)
         p = torch.tensor(known.logprobs[i])
-        loss, gold = (p.exp() * (p - q)).sum(), known.gold[i]
-        losses.append(loss if gold < 0 else 0.7 * loss - 0.3 * q[gold])
+        weights = torch.tensor(list(CLASS_WEIGHTS.values()), dtype=torch.float64)
+        p, gold = p.exp() * weights, known.gold[i]
+        loss = (p * (p / p.sum()).log() - p * q).sum()
+        losses.append(loss if gold < 0 else 0.7 * loss - 0.3 * weights[gold] * q[gold])
     return losses
 
 
@@ -190,9 +193,9 @@ def test_weighted_rows_take_the_step_of_dense_float64(
     kind: str, tiny_encoder: Model, tiny_llama: Model, tmp_path: Path
 ) -> None:
     model = model_of(kind, tiny_encoder, tiny_llama, tmp_path)
-    rows, training = BATCHES[0], {"row_weight": "confidence", "accumulate": 2}
-    if kind == "causal":  # its rows' weights are those that were written
-        training = {"accumulate": 2}
+    rows, training = BATCHES[0], {"accumulate": 2}
+    if kind == "classifier":  # a language model's rows weigh what was written
+        training |= {"row_weight": "confidence", "class_weight": CLASS_WEIGHTS}
     _, load = {"classifier": classifying, "causal": writing}[kind](model, **training)
     learner = load(None, ALONE.device)
     dense = learner.module.double().eval()

@@ -133,6 +133,12 @@ def test_class_weights_that_do_not_fit_are_refused(overrides: tuple[str, ...], w
     assert words in sentence(*overrides) and "\n" not in sentence(*overrides)
 
 
+def test_hard_labels_are_of_classes_and_have_no_temperature():
+    hard = "training.hard_labels=true"
+    assert "leave temperature at 1" in sentence(hard, "training.temperature=2")
+    assert "hard_labels goes with labels.kind: classes" in sentence(hard, GENERATE)
+
+
 def test_missing_key_says_what_it_is_for():
     assert "teacher.model is missing; Hub id, local folder" in sentence("teacher={}")
 

@@ -96,6 +96,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _hard_labels_are_classes(self) -> Recipe:
+        if self.training.hard_labels and self.labels.kind != "classes":
+            raise ValueError(
+                "training.hard_labels goes with labels.kind: classes; a language model learns the "
+                "text alone with training.cross_entropy: 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _class_weights_have_classes(self) -> Recipe:
         wanted = self.training.class_weight
         if wanted == "none":

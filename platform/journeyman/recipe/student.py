@@ -123,11 +123,16 @@ class Training(Section):
         "confidence: how sure the teacher was. agreement: rationales: the share of its samples "
         "with the majority's answer.",
     )
+    hard_labels: bool = Field(
+        False,
+        description="classifier: learn the teacher's most likely class alone, instead of its "
+        "distribution.",
+    )
     class_weight: Literal["none", "balanced"] | dict[str, Positive] = Field(
         "none",
         description="classifier: weight of each class in the loss. balanced: rows / (classes · the "
-        "class's rows), counted by the teacher's probabilities on train rows. Or label to weight; "
-        "labels left out weigh 1.",
+        "class's rows), counted by the teacher's probabilities on train rows (with hard_labels, by "
+        "its choices). Or label to weight; labels left out weigh 1.",
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"] = Field(
         "forward_kl",
@@ -144,7 +149,11 @@ class Training(Section):
     cross_entropy: Share = Field(
         0.0, description="causal: weight of cross-entropy on the text's own next token."
     )
-    label_smoothing: Share = Field(0.0, description="causal: of that cross-entropy.")
+    label_smoothing: Share = Field(
+        0.0,
+        description="causal: of that cross-entropy. classifier: share of every target, the "
+        "teacher's and gold, that is spread evenly over the classes.",
+    )
     accumulate: Count = Field(
         1, description="Parts in which a worker takes its share of a batch, to save memory."
     )
@@ -182,6 +191,12 @@ class Training(Section):
             if not isinstance(weight, int | float) or not 0 < weight < math.inf:
                 raise ValueError(f"the weight of {label} must be a number above 0, got {weight!r}")
         return value
+
+    @model_validator(mode="after")
+    def _hard_labels_stay_hard(self) -> Training:
+        if self.hard_labels and self.temperature != 1:
+            raise ValueError("hard_labels has no distribution to soften: leave temperature at 1")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Training:

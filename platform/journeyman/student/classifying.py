@@ -37,6 +37,7 @@ class Classifying:
     ) -> None:
         """folder: a checkpoint's weights, else those of model_dir. Raises DataError, ModelError."""
         rows = read_rows()
+        self._training = training
         self._train, self._held_out = _split(rows, "train"), _split(rows, "calibrate")
         self._tokenizer = models.load_tokenizer(model_dir, student.max_length)
         self._tokens, self._held_out_tokens = (
@@ -44,15 +45,36 @@ class Classifying:
             for part in (self._train, self._held_out)
         )
         self.module = models.build(folder or model_dir, rows.labels, training.seed).to(device)
-        self._training = training
         self.row_ids = self._train.ids
         self.lengths = self._tokens.lengths
         self.sizes = np.ones(len(self._train), np.int64)
-        self._class_weights = _class_weights(training, self._train, device)
+        self._targets = self._train.logprobs
+        if training.hard_labels:
+            self._targets = losses.first_choices(self._targets)
+        self._class_weights = self._weigh_classes(device)
         self._weights: np.ndarray | None = None
         if training.row_weight != "none":
             sure = confidence.of_classes(self._train.logprobs)
             self._weights = row_weights.normalised(sure, self.sizes)
+
+    def _weigh_classes(self, device: torch.device) -> torch.Tensor | None:
+        """float32[c]; raises DataError where a class that has no rows would be balanced."""
+        import torch
+
+        wanted, labels = self._training.class_weight, self._train.labels
+        if wanted == "none":
+            return None
+        if wanted == "balanced":
+            found = losses.balanced(np.exp(self._targets))
+            if not np.isfinite(found).all():
+                absent = labels[int(np.argmax(~np.isfinite(found)))]
+                raise DataError(
+                    f"the teacher gives {absent} to no train row, so that training.class_weight: "
+                    "balanced has no weight for it; name the weights instead."
+                )
+        else:
+            found = np.array([wanted.get(label, 1.0) for label in labels])
+        return torch.tensor(found, dtype=torch.float32, device=device)
 
     @property
     def _pad_id(self) -> int:
@@ -77,11 +99,12 @@ class Classifying:
             logits = parallel(input_ids=input_ids, attention_mask=mask).logits
         loss = losses.distillation(
             logits.float(),
-            torch.from_numpy(self._train.logprobs[batch]).to(device, torch.float32),
+            torch.from_numpy(self._targets[batch]).to(device, torch.float32),
             torch.from_numpy(self._train.gold[batch]).to(device),
             temperature=self._training.temperature,
             gold_weight=self._training.gold_weight,
             class_weights=self._class_weights,
+            label_smoothing=self._training.label_smoothing,
         )
         if self._weights is not None:
             loss = loss * torch.from_numpy(self._weights[batch]).to(loss)
@@ -122,27 +145,6 @@ class Classifying:
         with models.quiet():
             self.module.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
-
-
-def _class_weights(
-    training: Training, rows: ClassRows, device: torch.device
-) -> torch.Tensor | None:
-    """float32[c]; raises DataError where a class that has no rows would be balanced."""
-    import torch
-
-    if training.class_weight == "none":
-        return None
-    if training.class_weight == "balanced":
-        found = losses.balanced(np.exp(rows.logprobs))
-        if not np.isfinite(found).all():
-            absent = rows.labels[int(np.argmax(~np.isfinite(found)))]
-            raise DataError(
-                f"the teacher gives {absent} no probability on any train row, so that "
-                "training.class_weight: balanced has no weight for it; name the weights instead."
-            )
-    else:
-        found = np.array([training.class_weight.get(label, 1.0) for label in rows.labels])
-    return torch.tensor(found, dtype=torch.float32, device=device)
 
 
 def _split(rows: ClassRows, name: str) -> ClassRows:

@@ -131,6 +131,9 @@ def _classifier(recipe: Recipe) -> _Words:
     asked, training = recipe.classes(), recipe.training
     labels = "\n".join(f"| `{name}` | {words} |" for name, words in asked.classes.items())
     mixed = f", {training.gold_weight:g} of the loss on gold labels" * bool(training.gold_weight)
+    learned = f"soft labels at\n  temperature {training.temperature:g}"
+    if training.hard_labels:
+        learned = "the teacher's\n  most likely class"
     return _Words(
         title="a distilled classifier",
         use=f"""A small encoder that answers like a large language model: it sorts a text into one
@@ -148,7 +151,7 @@ classify = pipeline("text-classification", model="PATH_OF_THIS_FOLDER")
 """,
         labels=f"labels by `{asked.scoring}` scoring, prior correction `{asked.prior_correction}`",
         loss=f"learning rate {training.learning_rate:g} (head {training.head_learning_rate:g}), "
-        f"soft labels at\n  temperature {training.temperature:g}{mixed}",
+        f"{learned}{mixed}",
         kl="KL(teacher ‖ student), nats",
         warning="a confident answer is not a guarantee",
     )

@@ -18,6 +18,7 @@ def soft_divergence(
     teacher_logprobs: torch.Tensor,
     temperature: float,
     class_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """T² · KL(softmax(teacher / T) ‖ softmax(logits / T)), natural logarithm: float[n].
 
@@ -27,12 +28,15 @@ def soft_divergence(
     value, the teacher's entropy, is taken off, so that a perfect student's loss is 0.
     class_weights: float[c], of each class's term in that cross-entropy, as in
     ``torch.nn.functional.cross_entropy``: what the student learns is then weight · probability,
-    normalised, and a row counts by their sum.
+    normalised, and a row counts by their sum. label_smoothing: share of the target that is spread
+    evenly over the classes, before they are weighed.
     """
     import torch
 
     target = (teacher_logprobs / temperature).softmax(dim=-1)
     student = (logits / temperature).log_softmax(dim=-1)
+    if label_smoothing:
+        target = (1 - label_smoothing) * target + label_smoothing / target.shape[-1]
     if class_weights is not None:
         target = target * class_weights
     mass = target.sum(dim=-1, keepdim=True)
@@ -53,16 +57,35 @@ def balanced(probabilities: np.ndarray) -> np.ndarray:
         return len(probabilities) / (len(counts) * counts)
 
 
+def first_choices(logprobs: np.ndarray) -> np.ndarray:
+    """Distributions that are sure of each row's most likely class, the first of equal ones:
+    float64[n, c], natural logs; logprobs: float[n, c]."""
+    sure = np.full(logprobs.shape, -np.inf)
+    np.put_along_axis(sure, logprobs.argmax(axis=1)[:, None], 0.0, axis=1)
+    return sure
+
+
 def gold_cross_entropy(
-    logits: torch.Tensor, gold: torch.Tensor, class_weights: torch.Tensor | None = None
+    logits: torch.Tensor,
+    gold: torch.Tensor,
+    class_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """-weight · log softmax(logits)[gold], and 0 for a row without gold: float[n].
 
-    logits: float[n, c]; gold: int64[n], -1 where there is none; class_weights: float[c].
+    logits: float[n, c]; gold: int64[n], -1 where there is none; class_weights: float[c];
+    label_smoothing: as in ``soft_divergence``.
     """
     from torch.nn.functional import cross_entropy
 
-    return cross_entropy(logits, gold, weight=class_weights, ignore_index=-1, reduction="none")
+    return cross_entropy(
+        logits,
+        gold,
+        weight=class_weights,
+        ignore_index=-1,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
 
 
 def distillation(
@@ -73,13 +96,15 @@ def distillation(
     temperature: float,
     gold_weight: float,
     class_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """(1 - w) · soft_divergence + w · gold_cross_entropy: float[n].
 
     w is gold_weight for rows with gold; the others learn from the teacher alone.
     """
-    soft = soft_divergence(logits, teacher_logprobs, temperature, class_weights)
+    soft = soft_divergence(logits, teacher_logprobs, temperature, class_weights, label_smoothing)
     if gold_weight == 0:
         return soft
     weight = gold_weight * (gold >= 0).to(soft.dtype)
-    return (1 - weight) * soft + weight * gold_cross_entropy(logits, gold, class_weights)
+    hard = gold_cross_entropy(logits, gold, class_weights, label_smoothing)
+    return (1 - weight) * soft + weight * hard

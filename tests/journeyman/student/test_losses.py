@@ -124,3 +124,34 @@ def test_balanced_weights_are_scikit_learns() -> None:
     np.testing.assert_allclose(losses.balanced(soft), 6 / (4 * soft.sum(axis=0)), rtol=1e-12)
     # All classes have the same part in the loss.
     np.testing.assert_allclose((losses.balanced(soft) * soft).sum(axis=0), 6 / 4, rtol=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_label_smoothing_is_torchs(smoothing: float, weights: np.ndarray | None) -> None:
+    """Of hard labels, where torch takes an index: the same gradient; and of gold the same loss."""
+    of_classes = None if weights is None else torch.tensor(weights)
+    chosen = TEACHER.argmax(axis=1)
+    ours, theirs = (torch.tensor(LOGITS, requires_grad=True) for _ in range(2))
+    hard = torch.tensor(losses.first_choices(TEACHER))
+    losses.soft_divergence(ours, hard, 1.0, of_classes, smoothing).sum().backward()
+    expected = torch.nn.functional.cross_entropy(
+        theirs, torch.tensor(chosen), weight=of_classes, label_smoothing=smoothing, reduction="none"
+    )
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+    found = losses.distillation(
+        ours, hard, torch.tensor(chosen), temperature=1.0, gold_weight=1.0,
+        class_weights=of_classes, label_smoothing=smoothing,
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_hard_labels_are_cross_entropy_of_the_teachers_first_choice() -> None:
+    hard = losses.first_choices(np.array([[-1.0, -2.0, -1.0], [-3.0, -0.1, -4.0]]))
+    np.testing.assert_array_equal(np.exp(hard), [[1, 0, 0], [0, 1, 0]])
+    found = losses.soft_divergence(
+        torch.tensor(LOGITS), torch.tensor(losses.first_choices(TEACHER)), 1.0
+    )
+    expected = -log_softmax(LOGITS, axis=1)[np.arange(6), TEACHER.argmax(axis=1)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)

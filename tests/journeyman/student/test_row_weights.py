@@ -74,9 +74,19 @@ def test_classes_are_balanced_over_the_teachers_probabilities_on_train_rows(
     assert weights("none") is None
 
 
+def test_hard_labels_are_balanced_over_the_teachers_choices(
+    tiny_encoder: Model, tmp_path: Path
+) -> None:
+    learner = classifier(tiny_encoder, tmp_path, class_weight="balanced", hard_labels=True)
+    chosen = PROBABILITIES[:20].argmax(axis=1)
+    np.testing.assert_array_equal(np.exp(learner._targets), np.eye(3)[chosen])
+    assert learner._class_weights is not None
+    np.testing.assert_allclose(learner._class_weights, 20 / (3 * np.bincount(chosen)), rtol=1e-6)
+
+
 def test_a_class_that_no_row_has_cannot_be_balanced(tiny_encoder: Model, tmp_path: Path) -> None:
     without = PROBABILITIES * [1, 0, 1]
-    with pytest.raises(DataError, match="the teacher gives kitchen no probability"):
+    with pytest.raises(DataError, match="the teacher gives kitchen to no train row"):
         classifier(tiny_encoder, tmp_path, without, class_weight="balanced")
 
 

@@ -93,9 +93,7 @@ def scratch_folder(final: Path) -> Iterator[Path]:
         final.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(final.parent, os.O_RDONLY)
         try:
-            with contextlib.suppress(
-                OSError
-            ):  # others hold it, or the disk has no locks
+            with contextlib.suppress(OSError):  # others hold it, or the disk has no locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for left in final.parent.glob(f".{final.name}.*.tmp"):
                     shutil.rmtree(left, ignore_errors=True)

@@ -69,7 +69,10 @@ class Prompt:
         """Rendered pieces in order, each with whether it is text from the row."""
         if self._pieces is None or label is not None or not self.variables <= row.keys():
             return split_marked(self.render(row, label))
-        filled = [(str(row[p]), True) if is_name else (p, False) for p, is_name in self._pieces]
+        filled = [
+            (plain(str(row[piece])), True) if is_name else (piece, False)
+            for piece, is_name in self._pieces
+        ]
         return [(piece, is_text) for piece, is_text in filled if piece]
 
     def render(self, row: Mapping[str, Any], label: str | None = None) -> str:
@@ -128,7 +131,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _mark(value: object) -> object:
     if isinstance(value, _LabelWords):
         return value
-    return f"{_OPEN}{str(value).replace(_OPEN, '').replace(_CLOSE, '')}{_CLOSE}"
+    return f"{_OPEN}{plain(str(value))}{_CLOSE}"
 
 
 def _pieces(tree: jinja2.nodes.Template) -> list[tuple[str, bool]] | None:

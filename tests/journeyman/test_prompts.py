@@ -65,6 +65,8 @@ def test_plain_templates_are_filled_in_as_jinja_does(template: str) -> None:
     prompt = Prompt(template, "labels.prompt")
     through_jinja = split_marked(prompt.render(row))
     assert prompt.segments(row) == through_jinja
+    marked = row | {"text": "a \ue001 b \ue000"}  # the characters that mark text of a row
+    assert prompt.segments(marked) == split_marked(prompt.render(marked))
     assert "".join(piece for piece, _ in through_jinja) == jinja2.Template(
         template, keep_trailing_newline=True
     ).render(row)

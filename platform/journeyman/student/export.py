@@ -38,7 +38,7 @@ def write(
     out_dir: Path, model_dir: Path, curve: Path, best: Evaluation, state: State, origin: Provenance
 ) -> None:
     """Replace ``out_dir`` by the best checkpoint's model, whole or not at all."""
-    with replaced_directory(out_dir) as fresh, disk_errors(out_dir.parent):
+    with replaced_directory(out_dir) as fresh:
         # Low-rank matrices are merged into the weights; by themselves they are for resuming.
         shutil.copytree(
             model_dir,

@@ -6,17 +6,14 @@ exported folder needs nothing of ours.
 
 from __future__ import annotations
 
-import copy
 import difflib
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from journeyman.errors import ModelError
 from journeyman.recipe import Student
+from journeyman.student import architecture, lora, pruning
 from journeyman.student.models import load_tokenizer, quiet
 
 if TYPE_CHECKING:
@@ -41,10 +38,10 @@ def build(
         return _fresh(folder, student, seed)
     model = load(folder)
     if student.start == "pruned":
-        model = _pruned(model, _kept(model, folder, student, sample_texts), folder)
+        model = pruning.pruned(model, folder, student, sample_texts)
     if student.lora:
         torch.manual_seed(seed)
-        model = _with_lora(model, student, folder)
+        model = lora.adapted(model, student, folder)
     return model
 
 
@@ -53,14 +50,14 @@ def load(folder: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _config(folder)
+    config = architecture.read_config(folder)
     try:
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=torch.float32, output_loading_info=True
             )
-    except _unreadable() as error:
-        raise _no_language_model(folder, error) from error
+    except architecture.unreadable() as error:
+        raise architecture.no_language_model(folder, error) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
@@ -68,40 +65,6 @@ def load(folder: Path) -> PreTrainedModel:
             f"{missing[0]}; student.model must name a causal language model."
         )
     return _checked(model, folder)
-
-
-def _config(folder: Path) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(folder)
-    except _unreadable() as error:
-        raise _no_language_model(folder, error) from error
-    if config.is_encoder_decoder:
-        raise ModelError(
-            f"{folder}: {config.model_type} is an encoder-decoder model; student.model must name "
-            "a causal one, which is a decoder only."
-        )
-    return config
-
-
-def _unreadable(*more: type[Exception]) -> tuple[type[Exception], ...]:
-    """What ``transformers`` raises for folders and configs that it cannot make a model of."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    return (OSError, ValueError, KeyError, TypeError, StrictDataclassError, *more)
-
-
-def _no_language_model(folder: Path, error: Exception) -> ModelError:
-    return ModelError(
-        f"{folder}: transformers cannot make a language model of it ({_first_line(error)}); "
-        "student.model must name a causal one."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _checked(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -138,15 +101,15 @@ def _fresh(folder: Path, student: Student, seed: int) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _changed(_config(folder), student, folder)
+    config = _changed(architecture.read_config(folder), student, folder)
     try:
         with quiet():
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except _unreadable(RuntimeError, ArithmeticError) as error:
+    except architecture.unreadable(RuntimeError, ArithmeticError) as error:
         raise ModelError(
             f"{folder}: transformers cannot make a language model with student.config "
-            f"{student.config} ({_first_line(error)})."
+            f"{student.config} ({architecture.first_line(error)})."
         ) from error
     return _checked(model, folder)
 
@@ -172,23 +135,17 @@ def _changed(base: PretrainedConfig, student: Student, folder: Path) -> Pretrain
             )
         # Values for each layer, such as layer_types, are patterns that repeat.
         pattern = [i % values[number] for i in range(student.layers)]
-        changes = {number: student.layers} | _by_layer(values, values[number], pattern) | changes
+        changes = (
+            {number: student.layers}
+            | architecture.by_layer(values, values[number], pattern)
+            | changes
+        )
     try:
         return type(base).from_dict(values | changes)
-    except _unreadable() as error:
+    except architecture.unreadable() as error:
         raise ModelError(
-            f"{folder}: student.config does not fit ({_first_line(error)})."
+            f"{folder}: student.config does not fit ({architecture.first_line(error)})."
         ) from error
-
-
-def _by_layer(values: dict[str, Any], n_layers: int, chosen: Sequence[int]) -> dict[str, Any]:
-    """The config's lists that have a value for each layer, for the layers chosen."""
-    return {
-        name: [value[i] for i in chosen]
-        for name, value in values.items()
-        if isinstance(value, list) and len(value) == n_layers
-        if name != "architectures" and not name.endswith(("token_id", "token_ids"))
-    }
 
 
 def _check_vocab_size(wanted: int, folder: Path) -> None:
@@ -200,230 +157,13 @@ def _check_vocab_size(wanted: int, folder: Path) -> None:
         )
 
 
-def _kept(
-    model: PreTrainedModel, folder: Path, student: Student, sample_texts: Sequence[str]
-) -> list[int]:
-    """Numbers of the layers that stay."""
-    _, layers = _layers(model, folder)
-    wanted = student.layers
-    assert wanted is not None  # the recipe sees to it
-    if wanted > len(layers):
-        raise ModelError(f"{folder}: student.layers is {wanted}, and it has {len(layers)} layers.")
-    if student.layer_choice == "even":
-        return kept_layers(len(layers), wanted)
-    if not any(text.strip() for text in sample_texts):
-        raise ModelError(
-            f"{folder}: student.layer_choice: similarity measures layers on sample texts, and "
-            "there are none; give some, or take layer_choice: even."
-        )
-    influence = block_influence(model, folder, sample_texts, student.max_length)
-    return sorted(np.argsort(-influence, kind="stable")[:wanted].tolist())
-
-
-def kept_layers(there: int, wanted: int) -> list[int]:
-    """Numbers of the layers that stay: the first, the last, evenly spaced ones between."""
-    if wanted == 1:
-        return [0]
-    return [int(i) for i in np.rint(np.linspace(0, there - 1, wanted))]
-
-
-def block_influence(
-    model: PreTrainedModel, folder: Path, texts: Sequence[str], max_length: int
-) -> np.ndarray:
-    """How much each layer changes hidden states, float64[layers]: 1 - the mean cosine of its input
-    and its output over all tokens (Men et al. 2024, ShortGPT, formula 1).
-
-    folder: where the tokenizer is; texts are cut at max_length tokens.
-    """
-    import torch
-
-    tokenizer = load_tokenizer(folder)
-    _, layers = _layers(model, folder)
-    sums = np.zeros(len(layers))
-
-    def measure(number: int) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
-            sums[number] += cosine.double().sum().item()
-
-        return hook
-
-    # Hooks, since the last of a model's `hidden_states` is behind the final norm.
-    hooks = [
-        layer.register_forward_hook(measure(number), with_kwargs=True)
-        for number, layer in enumerate(layers)
-    ]
-    n_tokens = 0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for text in texts:
-                ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
-                if ids:
-                    model.base_model(input_ids=torch.tensor([ids]), use_cache=False)
-                    n_tokens += len(ids)
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return 1 - sums / max(n_tokens, 1)
-
-
-def _pruned(model: PreTrainedModel, kept: Sequence[int], folder: Path) -> PreTrainedModel:
-    """A model of the kept layers, and of all else as it was; it shares the weights' memory.
-
-    ``transformers`` makes it from the mended config, so that it is what the saved folder will
-    be: what depends on a layer's number, such as its place in the cache of keys and values, too.
-    """
-    import torch
-
-    path, layers = _layers(model, folder)
-    config = copy.deepcopy(model.config)
-    text_config = config.get_text_config(decoder=True)
-    for name, value in _by_layer(vars(text_config), len(layers), kept).items():
-        setattr(text_config, name, value)
-    text_config.num_hidden_layers = len(kept)
-    weights = _renumbered(model.state_dict(), path, kept)
-    try:
-        with quiet():
-            config = type(config).from_dict(config.to_dict())  # as it is read from the folder
-            pruned, report = type(model).from_pretrained(
-                None, config=config, state_dict=weights, dtype=torch.float32,
-                output_loading_info=True,
-            )  # fmt: skip
-    except _unreadable(RuntimeError) as error:
-        raise _unknown_layers(model, folder, _first_line(error)) from error
-    if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
-        raise _unknown_layers(model, folder, "its layers depend on their place")
-    for old, layer in zip(kept, pruned.get_submodule(path), strict=True):
-        if changed := _other_settings(layers[old], layer):
-            raise _unknown_layers(model, folder, f"{changed} of a layer depends on its place")
-    pruned.generation_config = model.generation_config
-    return pruned
-
-
-def _other_settings(one: torch.nn.Module, other: torch.nn.Module) -> str:
-    """Name of a setting, such as a window, in which two layers differ, their number aside."""
-    others = dict(other.named_modules())
-    for path, module in one.named_modules():
-        if path not in others:
-            return path
-        there = vars(others[path])
-        for name, value in vars(module).items():
-            number = any(part in name for part in ("idx", "index", "layer_id", "layer_number"))
-            plain = isinstance(value, bool | int | float | str | None)
-            if plain and not number and there.get(name) != value and name != "training":
-                return name
-    return ""
-
-
-def _renumbered(
-    weights: dict[str, torch.Tensor], path: str, kept: Sequence[int]
-) -> dict[str, torch.Tensor]:
-    new = {old: number for number, old in enumerate(kept)}
-    result = {}
-    for name, value in weights.items():
-        if not name.startswith(f"{path}."):
-            result[name] = value
-            continue
-        number, _, rest = name.removeprefix(f"{path}.").partition(".")
-        if int(number) in new:
-            result[f"{path}.{new[int(number)]}.{rest}"] = value
-    return result
-
-
-def _layers(model: PreTrainedModel, folder: Path) -> tuple[str, Any]:
-    """Name and value of the list of transformer layers."""
-    import torch
-
-    wanted = model.config.get_text_config(decoder=True).num_hidden_layers
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == wanted
-        if not any(part.isdigit() for part in name.split("."))  # a list inside a layer: experts
-    ]
-    if len(found) != 1:
-        raise _unknown_layers(model, folder, f"no list of {wanted} layers was found")
-    return found[0]
-
-
-def _unknown_layers(model: PreTrainedModel, folder: Path, why: str) -> ModelError:
-    return ModelError(
-        f"{folder}: start: pruned does not know the architecture {type(model).__name__} ({why})."
-    )
-
-
-def _with_lora(model: PreTrainedModel, student: Student, folder: Path) -> Any:
-    lora = student.lora
-    assert lora is not None
-    try:
-        # By name: an optional package, which type checkers may not find.
-        peft = importlib.import_module("peft")
-    except ImportError as error:
-        raise ModelError(
-            f"student.lora needs the package peft ({_first_line(error)}); "
-            "pip install 'journeyman[lora]'."
-        ) from error
-    settings = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
-    )
-    try:
-        adapted = peft.get_peft_model(model, settings)
-    except ValueError as error:
-        raise ModelError(
-            f"{folder}: peft cannot adapt it with student.lora ({_first_line(error)}); check "
-            "student.lora.target_modules."
-        ) from error
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    if any(hasattr(module, "base_layer") for module in ends):
-        raise ModelError(
-            "student.lora.target_modules names the embeddings or the output projection, which the "
-            "loss takes as they are; leave them out."
-        )
-    return adapted
-
-
-def merged(model: Any) -> PreTrainedModel:
-    """The plain model, low-rank matrices added to its weights; ``model`` itself can train on.
-
-    With LoRA it is a copy; any other model is given back as it is.
-    """
-    if not _is_adapted(model):
-        return model
-    return copy.deepcopy(model).merge_and_unload()
-
-
-def adapter(model: Any) -> dict[str, Any] | None:
-    """The low-rank matrices by name, for ``restore``; None without LoRA."""
-    if not _is_adapted(model):
-        return None
-    return importlib.import_module("peft").get_peft_model_state_dict(model)
-
-
-def restore(model: Any, matrices: dict[str, Any]) -> None:
-    """Put the low-rank matrices of a checkpoint in the place of those that ``build`` made."""
-    importlib.import_module("peft").set_peft_model_state_dict(model, matrices)
-
-
-def _is_adapted(model: Any) -> bool:
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
 def backbone_and_head(model: Any) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
     """What gives hidden states, after the final norm, and the output projection.
 
     The backbone is called as the model is; its ``last_hidden_state`` is float[b, t, h]. The
     projection is float[v, h], its bias float[v]; logits are hidden · projectionᵀ + bias.
     """
-    plain = model.get_base_model() if _is_adapted(model) else model
+    plain = model.get_base_model() if lora.is_adapted(model) else model
     head = plain.get_output_embeddings()
     if head is None or not hasattr(head, "weight"):
         raise ModelError(
@@ -445,23 +185,3 @@ def parameter_groups(model: Any, learning_rate: float, weight_decay: float) -> l
         {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
         {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
     ]
-
-
-def other_vocabulary(student: Path, teacher: Path) -> str:
-    """Why the student cannot learn the teacher's tokens; empty if each token is the same one.
-
-    Both are folders with a tokenizer; all of the teacher's tokens count, added ones too.
-    """
-    theirs = sorted(load_tokenizer(teacher).get_vocab().items(), key=lambda item: item[1])
-    ours = load_tokenizer(student).get_vocab()
-    for token, number in theirs:
-        if ours.get(token) != number:
-            known = f"{ours[token]}" if token in ours else "no token"
-            return f"{token!r} is {number} to the teacher and {known} to the student"
-    if not (student / "config.json").is_file():
-        return ""
-    n_outputs = _config(student).get_text_config(decoder=True).vocab_size
-    token, number = theirs[-1]
-    if number >= n_outputs:
-        return f"{token!r} is {number}, and the student's model ends at {n_outputs - 1}"
-    return ""

@@ -11,7 +11,15 @@ import numpy as np
 import torch
 
 from journeyman.recipe import Student, Training
-from journeyman.student import causal, models, projection, row_weights, token_dataset, token_rows
+from journeyman.student import (
+    causal,
+    lora,
+    models,
+    projection,
+    row_weights,
+    token_dataset,
+    token_rows,
+)
 from journeyman.student.checkpoints import LORA
 from journeyman.student.divergences import Objective, SparseTeacher
 from journeyman.student.learner import Measured
@@ -60,7 +68,7 @@ class Causal:
             texts = [self._tokenizer.decode(ids) for ids in np.split(some.ids, ends)]
         model = causal.build(model_dir, student, seed, texts)
         if folder:
-            causal.restore(model, torch.load(folder / LORA))
+            lora.restore(model, torch.load(folder / LORA))
         return model
 
     def groups(self, training: Training) -> list[dict[str, Any]]:
@@ -135,9 +143,9 @@ class Causal:
 
     def save(self, folder: Path) -> None:
         with models.quiet():
-            causal.merged(self.module.model).save_pretrained(folder)
+            lora.merged(self.module.model).save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
-        if matrices := causal.adapter(self.module.model):
+        if matrices := lora.adapter(self.module.model):
             torch.save(matrices, folder / LORA)
 
 

@@ -89,13 +89,13 @@ def _causal(
     rows_dir: Path,
 ) -> Load:
     """Rows are written here, once, for all workers."""
-    from journeyman.student import causal, token_rows
+    from journeyman.student import token_rows, vocabulary
     from journeyman.student.causal_learner import Causal
     from journeyman.student.models import load_tokenizer
 
     other = "the teacher is behind a URL, which gives no tokens"
     if not recipe.teacher.url:
-        other = causal.other_vocabulary(parent.path, teacher.path)
+        other = vocabulary.other_vocabulary(parent.path, teacher.path)
     if other and isinstance(recipe.labels, Logits):
         raise RecipeError(
             f"student.model: {recipe.learner().model} has another vocabulary than the teacher "

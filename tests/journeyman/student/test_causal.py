@@ -23,7 +23,7 @@ from transformers import (
 
 from journeyman.errors import ModelError
 from journeyman.recipe import Student
-from journeyman.student import causal
+from journeyman.student import causal, lora, pruning, vocabulary
 from journeyman.student.models import load_tokenizer
 
 from .conftest import VOCABULARY, make_tiny_llama
@@ -136,7 +136,7 @@ def test_by_similarity_a_layer_that_does_nothing_goes_first(llama: Path, tmp_pat
     idle.save_pretrained(tmp_path)
     load_tokenizer(llama).save_pretrained(tmp_path)
 
-    influence = causal.block_influence(idle, tmp_path, TEXTS, max_length=16)
+    influence = pruning.block_influence(idle, tmp_path, TEXTS, max_length=16)
     assert influence.shape == (5,) and influence.argmin() == 4
     np.testing.assert_allclose(influence[4], 0, atol=1e-6)
     np.testing.assert_allclose(influence[:4], _influence_by_outputs(idle, tmp_path), atol=1e-5)
@@ -238,7 +238,7 @@ def test_low_rank_matrices_learn_alone_and_merge_into_a_plain_model(
         backbone, weight, _ = causal.backbone_and_head(model)
         hidden = backbone(input_ids=PROMPT).last_hidden_state
         torch.testing.assert_close(hidden @ weight.T, wanted)
-    causal.merged(model).save_pretrained(tmp_path)
+    lora.merged(model).save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(plain(input_ids=PROMPT).logits, wanted, rtol=1e-4, atol=1e-5)
@@ -248,7 +248,7 @@ def test_low_rank_matrices_learn_alone_and_merge_into_a_plain_model(
 
 def test_a_plain_model_is_merged_already(llama: Path) -> None:
     model = causal.load(llama)
-    assert causal.merged(model) is model
+    assert lora.merged(model) is model
 
 
 def test_low_rank_matrices_that_cannot_be_get_a_sentence(
@@ -317,10 +317,10 @@ def test_layers_that_depend_on_their_place_are_not_pruned(tmp_path: Path) -> Non
 def test_vocabularies_are_compared_token_by_token(
     llama: Path, tmp_path: Path, tiny_encoder
 ) -> None:
-    assert causal.other_vocabulary(llama, llama) == ""
+    assert vocabulary.other_vocabulary(llama, llama) == ""
     swapped = make_tiny_llama(tmp_path / "swapped", layers=1, swap=True)
-    assert "is 5 to the teacher and 6 to the student" in causal.other_vocabulary(swapped, llama)
-    assert causal.other_vocabulary(tiny_encoder.path, llama)
+    assert "is 5 to the teacher and 6 to the student" in vocabulary.other_vocabulary(swapped, llama)
+    assert vocabulary.other_vocabulary(tiny_encoder.path, llama)
 
 
 def test_a_token_that_was_added_and_an_output_layer_too_small_are_seen(
@@ -329,10 +329,10 @@ def test_a_token_that_was_added_and_an_output_layer_too_small_are_seen(
     tokenizer = load_tokenizer(llama)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path)
-    assert causal.other_vocabulary(llama, tmp_path) == (
+    assert vocabulary.other_vocabulary(llama, tmp_path) == (
         "'<new>' is 50 to the teacher and no token to the student"
     )
     causal.load(llama).save_pretrained(tmp_path)  # whose output layer does not know it
-    assert causal.other_vocabulary(tmp_path, tmp_path) == (
+    assert vocabulary.other_vocabulary(tmp_path, tmp_path) == (
         "'<new>' is 50, and the student's model ends at 49"
     )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from journeyman import __version__
-from journeyman.cli import compare, labels
+from journeyman.cli import compare, export, labels
 from journeyman.cli.arguments import add_recipe, command, load, positive
 from journeyman.errors import JourneymanError, RecipeError
 from journeyman.progress import duration
@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         step.set_defaults(step=name)
     labels.add_commands(commands)
     compare.add_command(commands)
+    export.add_command(commands)
     _recipe_commands(commands)
     return parser
 

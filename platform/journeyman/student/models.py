@@ -104,7 +104,7 @@ class Classifier:
     """An exported student, ready to answer. One thread at a time may call it."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
-        self._model = model.eval()
+        self.model = model.eval()
         self._tokenizer = tokenizer
         names = model.config.id2label
         self.labels: tuple[str, ...] = tuple(names[i] for i in range(len(names)))
@@ -132,7 +132,7 @@ class Classifier:
         """float32[n, c], columns as in ``labels``."""
         rows = tokenise(self._tokenizer, texts, self._tokenizer.model_max_length)
         return logits_of(
-            self._model, rows, pad_id=self._tokenizer.pad_token_id, batch_size=batch_size
+            self.model, rows, pad_id=self._tokenizer.pad_token_id, batch_size=batch_size
         )
 
 

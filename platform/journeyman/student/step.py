@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,8 +89,33 @@ def _causal(
     rows_dir: Path,
 ) -> Load:
     """Rows are written here, once, for all workers."""
-    from journeyman.student import token_rows, vocabulary
+    from journeyman.student import token_rows
     from journeyman.student.causal_learner import Causal
+
+    write_rows(recipe, labels, corpus_dir, parent, teacher, rows_dir, token_rows.SPLITS)
+    return partial(
+        Causal,
+        model_dir=parent.path,
+        student=recipe.learner(),
+        training=recipe.training,
+        rows_dir=rows_dir,
+    )
+
+
+def write_rows(
+    recipe: Recipe,
+    labels: str | Path,
+    corpus_dir: Path,
+    parent: Model,
+    teacher: Model,
+    rows_dir: Path,
+    splits: Sequence[str],
+) -> None:
+    """Write the rows that a language model learns to rows_dir/SPLIT, unless all are there.
+
+    Raises RecipeError where the labels are distributions over another vocabulary.
+    """
+    from journeyman.student import token_rows, vocabulary
     from journeyman.student.models import load_tokenizer
 
     other = "the teacher is behind a URL, which gives no tokens"
@@ -102,23 +127,17 @@ def _causal(
             f"({other}), so that it cannot learn the teacher's distributions; take a student of "
             "the teacher's family, or labels.kind: generate, which is learned as text then."
         )
+    if all((rows_dir / split).exists() for split in splits):
+        return
     as_text = bool(other) or not isinstance(recipe.labels, Logits | Generate)
-    tokenizer = load_tokenizer(parent.path if as_text else teacher.path)
-    if not all((rows_dir / split).exists() for split in token_rows.SPLITS):
-        token_rows.build(
-            labels,
-            corpus_dir,
-            recipe.labels,
-            tokenizer,
-            recipe.learner().max_length,
-            rows_dir,
-            as_text=as_text,
-            row_weight=recipe.training.row_weight,
-        )
-    return partial(
-        Causal,
-        model_dir=parent.path,
-        student=recipe.learner(),
-        training=recipe.training,
-        rows_dir=rows_dir,
+    token_rows.build(
+        labels,
+        corpus_dir,
+        recipe.labels,
+        load_tokenizer(parent.path if as_text else teacher.path),
+        recipe.learner().max_length,
+        rows_dir,
+        as_text=as_text,
+        row_weight=recipe.training.row_weight,
+        splits=splits,
     )

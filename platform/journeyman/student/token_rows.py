@@ -47,6 +47,7 @@ def build(
     *,
     as_text: bool,
     row_weight: RowWeight = "none",
+    splits: Sequence[str] = SPLITS,
 ) -> dict[str, int]:
     """Write the rows of each split to ``folder``/SPLIT; how many there are, how many were cut, and
     how many left out: those with nothing to learn, and those whose cut prompt is not found again.
@@ -69,7 +70,7 @@ def build(
         return [one and dataclasses.replace(one, weight=weight) for one in make(row, columns)]
 
     counts = {"cut": 0, "left_out": 0}
-    for split in SPLITS:
+    for split in splits:
 
         def fitting(split: str = split) -> Iterator[TokenRow]:
             for row in _rows(labels_dir, corpus_dir, split, weighted):

@@ -20,6 +20,7 @@ from journeyman.certify.step import read_test_logits
 from journeyman.labels import dataset
 from journeyman.labels.dataset import ClassRows
 from journeyman.labels.store import LabelStore
+from journeyman.report import comparison
 from journeyman.report.data import ReportData, SummaryRow, TestRows
 from journeyman.report.measure import Measured, measure
 from journeyman.report.verdict import percent, served_guarantee, share
@@ -43,6 +44,7 @@ def report_data(run: RunFolder) -> ReportData:
         training=files.read_json_lines(run.path("train") / "training.jsonl"),
         bundle=bundle,
         test=test,
+        compared=comparison.kept(run.directory),
     )
 
 

@@ -54,7 +54,7 @@ def test_students_stand_side_by_side(run: tuple[Path, str], tmp_path: Path) -> N
     compared = journeyman("compare", str(folder), str(folder / "student"))
     assert compared.returncode == 0, compared.stderr
     heads, first, second = compared.stdout.splitlines()
-    assert "perplexity" in heads and "language_model" in first and "student" in second
+    assert "rows/s" in heads and "language_model" in first and "student" in second
     nothing = journeyman("compare", str(tmp_path))
     assert nothing.returncode == 1 and "no finished student here" in nothing.stderr
 

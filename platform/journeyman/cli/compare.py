@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from journeyman import files
 from journeyman.cli.arguments import command
 from journeyman.cli.text import table
-from journeyman.errors import DataError
+
+if TYPE_CHECKING:
+    from journeyman.report.comparison import ComparedStudent
 
 _WORDS = """\
 Students side by side, from the folders of their runs (or their own): how large they are, how well
-they follow their teacher on held-out rows, and what their training took. Students of different
-corpora were measured on different rows.
+they follow their teacher on held-out rows, how many of those rows they answered in a second (while
+they were trained, on that device), and what their training took. Students of different corpora were
+measured on different rows.
 """
 
 _EXAMPLES = """\
 examples:
   journeyman compare runs/small runs/large
-  journeyman compare runs/*
+  journeyman compare runs/* --plot students.svg      size against agreement
+  journeyman compare runs/* --report                 the same on the page of each run
 """
 
 
@@ -29,42 +33,50 @@ def add_command(commands: Any) -> None:
         commands, "compare", "finished students side by side", _compare, _WORDS, _EXAMPLES
     )
     compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
+    compare.add_argument(
+        "--plot", metavar="FILE", type=Path, help="draw size against agreement, as SVG"
+    )
+    compare.add_argument(
+        "--report",
+        action="store_true",
+        help="keep the comparison in each run's folder: journeyman report draws it on the page",
+    )
 
 
 def _compare(options: argparse.Namespace) -> int:
-    records = [_record(run) for run in options.runs]
-    heads = ("run", "MB", "agreement", "KL", "accuracy", "perplexity", "rows", "steps", "seconds")
-    cells = [_cells(run, *found) for run, found in zip(options.runs, records, strict=True)]
-    print(table([heads, *cells]))
-    if len({found["labels"] for found, _ in records}) > 1:
+    from journeyman.report import comparison
+
+    students = [comparison.read(run) for run in options.runs]
+    heads = ("run", "MB", "agreement", "accuracy", "KL", "perplexity", "rows/s", "train rows",
+             "steps", "seconds")  # fmt: skip
+    print(table([heads, *map(_cells, students)]))
+    if len({student.labels_digest for student in students}) > 1:
         print("\nThese students learned from different labels: compare them with care.")
+    if options.plot:
+        from journeyman.report import plots
+
+        files.write_bytes(options.plot, plots.size_agreement(students).encode())
+        print(f"\nplot      {options.plot}")
+    if options.report:
+        for run in options.runs:
+            comparison.keep(students, run)
+        print("\nkept; journeyman report R draws it on the page of each run")
     return 0
 
 
-def _record(run: Path) -> tuple[dict[str, Any], int]:
-    """A student's own record, and the bytes of its weights."""
-    for folder in (run / "student", run):
-        if (folder / "journeyman.json").is_file():
-            record = files.read_json(folder / "journeyman.json")
-            if record.get("kind") == "student":
-                size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-                return record, size
-    raise DataError(f"{run}: no finished student here; run journeyman train first.")
-
-
-def _cells(run: Path, record: dict[str, Any], size: int) -> tuple[str, ...]:
-    best = record["best"]
+def _cells(student: ComparedStudent) -> tuple[str, ...]:
     return (
-        run.name,
-        f"{size / 1e6:,.0f}",
-        f"{best['agreement']:.3f}",
-        f"{best['kl']:.3f}",
-        *(_or_dash(best.get(key), form) for key, form in
-          (("gold_accuracy", ".3f"), ("perplexity", ",.1f"))),
-        f"{record['rows']:,}",
-        f"{record['steps']:,}",
-        f"{record['seconds']:,.0f}",
-    )  # fmt: skip
+        student.name,
+        f"{student.size_bytes / 1e6:,.0f}",
+        f"{student.agreement:.3f}",
+        _or_dash(student.gold_accuracy, ".3f"),
+        f"{student.kl:.3f}",
+        _or_dash(student.perplexity, ",.1f"),
+        _or_dash(student.rows_per_s, ",.0f"),
+        f"{student.n_rows:,}",
+        f"{student.steps:,}",
+        f"{student.seconds:,.0f}",
+    )
 
 
 def _or_dash(value: float | None, form: str) -> str:

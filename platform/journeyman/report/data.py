@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from journeyman.certify.bundle import PolicyBundle
 from journeyman.errors import DataError
+from journeyman.report.comparison import ComparedStudent
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -108,6 +109,7 @@ class ReportData:
             `kind: evaluation` with `step` and what `student.learner.Measured` has.
         bundle: the policy bundle that the run certified.
         test: the rows that nothing was fitted, chosen or certified on.
+        compared: students of several runs, this one's among them; empty if none were compared.
     """
 
     name: str
@@ -120,6 +122,7 @@ class ReportData:
     training: Sequence[TrainingRecord]
     bundle: PolicyBundle
     test: TestRows
+    compared: Sequence[ComparedStudent] = ()
 
     @property
     def steps(self) -> list[TrainingRecord]:

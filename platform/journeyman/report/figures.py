@@ -74,6 +74,21 @@ def training(data: ReportData) -> Figure | None:
     )
 
 
+def comparison(data: ReportData) -> Figure | None:
+    """Size against agreement of the students compared; None if none were."""
+    if not data.compared:
+        return None
+    others = len({student.labels_digest for student in data.compared}) > 1
+    return Figure(
+        name="size-agreement",
+        svg=plots.size_agreement(data.compared, data.name),
+        caption="Each point is the student of a run: further left it is smaller, further up it "
+        "gives its teacher's first answer more often, on its calibrate rows."
+        + " They learned from different labels: compare them with care."
+        * others,
+    )
+
+
 def reliability(data: ReportData) -> Figure:
     """Reliability diagram of the calibrated student."""
     rows = data.test

@@ -44,7 +44,7 @@ def render(data: ReportData) -> tuple[str, list[Figure]]:
     """The page's HTML and its figures, in the order in which they stand on it."""
     cost_quality, labels = figures.cost_quality(data), figures.labels(data)
     training, reliability = figures.training(data), figures.reliability(data)
-    confusions = figures.confusions(data)
+    confusions, comparison = figures.confusions(data), figures.comparison(data)
     html = _TEMPLATES.get_template("page.html.j2").render(
         data=data,
         bundle=data.bundle,
@@ -55,12 +55,13 @@ def render(data: ReportData) -> tuple[str, list[Figure]]:
             "cost_quality": cost_quality,
             "labels": labels,
             "training": training,
+            "comparison": comparison,
             "reliability": reliability,
             "confusions": confusions,
         },
     )
-    drawn = [cost_quality, labels, *([training] if training else []), reliability, *confusions]
-    return html, drawn
+    drawn = [cost_quality, labels, training, comparison, reliability, *confusions]
+    return html, [figure for figure in drawn if figure]
 
 
 def _words_and_tables(data: ReportData) -> dict[str, Any]:
@@ -77,6 +78,7 @@ def _words_and_tables(data: ReportData) -> dict[str, Any]:
             figures.all_labels(data), data.label_histogram, data.teacher_histogram
         ),
         "evaluations": tables.evaluations(data.evaluations),
+        "students": tables.students(data.compared),
         "calibration": tables.calibration(data.test),
         "per_label": tables.per_label(data.test, data.labels),
         "differences": [

@@ -10,19 +10,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from journeyman.certify.bundle import Guarantee
 from journeyman.certify.curve import CostQualityCurve, CurvePoint
 from journeyman.certify.thresholds import read_threshold
 from journeyman.probabilities import reliability_bins
 from journeyman.report import style
+from journeyman.report.comparison import ComparedStudent
 from journeyman.report.data import FloatArray, IntArray, TrainingRecord
 
 RELIABILITY_BINS = 10
 FEW_ROWS = 10  # a bin with fewer says little, and is drawn hollow
 _LONGEST_LABEL = 20
 _LONGEST_CURVE = 500
+_FAR_APART = 8  # sizes of which the largest is so many times the smallest: a log scale
 
 
 def label_histogram(
@@ -83,6 +85,40 @@ def training_curves(steps: Sequence[TrainingRecord], evaluations: Sequence[Train
         bottom.set_xlabel("optimizer step")
         bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         return style.to_svg(fig, "training", "Training loss and evaluations by optimizer step")
+
+
+def size_agreement(students: Sequence[ComparedStudent], own: str = "") -> str:
+    """A point for each student: how large its weights are, how often it agrees with its teacher.
+
+    Args:
+        own: name of the student whose page this is, drawn in ink.
+    """
+    sizes = [student.size_bytes / 1e6 for student in students]
+    with style.figure("size-agreement", 3.2) as fig:
+        axes = fig.add_subplot()
+        if max(sizes) > _FAR_APART * min(sizes):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        else:
+            axes.set_xlim(0, 1.15 * max(sizes))
+        for student, size in zip(students, sizes, strict=True):
+            color = style.INK if student.name == own else style.STUDENT
+            axes.plot([size], [student.agreement], "o", color=color, markersize=6, clip_on=False)
+            left = size > 0.6 * max(sizes)
+            axes.annotate(
+                _short(student.name),
+                (size, student.agreement),
+                xytext=(-8 if left else 8, 0),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                va="center",
+                color=color,
+            )
+        axes.margins(y=0.2)
+        axes.set_xlabel("weights, MB")
+        axes.set_ylabel("same as teacher")
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        return style.to_svg(fig, "size-agreement", "Size of students against their agreement")
 
 
 def reliability(student: FloatArray, teacher_answer: IntArray, gold: IntArray) -> str:

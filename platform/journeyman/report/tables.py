@@ -13,6 +13,7 @@ from journeyman.certify.curve import CostQualityCurve
 from journeyman.certify.metrics import brier, negative_log_likelihood
 from journeyman.certify.thresholds import read_threshold
 from journeyman.probabilities import expected_calibration_error
+from journeyman.report.comparison import ComparedStudent
 from journeyman.report.data import IntArray, TestRows, TrainingRecord
 from journeyman.report.measure import Measured
 from journeyman.report.plots import RELIABILITY_BINS
@@ -171,6 +172,27 @@ def evaluations(records: Sequence[TrainingRecord]) -> Table | None:
             for record in records
         ),
         marked=best,
+    )
+
+
+def students(compared: Sequence[ComparedStudent]) -> Table | None:
+    """Students of several runs; None if none were compared."""
+    if not compared:
+        return None
+    return Table(
+        caption="Students side by side, each on its calibrate rows.",
+        columns=("run", "MB", "same as teacher", "right by gold", "KL, nats", "rows/s"),
+        rows=tuple(
+            (
+                student.name,
+                f"{student.size_bytes / 1e6:,.0f}",
+                f"{student.agreement:.1%}",
+                NOTHING if student.gold_accuracy is None else f"{student.gold_accuracy:.1%}",
+                f"{student.kl:.3f}",
+                NOTHING if student.rows_per_s is None else f"{student.rows_per_s:,.0f}",
+            )
+            for student in compared
+        ),
     )
 
 

@@ -43,10 +43,13 @@ class Journal:
 
     def evaluate(self, step: int) -> bool:
         """Evaluate behind a step's record, and save what may be needed; whether training ends."""
-        measured = dataclasses.asdict(self._lesson.learner.evaluate())
-        found = Evaluation(epoch=self._plan.epoch(step), step=step, **measured)
+        began = time.monotonic()
+        measured = self._lesson.learner.evaluate()
+        rate = round(measured.n_rows / max(time.monotonic() - began, 1e-9), 1)
+        epoch = self._plan.epoch(step)
+        found = Evaluation(epoch=epoch, step=step, **dataclasses.asdict(measured))
         self.metrics = {k: v for k, v in dataclasses.asdict(found).items() if v is not None}
-        self._checkpoints.record(kind="evaluation", **self.metrics)
+        self._checkpoints.record(kind="evaluation", **self.metrics, rows_per_s=rate)
         evaluations = (*self.state.evaluations, found)
         stops = self._plan.gives_up(evaluations)
         self.state = dataclasses.replace(self.state, evaluations=evaluations, stopped_early=stops)

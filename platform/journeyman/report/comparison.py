@@ -1,0 +1,86 @@
+"""Finished students side by side: what each run's folder says of its student.
+
+``journeyman compare --report`` leaves them as ``comparison.json`` in each run's folder, where the
+page of that run finds them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from journeyman import files
+from journeyman.errors import DataError
+
+_KEPT = "comparison.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedStudent:
+    """A student's own record; measured on calibrate rows, at the checkpoint that was exported."""
+
+    name: str
+    size_bytes: int  # of the weights
+    agreement: float
+    kl: float  # nats a row, of language models a token
+    gold_accuracy: float | None
+    perplexity: float | None
+    # Calibrate rows a second, at that evaluation, on the device that it was trained on.
+    rows_per_s: float | None
+    n_rows: int  # train rows
+    steps: int
+    seconds: float  # of training
+    labels_digest: str
+
+
+def read(run: Path) -> ComparedStudent:
+    """The student in a run's folder, or in the folder itself; raises DataError if there is none."""
+    for folder in (run / "student", run):
+        if (folder / "journeyman.json").is_file():
+            record = files.read_json(folder / "journeyman.json")
+            if record.get("kind") == "student":
+                return _student(run.resolve().name, folder, record)
+    raise DataError(f"{run}: no finished student here; run journeyman train first.")
+
+
+def _student(name: str, folder: Path, record: dict[str, Any]) -> ComparedStudent:
+    best = record["best"]
+    speeds = (
+        line.get("rows_per_s")
+        for line in files.read_json_lines(folder / "training.jsonl")
+        if line["kind"] == "evaluation" and line["step"] == best["step"]
+    )
+    return ComparedStudent(
+        name=name,
+        size_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        agreement=best["agreement"],
+        kl=best["kl"],
+        gold_accuracy=best.get("gold_accuracy"),
+        perplexity=best.get("perplexity"),
+        rows_per_s=next(speeds, None),
+        n_rows=record["rows"],
+        steps=record["steps"],
+        seconds=record["seconds"],
+        labels_digest=record["labels"],
+    )
+
+
+def keep(students: Sequence[ComparedStudent], run: Path) -> None:
+    """Leave the comparison in a run's folder."""
+    files.write_json(run / _KEPT, [dataclasses.asdict(student) for student in students])
+
+
+def kept(run: Path) -> tuple[ComparedStudent, ...]:
+    """What ``keep`` left there; empty where it left nothing."""
+    if not (run / _KEPT).is_file():
+        return ()
+    try:
+        return tuple(ComparedStudent(**values) for values in files.read_json(run / _KEPT))
+    except TypeError as error:
+        raise DataError(
+            f"{run / _KEPT}: not a comparison of this version; remove it, or run journeyman "
+            "compare --report again."
+        ) from error

@@ -1,0 +1,75 @@
+"""Students of several runs, read from their folders, and drawn."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from journeyman import cli
+from journeyman.errors import DataError
+from journeyman.report import comparison, page
+from tests.journeyman.report.synthetic import report_data
+from tests.journeyman.report.test_page import Page
+
+
+def make_run(folder: Path, *, megabytes: float, agreement: float, labels: str = "same") -> Path:
+    """A run's folder with a student that was best at its first evaluation."""
+    student = folder / "student"
+    student.mkdir(parents=True)
+    (student / "model.safetensors").write_bytes(bytes(int(megabytes * 1e6)))
+    best = {"epoch": 1, "step": 10, "agreement": agreement, "kl": 0.25, "n_rows": 40,
+            "gold_accuracy": 0.5, "perplexity": None}  # fmt: skip
+    record = {"kind": "student", "best": best, "rows": 100, "steps": 20, "seconds": 9.5,
+              "labels": labels}  # fmt: skip
+    (student / "journeyman.json").write_text(json.dumps(record))
+    curve = [
+        {"kind": "steps", "step": 10, "loss": 1.0, "rows_per_s": 7.0},
+        {"kind": "evaluation", "step": 10, "rows_per_s": 123.0},
+        {"kind": "evaluation", "step": 20, "rows_per_s": 321.0},
+    ]
+    (student / "training.jsonl").write_text("".join(json.dumps(r) + "\n" for r in curve))
+    return folder
+
+
+def test_students_stand_side_by_side_with_a_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        make_run(tmp_path / "small", megabytes=0.5, agreement=0.8),
+        make_run(tmp_path / "large", megabytes=8, agreement=0.9, labels="others"),
+    ]
+    plot = tmp_path / "plots" / "students.svg"
+    assert cli.main(["compare", *map(str, runs), "--plot", str(plot)]) == 0
+    heads, first, second, *rest = capsys.readouterr().out.splitlines()
+    assert heads.split()[:7] == ["run", "MB", "agreement", "accuracy", "KL", "perplexity", "rows/s"]
+    assert first.split()[2:7] == ["0.800", "0.500", "0.250", "-", "123"]
+    assert second.split()[:3] == ["large", "8", "0.900"]
+    assert any("different labels" in line for line in rest)
+    svg = plot.read_text()
+    assert svg.startswith("<svg") and {"small", "large"} <= set(re.findall(r">(\w+)<", svg))
+    assert not (runs[0] / "comparison.json").exists()
+
+
+def test_a_comparison_is_kept_for_the_pages(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / n, megabytes=1, agreement=0.8) for n in ("one", "two")]
+    assert cli.main(["compare", *map(str, runs), "--report"]) == 0
+    students = comparison.kept(runs[0])
+    assert students == comparison.kept(runs[1]) == tuple(map(comparison.read, runs))
+    html, drawn = page.render(report_data(name="one", compared=students))
+    shown = Page(html)
+    assert "figure-size-agreement" in shown.ids and "Beside other students" in shown.text
+    assert "size-agreement" in {figure.name for figure in drawn}
+    assert "figure-size-agreement" not in Page(page.render(report_data())[0]).ids
+
+
+def test_what_cannot_be_compared_gets_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", str(tmp_path)]) == 1
+    assert "no finished student here" in capsys.readouterr().err
+    (tmp_path / "comparison.json").write_text('[{"size": 3}]')
+    with pytest.raises(DataError, match="run journeyman compare --report again"):
+        comparison.kept(tmp_path)

@@ -8,23 +8,20 @@ Checks that bundle, recipe and models belong together before anything starts.
 
 # No `from __future__ import annotations`: Ray Serve reads the builder's annotation, and a string
 # tells it nothing.
+import os
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
 
-from journeyman import cluster, files, models, recipe
-from journeyman.cascade import fitting
-from journeyman.certify import bundle as bundles
-from journeyman.errors import BundleMismatch, DataError, JourneymanError, RecipeError
-from journeyman.prompts import Prompt
+from journeyman import cluster
+from journeyman.cascade import keys
+from journeyman.errors import JourneymanError, RecipeError
+from serve import loading
 from serve.ingress import STUDENT_CPUS, Ingress, IngressSpec
 from serve.ports import check_port_of_serve_run
 from serve.teacher import Teacher
-
-RECIPE_FILE = "recipe.json"
 
 # Serve counts a request that waits for the teacher as load on the ingress. The bounds that refuse
 # requests are our own (cascade.max_queued_requests); this one must never be what holds one back.
@@ -59,19 +56,8 @@ def app(args: AppArgs) -> Application:
 
 def build(bundle_dir: Path) -> Application:
     """The application of a bundle folder; raises BundleMismatch, ModelError, RecipeError."""
-    bundle = bundles.load(bundle_dir)
-    settings = recipe_of(bundle_dir)
-    labels = settings.classes()
-    _check_prompt(labels)
-    student = models.resolve(str(_student_folder(bundle.student, bundle_dir)))
-    if settings.teacher.url or settings.ensemble:
-        raise RecipeError(
-            "serving runs the teacher on an engine of its own: a recipe with teacher.url or with "
-            "an ensemble can be labeled, trained on and certified, but not served yet."
-        )
-    teacher = models.teacher(settings.teacher)
-    fitting.check(bundle, student, teacher, labels)
-    cascade = settings.cascade
+    loaded = loading.load(bundle_dir)
+    cascade = loaded.recipe.cascade
     runtime_env = {"env_vars": {"PYTHONPATH": cluster.python_path()}}
     teacher_deployment = serve.deployment(
         Teacher,
@@ -91,8 +77,16 @@ def build(bundle_dir: Path) -> Application:
         max_ongoing_requests=cascade.max_queued_requests + _ROOM_FOR_ACCEPTED,
         ray_actor_options={"num_cpus": STUDENT_CPUS, "runtime_env": runtime_env},
     )
-    spec = IngressSpec(bundle=bundle, student=student, settings=cascade)
-    return ingress.bind(spec, teacher_deployment.bind(settings.teacher, labels, teacher))
+    spec = IngressSpec(loaded=loaded, keys=_keys(cascade.api_keys))
+    settings = loaded.recipe
+    teacher = teacher_deployment.bind(settings.teacher, settings.classes(), loaded.teacher)
+    return ingress.bind(spec, teacher)
+
+
+def _keys(path: str | None) -> tuple[keys.Key, ...]:
+    """Read here, so that a wrong file is told before anything starts."""
+    path = path or os.environ.get("JOURNEYMAN_API_KEYS")
+    return keys.read(Path(path)) if path else ()
 
 
 def _bundle_dir(args: AppArgs) -> Path:
@@ -102,32 +96,3 @@ def _bundle_dir(args: AppArgs) -> Path:
     if not args.bundle:
         raise RecipeError("no bundle named; say which: bundle=runs/demo/bundle.")
     return Path(args.bundle)
-
-
-def recipe_of(bundle_dir: Path) -> recipe.Recipe:
-    """The recipe that a bundle was certified with; raises BundleMismatch."""
-    try:
-        content: Any = files.read_json(bundle_dir / RECIPE_FILE)
-    except DataError as error:
-        raise BundleMismatch(
-            f"{bundle_dir / RECIPE_FILE}: missing or damaged; it says how the teacher is asked. "
-            "Run `journeyman certify` again."
-        ) from error
-    return recipe.parse(content, str(bundle_dir / RECIPE_FILE))
-
-
-def _student_folder(reference: str, bundle_dir: Path) -> Path:
-    """Where the student was when it was certified, else beside the bundle, which may have moved."""
-    certified = Path(reference)
-    return certified if certified.is_dir() else bundle_dir.resolve().parent / "student"
-
-
-def _check_prompt(labels: recipe.Classes) -> None:
-    """A request carries a text and no further columns."""
-    for name, template in labels.templates().items():
-        prompt = Prompt(template, name)
-        if others := sorted(prompt.variables - {"text", "label"}):
-            raise RecipeError(
-                f"{name} names {', '.join(others)}, and a request to the cascade has only "
-                "text; a recipe with such a template cannot be served yet."
-            )

@@ -1,71 +1,67 @@
-"""The HTTP interface of a cascade: routes, and errors as words and codes. No Ray in here."""
+"""The HTTP interface of a cascade: our own endpoint, probes, and OpenAI's. No Ray in here."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI, Response
+from fastapi.responses import HTMLResponse
+from pydantic import BaseModel
 
-from journeyman.cascade.answering import Answers, Cascade
-from journeyman.cascade.refusals import (
-    DeadlinePassed,
-    Overloaded,
-    Refusal,
-    TeacherUnavailable,
-    TextRefused,
-)
-from journeyman.certify.bundle import PolicyBundle
+from journeyman.cascade.answering import Answers
+from journeyman.cascade.keys import Keyring
+from journeyman.cascade.refusals import TeacherUnavailable
+from serve import errors, openai_routes
+from serve.gate import Gate
+from serve.live import Live
+from serve.openai_schema import ChatRequest, CompletionRequest
 from serve.schema import (
-    MAX_TEXTS,
     ClassifyAnswer,
     ClassifyRequest,
     ErrorAnswer,
-    ErrorBody,
     Health,
     Result,
     Usage,
     bundle_card,
-    promise,
+    headers_of,
+    probabilities_of,
+    promise_of,
 )
 
-# Status, type, code and headers of each refusal. The OpenAI client sends 5xx again twice unless
-# x-should-retry forbids it; a deadline that passed would only pass again, under more load.
-_REFUSALS: dict[type[Refusal], tuple[int, str, str, dict[str, str]]] = {
-    TextRefused: (400, "invalid_request_error", "text_refused", {}),
-    Overloaded: (503, "overloaded", "teacher_queue_full", {"Retry-After": "1"}),
-    TeacherUnavailable: (503, "unavailable", "teacher_unavailable", {"Retry-After": "5"}),
-    DeadlinePassed: (504, "timeout", "deadline_passed", {"x-should-retry": "false"}),
-}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "The request is wrong, or a text is too long."},
-    503: {"model": ErrorAnswer, "description": "The teacher is away, or too much waits for it."},
-    504: {"model": ErrorAnswer, "description": "Not answered within the deadline."},
-}
+_PAGE = Path(__file__).with_name("page.html")
 
 
-def api(cascade: Cascade, bundle: PolicyBundle, unready: Callable[[], str | None]) -> FastAPI:
-    """The application; unready: why the cascade is not ready yet, None if it is."""
+def api(live: Live, unready: Callable[[], str | None], keyring: Keyring | None = None) -> FastAPI:
+    """The application; unready: why the cascade is not ready yet, None if it is; keyring: None
+    lets everyone ask."""
     app = FastAPI(
         title="Journeyman cascade",
         description="A student answers what it is certified for, its teacher the rest.",
     )
-    _add_error_handlers(app)
-    guarantee, card = promise(bundle), bundle_card(bundle)
+    bodies: dict[str, type[BaseModel]] = {
+        "/v1/classify": ClassifyRequest,
+        "/v1/chat/completions": ChatRequest,
+        "/v1/completions": CompletionRequest,
+    }
+    errors.add_handlers(app, bodies)
+    app.add_middleware(Gate, keyring=keyring)
+    app.include_router(openai_routes.routes(live))
 
-    @app.post("/v1/classify", responses=_ERRORS)
-    async def classify(request: ClassifyRequest) -> ClassifyAnswer:
+    @app.post("/v1/classify", responses=errors.DESCRIBED)
+    async def classify(request: ClassifyRequest, response: Response) -> ClassifyAnswer:
         """Classify one text, or several at once."""
-        answers = await cascade.answer(request.texts, request.model)
+        served = live.served(request.texts)
+        bundle = served.bundle
+        answers = await served.answering.answer(request.texts, request.model)
+        response.headers.update(headers_of(answers, bundle, request.model))
         return ClassifyAnswer(
             id=f"classify-{uuid.uuid4().hex}",
             model=request.model,
             bundle=bundle.bundle_id,
-            guarantee=guarantee if request.model == "cascade" else None,
+            guarantee=promise_of(answers, bundle, request.model),
             results=_results(answers, bundle.label_names),
             usage=_usage(answers),
         )
@@ -85,7 +81,16 @@ def api(cascade: Cascade, bundle: PolicyBundle, unready: Callable[[], str | None
     @app.get("/v1/bundle")
     async def show_bundle() -> dict[str, Any]:
         """The policy bundle, without its cost-quality curve."""
-        return card
+        return bundle_card(live.served([]).bundle)
+
+    @app.get("/v1/figures")
+    async def show_figures() -> dict[str, Any]:
+        """What this replica answered: totals since its bundle came, and the last minute."""
+        return live.figures()
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
 
     _document(app)
     return app
@@ -107,7 +112,7 @@ def _results(answers: Answers, label_names: tuple[str, ...]) -> list[Result]:
             label=decision.label,
             answered_by=decision.answered_by,
             confidence=decision.confidence,
-            probabilities=dict(zip(label_names, decision.probabilities.tolist(), strict=True)),
+            probabilities=probabilities_of(decision, label_names),
         )
         for decision in answers.decisions
     ]
@@ -121,56 +126,3 @@ def _usage(answers: Answers) -> Usage:
         answered_by_student=by_student,
         answered_by_teacher=len(answers.decisions) - by_student,
     )
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(Refusal)
-    async def refused(_: Request, error: Refusal) -> JSONResponse:
-        status, kind, code, headers = _REFUSALS[type(error)]
-        return _error(status, kind, code, str(error), headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return _error(400, "invalid_request_error", "invalid_request", _sentence(error))
-
-    @app.exception_handler(HTTPException)
-    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path}: {error.detail}; see /docs."
-        return _error(error.status_code, "invalid_request_error", "no_such_route", message)
-
-    @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        # Starlette raises it again after this answer, so that it reaches Serve's log.
-        message = f"the server failed ({type(error).__name__}); its log says more."
-        return _error(500, "server_error", "internal_error", message)
-
-
-def _error(
-    status: int, kind: str, code: str, message: str, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
-    body = ErrorAnswer(error=ErrorBody(message=message, type=kind, code=code))
-    return JSONResponse(body.model_dump(), status, headers)
-
-
-def _sentence(error: RequestValidationError) -> str:
-    """What is wrong, without what was sent: texts stay out of logs that keep error messages."""
-    # pydantic tells of both branches of `input`, a text or a list; the one meant says more than
-    # that the other's type is wrong.
-    problems = error.errors()
-    kinds = [p for p in problems if p["type"] not in ("string_type", "list_type")] or problems
-    return "; ".join(dict.fromkeys(_words(problem) for problem in kinds)) + "."
-
-
-def _words(problem: Mapping[str, Any]) -> str:
-    location, kind = problem["loc"][1:], problem["type"]
-    place = next((part for part in location if isinstance(part, int)), None)
-    where = f"text {place}" if place is not None else str(location[0]) if location else "the body"
-    if kind == "json_invalid" or not location:
-        return "the body is no JSON object (with Content-Type: application/json)"
-    if kind == "extra_forbidden":
-        return f"unknown field {where}; known are {', '.join(ClassifyRequest.model_fields)}"
-    if kind == "string_pattern_mismatch":
-        return f"{where} is blank"
-    if kind in ("string_type", "list_type"):
-        return f"input must be a text, or a list of 1 to {MAX_TEXTS} texts"
-    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from ray.exceptions import RayError
@@ -13,15 +16,22 @@ from ray.serve.exceptions import RayServeException
 
 from journeyman.cascade.answering import Cascade, Unlabeled
 from journeyman.cascade.batcher import Batcher
+from journeyman.cascade.feedback import Journal
+from journeyman.cascade.keys import Key, Keyring
 from journeyman.cascade.policy import Decision, Escalation, Policy
+from journeyman.cascade.recording import Answering, Recording
 from journeyman.cascade.refusals import TeacherUnavailable
-from journeyman.certify.bundle import PolicyBundle
+from journeyman.cascade.remembering import Remembering
 from journeyman.errors import BundleMismatch
-from journeyman.models import Model
-from journeyman.recipe import Cascade as CascadeSettings
+from journeyman.labels.folder import Folder
+from journeyman.recipe import Feedback, digest
 from journeyman.student.models import Classifier
 from journeyman.teacher.answers import ClassLabels
+from serve import loading
 from serve.http import api
+from serve.live import Live, Served
+from serve.loading import Loaded
+from serve.metrics import Measured
 from serve.teacher import Unavailable
 
 if TYPE_CHECKING:
@@ -38,6 +48,7 @@ _ROWS_A_PASS = 8
 
 _PROBE_INTERVAL_S = 1.0
 _PROBE_TIMEOUT_S = 5.0  # of a busy machine
+_BACK_IN_S = 5.0  # no better is known of an engine that starts
 _STARTING = "the teacher is starting"
 _GONE = "the teacher's replica is gone and another is starting"
 
@@ -46,9 +57,8 @@ _GONE = "the teacher's replica is gone and another is starting"
 class IngressSpec:
     """All that an ingress replica needs to begin; travels to its actor."""
 
-    bundle: PolicyBundle
-    student: Model
-    settings: CascadeSettings
+    loaded: Loaded
+    keys: tuple[Key, ...] = ()  # nobody needs one where there is none
 
 
 class TeacherByHandle:
@@ -102,37 +112,87 @@ class Ingress:
     def __init__(self, spec: IngressSpec, teacher: DeploymentHandle) -> None:
         """Loads the student, in Serve's event loop; raises ModelError, BundleMismatch."""
         self._spec = spec
-        student = Classifier.load(spec.student.path, threads=STUDENT_CPUS)
-        if student.labels != spec.bundle.label_names:
-            raise BundleMismatch(
-                f"{spec.student.path} answers with the labels {', '.join(student.labels)}, the "
-                f"bundle with {', '.join(spec.bundle.label_names)}. Run `journeyman certify`."
-            )
-        policy = Policy.from_bundle(spec.bundle)
-        batch_size = spec.settings.max_batch_size
-
-        def decide(texts: Sequence[str]) -> list[Decision | Escalation]:
-            return policy.decide_batch(student.logits(texts, _ROWS_A_PASS))
-
-        self._student = Batcher(decide, batch_size)
         self._teacher = TeacherByHandle(teacher)
-        self._cascade = Cascade(
-            policy,
-            self._student,
-            self._teacher,
-            max_waiting=spec.settings.max_queued_requests,
-            timeout_s=spec.settings.request_timeout_s,
-        )
-        self._student.start()
+        first = self._served(spec.loaded, _student(spec.loaded))
+        timeout_s = spec.loaded.recipe.cascade.request_timeout_s
+        self._live = Live(first, self._load, close_after_s=timeout_s)
         self._watching = asyncio.get_running_loop().create_task(self._teacher.watch())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the replica is made."""
-        return api(self._cascade, self._spec.bundle, lambda: self._teacher.unready)
+        keyring = Keyring(self._spec.keys, time.monotonic) if self._spec.keys else None
+        return api(self._live, lambda: self._teacher.unready, keyring)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls this when ``user_config`` has changed; see ``live.UserConfig``."""
+        self._live.follow(user_config)
+
+    async def _load(self, bundle_dir: Path) -> Served:
+        loaded = await asyncio.to_thread(loading.load, bundle_dir)
+        loading.check_same_teacher(loaded.bundle, self._spec.loaded.bundle)
+        return self._served(loaded, await asyncio.to_thread(_student, loaded))
+
+    def _served(self, loaded: Loaded, student: Classifier) -> Served:
+        """Everything that answers by one bundle, started."""
+        bundle, settings = loaded.bundle, loaded.recipe.cascade
+        policy = Policy.from_bundle(bundle)
+
+        def decide(texts: Sequence[str]) -> list[Decision | Escalation]:
+            return policy.decide_batch(student.logits(texts, _ROWS_A_PASS))
+
+        batcher = Batcher(decide, settings.max_batch_size)
+        cascade = Cascade(policy, batcher, self._teacher, settings)
+        journal = _journal(settings.feedback) if settings.feedback else None
+        answering: Answering = cascade
+        if settings.remembered_texts:
+            answering = Remembering(cascade, settings.remembered_texts)
+        if journal and settings.feedback:
+            rate = settings.feedback.audit_rate
+            answering = Recording(answering, journal, rate, bundle.bundle_id)
+        measured = Measured(answering, cascade, bundle.bundle_id, loaded.recipe.teacher.price)
+        batcher.start()
+        watching = asyncio.get_running_loop().create_task(measured.watch())
+
+        async def shadow(texts: Sequence[str]) -> None:
+            measured.shadowed(await batcher.submit(texts))
+
+        async def close() -> None:
+            watching.cancel()
+            await batcher.close()
+            if journal:
+                await asyncio.to_thread(journal.close)
+
+        return Served(
+            bundle=bundle,
+            answering=measured,
+            figures=measured.figures,
+            decide=shadow,
+            close=close,
+        )
+
+
+def _student(loaded: Loaded) -> Classifier:
+    """Raises ModelError, BundleMismatch."""
+    student = Classifier.load(loaded.student.path, threads=STUDENT_CPUS)
+    if student.labels != loaded.bundle.label_names:
+        raise BundleMismatch(
+            f"{loaded.student.path} answers with the labels {', '.join(student.labels)}, the "
+            f"bundle with {', '.join(loaded.bundle.label_names)}. Run `journeyman certify`."
+        )
+    return student
 
 
 def _unavailable(reason: str) -> TeacherUnavailable:
     return TeacherUnavailable(
         f"{reason}; texts that the student may answer are answered meanwhile. Send this request "
-        "again in some seconds."
+        "again in some seconds.",
+        _BACK_IN_S,
     )
+
+
+def _journal(settings: Feedback) -> Journal:
+    """The spool lies where the files go, if that is a local folder, else with this machine's
+    temporary files."""
+    folder = Folder(settings.to)
+    spool = folder.directory or Path(tempfile.gettempdir()) / f"feedback-{digest(settings.to)}"
+    return Journal(spool, folder.put, settings.roll_rows, settings.roll_s)

@@ -19,7 +19,8 @@ from ray.serve.config import ProxyLocation
 from ray.serve.schema import DeploymentStatus
 
 from journeyman.errors import ClusterError
-from serve.app import build, recipe_of
+from serve.app import build
+from serve.loading import recipe_of
 from serve.ports import check_port, free_port
 
 _NAME = "cascade"

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from journeyman.cascade.answering import Asked
-from journeyman.cascade.policy import AnsweredBy
+from journeyman.cascade.answering import Answers, Asked
+from journeyman.cascade.policy import AnsweredBy, Decision
 from journeyman.certify.bundle import PolicyBundle
 from journeyman.certify.certificate import GuaranteeKind
 
@@ -54,6 +54,10 @@ class Result(BaseModel):
 class Promise(BaseModel):
     """The guarantee under which the cascade answers; see GET /v1/bundle for how it came about."""
 
+    holds: bool = Field(
+        description="False where the student answered in place of a teacher that failed."
+    )
+
     kind: GuaranteeKind
     alpha: float = Field(description="The rate of the kind's disagreements is at most this,")
     delta: float = Field(description="but for this chance of bad luck in the certified rows.")
@@ -96,9 +100,31 @@ class ErrorAnswer(BaseModel):
     error: ErrorBody
 
 
-def promise(bundle: PolicyBundle) -> Promise:
+def promise_of(answers: Answers, bundle: PolicyBundle, asked: Asked) -> Promise | None:
+    """None where one model alone was asked."""
+    if asked != "cascade":
+        return None
     served = next(g for g in bundle.guarantees if g.kind == bundle.served_guarantee)
-    return Promise(kind=served.kind, alpha=served.alpha, delta=served.delta)
+    return Promise(holds=not answers.void, kind=served.kind, alpha=served.alpha, delta=served.delta)
+
+
+def headers_of(answers: Answers, bundle: PolicyBundle, asked: Asked) -> dict[str, str]:
+    """What a proxy or a log needs to know of an answer without reading it."""
+    by = {decision.answered_by for decision in answers.decisions}
+    guarantee = "none" if asked != "cascade" else "void" if answers.void else "holds"
+    headers = {
+        "x-journeyman-answered-by": by.pop() if len(by) == 1 else "both",
+        "x-journeyman-bundle": bundle.bundle_id,
+        "x-journeyman-guarantee": guarantee,
+    }
+    confidence = answers.decisions[0].confidence
+    if len(answers.decisions) == 1 and confidence is not None:
+        headers["x-journeyman-confidence"] = f"{confidence:.6f}"
+    return headers
+
+
+def probabilities_of(decision: Decision, label_names: tuple[str, ...]) -> dict[str, float]:
+    return dict(zip(label_names, decision.probabilities.tolist(), strict=True))
 
 
 def bundle_card(bundle: PolicyBundle) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class _Tally:
     read: int = 0
     malformed: list[Malformed] = field(default_factory=list)
     filtered: int = 0  # by corpus.where
-    unmapped: int = 0  # of a split that corpus.split_map leaves out
+    unmapped: int = 0  # of a split that corpus.split_map or corpus.feedback leaves out
     duplicates: int = 0
     conflicts: int = 0  # distinct rows whose duplicates disagree on the gold label
 
@@ -87,6 +87,17 @@ def inputs_digest(recipe: Recipe, urls: Sequence[str]) -> str:
     return digest([SCHEMA_VERSION, settings, id_columns(recipe), _gold_labels(recipe), facts])
 
 
+def source_urls(corpus: Corpus) -> list[str]:
+    """All files that the corpus is made of; raises DataError where a name stands for none."""
+    return sources.expand(corpus.sources) + _feedback_urls(corpus)
+
+
+def _feedback_urls(corpus: Corpus) -> list[str]:
+    if corpus.feedback is None:
+        return []
+    return sources.expand([f"{corpus.feedback.rstrip('/')}/*.parquet"])
+
+
 def id_columns(recipe: Recipe) -> list[str]:
     """Columns that the templates name, in a fixed order: what tells one row from another."""
     prompts = [Prompt(source, where) for where, source in recipe.labels.templates().items()]
@@ -104,7 +115,7 @@ def prepare(recipe: Recipe, out_dir: Path) -> dict[str, Any]:
     label without label words. Nothing at ``out_dir`` has changed then.
     """
     started = time.monotonic()
-    urls = sources.expand(recipe.corpus.sources)
+    urls = source_urls(recipe.corpus)
     inputs = inputs_digest(recipe, urls)
     tally = _Tally()
     entries = _distinct(recipe, urls, tally)
@@ -182,11 +193,34 @@ def read_shard(path: Path) -> pa.Table:
 def _distinct(recipe: Recipe, urls: Sequence[str], tally: _Tally) -> dict[str, _Entry]:
     """Rows by id, in the order in which the sources have them."""
     corpus = recipe.corpus
+    named = id_columns(recipe)
+    entries: dict[str, _Entry] = {}
+    feedback = set(_feedback_urls(corpus))
+    rows = itertools.chain(
+        _source_rows(corpus, [url for url in urls if url not in feedback], named, tally),
+        _feedback_rows(corpus, [url for url in urls if url in feedback], named, tally),
+    )
+    for row_id, fresh, gold in rows:
+        entry = entries.setdefault(row_id, fresh)
+        if entry is not fresh:
+            tally.duplicates += 1
+            # A row that stands in two splits is kept out of the one nearer to training.
+            entry.split = max(entry.split, fresh.split, key=SPLITS.index)
+        entry.count += 1
+        if gold is not None:
+            entry.gold[str(gold)] += 1
+    return entries
+
+
+_Found = Iterator[tuple[str, _Entry, Any]]  # a row's id, the row, its gold label
+
+
+def _source_rows(
+    corpus: Corpus, urls: Sequence[str], named: Sequence[str], tally: _Tally
+) -> _Found:
     columns = corpus.columns
     wanted = [columns.text, *(c for c in (columns.label, columns.split, columns.group) if c)]
     wanted += [c for c in (*columns.meta, *corpus.where) if c not in wanted]
-    named = id_columns(recipe)
-    entries: dict[str, _Entry] = {}
     for row, where in _clean_rows(corpus, urls, wanted, tally):
         if any(str(row.get(c)) not in values for c, values in corpus.where.items()):
             tally.filtered += 1
@@ -195,20 +229,28 @@ def _distinct(recipe: Recipe, urls: Sequence[str], tally: _Tally) -> dict[str, _
         values = {"text": text, **meta}
         row_id = digest([values[c] for c in named])
         split = _split_of(corpus, row, row_id, where)
-        if split is None:
+        if split is None or (corpus.feedback and split != "train"):
             tally.unmapped += 1
             continue
-        entry = entries.get(row_id)
-        if entry is None:
-            entry = entries[row_id] = _Entry(text=text, split=split, meta=meta)
-        else:
-            tally.duplicates += 1
-            # A row that stands in two splits is kept out of the one nearer to training.
-            entry.split = max(entry.split, split, key=SPLITS.index)
-        entry.count += 1
-        if columns.label and row.get(columns.label) is not None:
-            entry.gold[str(row[columns.label])] += 1
-    return entries
+        gold = row.get(columns.label) if columns.label else None
+        yield row_id, _Entry(text=text, split=split, meta=meta), gold
+
+
+def _feedback_rows(
+    corpus: Corpus, urls: Sequence[str], named: Sequence[str], tally: _Tally
+) -> _Found:
+    """What a cascade escalated, to train on, and what it audited, held out."""
+    if urls and (others := sorted(set(named) - {"text"})):
+        raise DataError(
+            f"corpus.feedback: a cascade is asked with texts alone, but the recipe's templates "
+            f"name {', '.join(others)}."
+        )
+    plain = Corpus(sources=corpus.sources, format="parquet")
+    for row, _ in _clean_rows(plain, urls, ["text", "split"], tally):
+        row_id = digest([row["text"]])
+        audited = row["split"] != "train"
+        split = _draw(corpus.feedback_shares, row_id) if audited else "train"
+        yield row_id, _Entry(text=row["text"], split=split, meta={}), None
 
 
 def _near_duplicates(recipe: Recipe, entries: dict[str, _Entry]) -> list[_Repeat]:
@@ -349,7 +391,8 @@ def _why_empty(corpus: Corpus, tally: _Tally) -> str:
         return f"the corpus is empty: {', '.join(corpus.sources)} hold no rows."
     return (
         f"the corpus is empty: of {tally.read} rows read, {len(tally.malformed)} are malformed, "
-        f"{tally.filtered} are left out by corpus.where and {tally.unmapped} by corpus.split_map."
+        f"{tally.filtered} are left out by corpus.where and {tally.unmapped} by corpus.split_map "
+        "or corpus.feedback."
     )
 
 

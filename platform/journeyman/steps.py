@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from journeyman import cluster, corpus, files, models, sources
+from journeyman import cluster, corpus, files, models
 from journeyman.errors import JourneymanError, RecipeError
 from journeyman.labels import dataset, ensemble, pipeline
 from journeyman.labels.cost import Estimate
@@ -57,7 +57,7 @@ class Run(RunFolder):
 
     def _prepare(self) -> tuple[dict[str, Any], bool]:
         folder = self.path("prepare")
-        urls = sources.expand(self.recipe.corpus.sources)
+        urls = corpus.source_urls(self.recipe.corpus)
         there = _read(folder / MANIFEST)
         if there and there.get("inputs") == corpus.inputs_digest(self.recipe, urls):
             return there, False

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from journeyman import corpus, recipe
+from journeyman.cascade.feedback import table as feedback_table
 from journeyman.errors import DataError, RecipeError
 from journeyman.recipe import Recipe
 
@@ -262,3 +263,60 @@ def test_template_that_names_an_unknown_column_is_refused(tmp_path: Path):
     labels = wrong.labels.model_copy(update={"target": "{{ passage }}"})
     with pytest.raises(RecipeError, match=r"labels\.target: the template names passage"):
         corpus.prepare(wrong.model_copy(update={"labels": labels}), tmp_path / "out")
+
+
+def feedback(folder: Path, rows: list[tuple[str, str]]) -> Path:
+    """A cascade's feedback, by its own writer: texts and their splits."""
+    facts = {
+        "escalated": True,
+        "propensity": 0.9,
+        "label": "x",
+        "answered_by": "teacher",
+        "confidence": 0.1,
+        "probabilities": [1.0],
+        "bundle": "b",
+        "received_at": 1.0,
+    }
+    folder.mkdir()
+    table = feedback_table([{"text": text, "split": split, **facts} for text, split in rows])
+    pq.write_table(table, folder / "20261126T100000-aa.parquet")
+    return folder
+
+
+def test_feedback_adds_escalations_to_train_and_audits_replace_what_was_held_out(tmp_path: Path):
+    source = jsonl(
+        tmp_path / "a.jsonl", [{"text": f"row {i}", "label": "bank"} for i in range(400)]
+    )
+    kept = feedback(
+        tmp_path / "feedback",
+        [(f"escalated {i}", "train") for i in range(50)]
+        + [(f"audited {i}", "certify") for i in range(500)]
+        + [("both", "train"), ("both", "certify"), ("row 3", "certify")],
+    )
+    corpus.prepare(made([source], feedback=str(kept)), tmp_path / "corpus")
+    rows = rows_of(tmp_path / "corpus")
+    splits = {row["text"]: row["split"] for row in rows}
+    held_out = [text for text, split in splits.items() if split != "train"]
+    assert all(text.startswith("audited") or text in ("both", "row 3") for text in held_out)
+    assert len(held_out) == 502  # an audited text is never trained on, whatever else it was
+    train = [text for text, split in splits.items() if split == "train"]
+    assert sum(text.startswith("escalated") for text in train) == 50
+    assert 0 < sum(text.startswith("row") for text in train) < 400
+    assert 200 < list(splits.values()).count("certify") < 400
+    manifest = corpus.read_manifest(tmp_path / "corpus")
+    n_left_out = 400 - sum(text.startswith("row") for text in train) - 1
+    assert manifest["without_split"] in (n_left_out, n_left_out + 1)  # row 3 may be either
+
+
+def test_feedback_without_files_or_for_templates_over_other_columns_is_refused(tmp_path: Path):
+    source = jsonl(tmp_path / "a.jsonl", [{"text": "row", "label": "bank", "title": "t"}] * 3)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="no such file"):
+        corpus.prepare(made([source], feedback=str(tmp_path / "none")), tmp_path / "corpus")
+    kept = feedback(tmp_path / "feedback", [("a", "train")])
+    asked = made([source], feedback=str(kept), columns={"meta": ["title"]})
+    asked = asked.model_copy(
+        update={"labels": asked.labels.model_copy(update={"prompt": "{{ title }} {{ text }}"})}
+    )
+    with pytest.raises(DataError, match="asked with texts alone, but the recipe's templates name"):
+        corpus.prepare(asked, tmp_path / "corpus")

@@ -18,6 +18,7 @@ from journeyman.cascade.refusals import DeadlinePassed
 from journeyman.certify.calibration import Calibrator
 from journeyman.certify.scores import score
 from journeyman.errors import ClusterError
+from journeyman.recipe import Cascade as Settings
 from journeyman.teacher.answers import ClassLabels
 from tests.conftest import children
 from tests.serve import tiny
@@ -73,7 +74,8 @@ def test_each_answer_names_the_bundle_and_what_it_promises(cascade: Running):
     answer = cascade.classify(cascade.run.accepted[0]).json()
     assert answer["object"] == "classification" and answer["model"] == "cascade"
     assert answer["bundle"] == cascade.run.bundle.bundle_id
-    assert answer["guarantee"] == {"kind": "system_agreement", "alpha": 0.1, "delta": 0.2}
+    promised = {"holds": True, "kind": "system_agreement", "alpha": 0.1, "delta": 0.2}
+    assert answer["guarantee"] == promised
     again = cascade.classify(cascade.run.accepted[0]).json()
     assert answer["id"] != again["id"] and answer["results"] == again["results"]
 
@@ -118,6 +120,26 @@ def test_a_text_that_the_teacher_cannot_take_is_refused_in_a_sentence(cascade: R
     assert error["message"].startswith("text 1: the prompt has")
 
 
+def test_the_official_openai_client_works_unchanged(cascade: Running):
+    import openai
+
+    run = cascade.run
+    with openai.OpenAI(api_key="none", base_url=f"{cascade.url}/v1") as client:
+        for text, by in ((run.accepted[0], "student"), (run.escalated[0], "teacher")):
+            said = client.chat.completions.create(
+                model="cascade", messages=[{"role": "user", "content": text}]
+            )
+            [result] = cascade.results(text)
+            assert said.choices[0].message.content == result["label"]
+            assert said.journeyman["answered_by"] == [result["answered_by"]] == [by]  # type: ignore[attr-defined]
+            assert (said.usage.prompt_tokens > 0) == (by == "teacher")  # type: ignore[union-attr]
+            stream = client.chat.completions.create(
+                model="cascade", messages=[{"role": "user", "content": text}], stream=True
+            )
+            streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+            assert streamed == result["label"]
+
+
 def test_many_clients_at_once_get_their_own_answers(cascade: Running):
     alone = dict(zip(tiny.TEXTS, cascade.results(tiny.TEXTS, model="student"), strict=True))
 
@@ -157,7 +179,7 @@ def test_a_deadline_stops_the_work_of_a_teacher_behind_a_handle(cascade: Running
         teacher = TeacherByHandle(handle)
         teacher.unready = None
         policy = Policy.from_bundle(cascade.run.bundle)
-        asked = Cascade(policy, None, teacher, max_waiting=9, timeout_s=1.0)  # type: ignore[arg-type]
+        asked = Cascade(policy, None, teacher, Settings(request_timeout_s=1.0))  # type: ignore[arg-type]
         with pytest.raises(DeadlinePassed, match="no answer within 1 s"):
             await asked.answer(["text"], "teacher")
         assert asked.waiting.n_waiting == 0

@@ -47,7 +47,7 @@ def bundle(run: tiny.Run):
 
 
 def send(bundle, cascade: Cascade, method: str, path: str, unready=None, **request):
-    app = api(cascade, bundle, lambda: unready)  # type: ignore[arg-type]
+    app = api(tiny.live(cascade, bundle), lambda: unready)  # type: ignore[arg-type]
 
     async def call() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -103,9 +103,9 @@ def test_what_was_sent_is_never_sent_back_in_an_error(bundle):
 @pytest.mark.parametrize(
     ("refusal", "status", "code", "header"),
     [
-        (TextRefused("too long"), 400, "text_refused", None),
-        (Overloaded("too many"), 503, "teacher_queue_full", ("Retry-After", "1")),
-        (TeacherUnavailable("away"), 503, "teacher_unavailable", ("Retry-After", "5")),
+        (TextRefused(0, "too long"), 400, "text_refused", None),
+        (Overloaded("too many", 3.2), 503, "teacher_queue_full", ("Retry-After", "4")),
+        (TeacherUnavailable("away", 5.0), 503, "teacher_unavailable", ("Retry-After", "5")),
         (DeadlinePassed("late"), 504, "deadline_passed", ("x-should-retry", "false")),
     ],
 )

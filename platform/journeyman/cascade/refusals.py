@@ -7,7 +7,11 @@ from __future__ import annotations
 
 
 class Refusal(Exception):  # noqa: N818 - an outcome of a request, no mistake of the program's
-    """Base of all reasons."""
+    """Base of all reasons. retry_after_s: when the same request may fare better, where known."""
+
+    def __init__(self, sentence: str, retry_after_s: float | None = None) -> None:
+        super().__init__(sentence)
+        self.retry_after_s = retry_after_s
 
 
 class Overloaded(Refusal):
@@ -23,4 +27,9 @@ class DeadlinePassed(Refusal):
 
 
 class TextRefused(Refusal):
-    """The teacher can never answer this text, however often it is sent."""
+    """The teacher can never answer this text, however often it is sent; place: in its request."""
+
+    def __init__(self, place: int, reason: str) -> None:
+        super().__init__(f"text {place}: {reason}")
+        self.place = place
+        self.reason = reason

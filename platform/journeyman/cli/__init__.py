@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from journeyman import __version__
-from journeyman.cli import compare, export, labels
+from journeyman.cli import cascade, compare, export, labels
 from journeyman.cli.arguments import add_recipe, command, load, positive
 from journeyman.errors import JourneymanError, RecipeError
 from journeyman.progress import duration
@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     run = command(commands, "run", "do every step of a recipe that is not done yet", _run)
     add_recipe(run)
     run.add_argument("--new", action="store_true", help=_NEW)
+    run.add_argument(
+        "--from-feedback",
+        metavar="FOLDER",
+        help="what a running cascade kept (cascade.feedback.to): train on its escalations too, and "
+        "certify on its audits, in a run of its own, NAME-feedback",
+    )
     for name, words in _STEPS.items():
         if name == "label":
             step = command(commands, name, words, _label, _LABEL, _LABEL_EXAMPLES)
@@ -99,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     labels.add_commands(commands)
     compare.add_command(commands)
     export.add_command(commands)
+    cascade.add_commands(commands)
     _recipe_commands(commands)
     return parser
 
@@ -139,6 +146,10 @@ def _run(options: argparse.Namespace) -> int:
     from journeyman import steps, summary
 
     loaded = load(options)
+    if options.from_feedback:
+        options.overrides += [f"corpus.feedback={json.dumps(options.from_feedback)}",
+                              f"name={loaded.name}-feedback"]  # fmt: skip
+        loaded = load(options)
     print(f"run       {loaded.run_dir}", flush=True)
     results = steps.run(loaded, _print_result, new_labels=options.new)
     print()
@@ -198,7 +209,7 @@ def _recipe_show(options: argparse.Namespace) -> int:
 
 
 def _recipe_check(options: argparse.Namespace) -> int:
-    from journeyman import corpus, models, sources
+    from journeyman import corpus, models
     from journeyman.labels import quality
     from journeyman.student import step
 
@@ -207,7 +218,7 @@ def _recipe_check(options: argparse.Namespace) -> int:
         step.check(loaded)
     corpus.id_columns(loaded)
     quality.check(loaded.labels, has_gold=bool(loaded.corpus.columns.label))
-    urls = sources.expand(loaded.corpus.sources)
+    urls = corpus.source_urls(loaded.corpus)
     teacher = None
     if not loaded.teacher.url:
         teacher = models.resolve(loaded.teacher.model, loaded.teacher.revision)

@@ -18,12 +18,13 @@ from journeyman.recipe.labels import (
     TokenLabels,
 )
 from journeyman.recipe.loading import Recipe, load, parse
-from journeyman.recipe.serving import Cascade, Certify
+from journeyman.recipe.serving import Breaker, Cascade, Certify, Feedback
 from journeyman.recipe.student import Lora, RowWeight, Student, Training
 from journeyman.recipe.teacher import Price, Teacher
 
 __all__ = [
     "SPLITS",
+    "Breaker",
     "Cascade",
     "Certify",
     "Classes",
@@ -31,6 +32,7 @@ __all__ = [
     "Columns",
     "Corpus",
     "Example",
+    "Feedback",
     "Filters",
     "Generate",
     "Labels",

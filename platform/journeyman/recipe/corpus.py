@@ -48,6 +48,16 @@ class Corpus(Section):
         "auto", description="Format of every source; auto goes by the file's name."
     )
     columns: Columns = Field(default_factory=Columns)
+    feedback: str | None = Field(
+        None,
+        description="What a running cascade kept (its cascade.feedback.to): escalated texts join "
+        "train, audited ones are the held-out splits, in place of the sources' own, so that the "
+        "next certificate is about today's traffic.",
+    )
+    feedback_shares: dict[Split, Share] = Field(
+        default={"calibrate": 0.2, "certify": 0.6, "test": 0.2},
+        description="Shares of the audited texts; none is ever trained on.",
+    )
     where: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
         description="Keep only rows whose column (key) holds one of these values.",
@@ -85,6 +95,10 @@ class Corpus(Section):
                 raise ValueError(f"{name} must add up to 1, got {sum(shares.values()):g}")
 
         check(self.shares, "shares")
+        check(self.feedback_shares, "feedback_shares")
+        if self.feedback_shares.get("train"):
+            raise ValueError("feedback_shares: audited texts must not be trained on; they carry "
+                             "the next certificate")  # fmt: skip
         for source_split, target in self.split_map.items():
             if isinstance(target, dict):
                 check(target, f"split_map.{source_split}")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from journeyman.recipe.base import Count, Seconds, Section
+from journeyman.recipe.base import Count, Seconds, Section, Share
 
 
 class Certify(Section):
@@ -40,10 +40,68 @@ class Certify(Section):
         return self
 
 
+class Breaker(Section):
+    """When a failing teacher is left alone, and for how long."""
+
+    failures: Count = Field(
+        5, description="Requests to the teacher that fail in a row (errors, deadlines, answers "
+        "that are none) before it is left alone."
+    )  # fmt: skip
+    pause_s: Seconds = Field(
+        2.0, description="Then for so long; doubled each time that the one request which is let "
+        "through afterwards fails as well,"
+    )  # fmt: skip
+    max_pause_s: Seconds = Field(60.0, description="up to this.")
+    probe_timeout_s: Seconds = Field(
+        30.0, description="After so long without a word of it, another request is let through."
+    )
+
+
+class Feedback(Section):
+    """Keeping what the cascade escalates, and a random audit, as the next corpus to label.
+
+    Texts of requests are stored nowhere else, and here only where this section is given.
+    """
+
+    to: str = Field(
+        description="Folder or object store (s3://, gs://, az://) for Parquet files, which "
+        "`journeyman prepare` reads as a corpus."
+    )
+    audit_rate: Share = Field(
+        0.01,
+        description="Share of all texts, whoever answers them, that are kept for certifying the "
+        "next student, and never trained on.",
+    )
+    roll_rows: Count = Field(10_000, description="Rows after which a file is finished,")
+    roll_s: Seconds = Field(300.0, description="or so long after its first row.")
+
+
 class Cascade(Section):
     """Serving: the student answers what it may, the teacher the rest."""
 
     request_timeout_s: Seconds = Field(30.0, description="Deadline of one request.")
+    teacher_timeout_s: Seconds | None = Field(
+        None, description="Deadline of the teacher's part of it, if it is to be shorter."
+    )
+    when_teacher_fails: Literal["reject", "degrade", "wait"] = Field(
+        "reject",
+        description="What becomes of a request that the student may not answer while the teacher "
+        "cannot. reject: 503 with Retry-After. degrade: the student's answer, marked as one for "
+        "which nothing is promised. wait: held until the teacher is back or the deadline has come.",
+    )
+    breaker: Breaker = Field(default_factory=Breaker)
+    remembered_texts: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="So many of the last texts are answered from memory when they come again (each "
+        "replica and bundle has its own). With many repetitions the certificate is one over "
+        "distinct texts, not over requests.",
+    )
+    api_keys: str | None = Field(
+        None,
+        description="File of the keys that may ask, one a line, by their hashes (`journeyman "
+        "cascade key` makes them); JOURNEYMAN_API_KEYS names one, too. By default all may ask.",
+    )
+    feedback: Feedback | None = Field(None, description="By default no request is kept.")
     max_batch_size: Count = Field(32, description="Rows that the student scores at a time.")
     max_queued_requests: Count = Field(
         512, description="Requests waiting for the teacher before further ones get 503."

@@ -15,6 +15,7 @@ from journeyman.cascade.refusals import (
     TextRefused,
 )
 from journeyman.certify.calibration import Calibrator
+from journeyman.recipe import Cascade as Settings
 from journeyman.teacher.answers import ClassLabels
 
 POLICY = Policy(
@@ -45,11 +46,14 @@ class Teacher:
         self.cancelled = 0
         self.may_answer = asyncio.Event()
         self.away = False
+        self.garbage: list[ClassLabels] | None = None
 
     async def labels(self, texts: Sequence[str]) -> Sequence[ClassLabels | Unlabeled]:
         self.asked.append(list(texts))
         if self.away:
             raise TeacherUnavailable("the teacher is away")
+        if self.garbage is not None:
+            return self.garbage
         try:
             await self.may_answer.wait()
         except asyncio.CancelledError:
@@ -71,12 +75,13 @@ class Teacher:
 class Asked:
     """A cascade over the two, whose teacher answers at once unless told otherwise."""
 
-    def __init__(self, *, max_waiting: int = 4, timeout_s: float = 5.0) -> None:
+    def __init__(self, *, max_waiting: int = 4, timeout_s: float = 5.0, **settings: object) -> None:
         self.student, self.teacher = Student(), Teacher()
         self.teacher.may_answer.set()
-        self.cascade = Cascade(
-            POLICY, self.student, self.teacher, max_waiting=max_waiting, timeout_s=timeout_s
+        of_recipe = Settings.model_validate(
+            {"max_queued_requests": max_waiting, "request_timeout_s": timeout_s, **settings}
         )
+        self.cascade = Cascade(POLICY, self.student, self.teacher, of_recipe)
 
 
 def who(answers: Answers) -> list[str]:
@@ -164,5 +169,122 @@ def test_a_refused_text_is_named_by_its_place_in_the_request():
     async def test() -> None:
         with pytest.raises(TextRefused, match="text 2: too long"):
             await Asked().cascade.answer(["sure", "hm", "long hm"])
+
+    asyncio.run(test())
+
+
+def labels(*logprobs: float) -> ClassLabels:
+    return ClassLabels(
+        class_logprobs=np.array(logprobs, np.float32),
+        label_mass=None,
+        n_prompt_tokens=1,
+        n_output_tokens=1,
+    )
+
+
+@pytest.mark.parametrize("how", ["away", "hung", "garbage"])
+def test_degrade_gives_the_students_answer_and_says_that_it_is_void(how: str):
+    async def test() -> None:
+        asked = Asked(when_teacher_fails="degrade", teacher_timeout_s=0.05)
+        match how:
+            case "away":
+                asked.teacher.away = True
+            case "hung":
+                asked.teacher.may_answer.clear()
+            case "garbage":
+                asked.teacher.garbage = [labels(float("nan"), 0.0)]
+        answers = await asked.cascade.answer(["hm", "sure"])
+        assert who(answers) == ["student", "student"]
+        assert answers.void == {0}  # the other one was the student's to answer
+        assert answers.decisions[0].confidence < POLICY.accept_above
+        assert asked.cascade.waiting.n_waiting == 0
+        assert asked.teacher.cancelled == (how == "hung")
+
+    asyncio.run(test())
+
+
+def test_degrade_is_for_the_cascade_who_asks_the_teacher_gets_an_error():
+    async def test() -> None:
+        asked = Asked(when_teacher_fails="degrade")
+        asked.teacher.away = True
+        with pytest.raises(TeacherUnavailable):
+            await asked.cascade.answer(["hm"], "teacher")
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [[], [labels(-0.5, float("inf"))], [labels(-0.5)], [labels(-0.7, -0.7), labels(-0.7, -0.7)]],
+    ids=["none", "infinite", "one class", "one text too many"],
+)
+def test_an_answer_that_is_none_is_a_failure_of_the_teacher(garbage: list[ClassLabels]):
+    async def test() -> None:
+        asked = Asked()
+        asked.teacher.garbage = garbage
+        with pytest.raises(TeacherUnavailable, match="no distribution over the labels"):
+            await asked.cascade.answer(["hm"])
+
+    asyncio.run(test())
+
+
+def test_wait_holds_a_request_until_the_teacher_is_back():
+    async def test() -> None:
+        asked = Asked(when_teacher_fails="wait", breaker={"failures": 1, "pause_s": 0.05})
+        asked.teacher.away = True
+        waiting = asyncio.create_task(asked.cascade.answer(["hm"]))
+        while not asked.teacher.asked:
+            await asyncio.sleep(0.01)
+        assert asked.cascade.waiting.n_waiting == 1
+        asked.teacher.away = False
+        assert who(await waiting) == ["teacher"]
+
+    asyncio.run(test())
+
+
+def test_wait_ends_at_the_deadline_with_the_teachers_reason():
+    async def test() -> None:
+        asked = Asked(when_teacher_fails="wait", timeout_s=0.3)
+        asked.teacher.away = True
+        with pytest.raises(TeacherUnavailable, match="the teacher is away"):
+            await asked.cascade.answer(["hm"])
+
+    asyncio.run(test())
+
+
+def test_a_teacher_that_hangs_is_left_alone_after_some_failures_and_asked_again_later():
+    async def test() -> None:
+        asked = Asked(timeout_s=0.05, breaker={"failures": 2, "pause_s": 0.2})
+        asked.teacher.may_answer.clear()
+        for _ in range(2):
+            with pytest.raises(DeadlinePassed):
+                await asked.cascade.answer(["hm"])
+        with pytest.raises(TeacherUnavailable, match="left alone for a while") as refused:
+            await asked.cascade.answer(["hm"])
+        assert 0 < refused.value.retry_after_s <= 0.2
+        assert len(asked.teacher.asked) == 2
+        assert who(await asked.cascade.answer(["sure"])) == ["student"]
+        asked.teacher.may_answer.set()
+        await asyncio.sleep(0.21)
+        assert who(await asked.cascade.answer(["hm"])) == ["teacher"]
+        assert asked.cascade.breaker.is_closed
+
+    asyncio.run(test())
+
+
+def test_clients_that_go_away_do_not_count_against_the_teacher():
+    async def test() -> None:
+        asked = Asked(breaker={"failures": 1})
+        asked.teacher.may_answer.clear()
+        for _ in range(3):
+            gone = asyncio.create_task(asked.cascade.answer(["hm"]))
+            while asked.cascade.waiting.n_waiting == 0:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.01)
+            gone.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await gone
+        asked.teacher.may_answer.set()
+        assert who(await asked.cascade.answer(["hm"])) == ["teacher"]
 
     asyncio.run(test())

@@ -1,0 +1,64 @@
+"""Whether the teacher may be asked at all: after failures in a row it is left alone for a while.
+
+Pure: takes the time, in seconds of any clock that only goes forward. Knows nothing of teachers.
+"""
+
+from __future__ import annotations
+
+from journeyman.recipe import Breaker as Settings
+
+
+class Breaker:
+    """A circuit breaker (Nygard, Release It!, 2007): closed, open, and half-open for one probe.
+
+    Whoever was admitted says how it went: ``succeeded``, ``failed``, or ``abandoned`` where the
+    caller went away before anything was known.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._failures = 0  # in a row
+        self._pause_s = settings.pause_s
+        self._open_until: float | None = None
+        self._probe_since: float | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        return self._open_until is None
+
+    def opens_in_s(self, now: float) -> float:
+        """Seconds until a request may be let through; 0 while closed."""
+        return 0.0 if self._open_until is None else max(0.0, self._open_until - now)
+
+    def admit(self, now: float) -> bool:
+        """Whether one request may go to the teacher now."""
+        if self._open_until is None:
+            return True
+        probing = self._probe_since is not None and (
+            now - self._probe_since < self._settings.probe_timeout_s
+        )
+        if now < self._open_until or probing:
+            return False
+        self._probe_since = now
+        return True
+
+    def succeeded(self) -> None:
+        self._failures = 0
+        self._pause_s = self._settings.pause_s
+        self._open_until = self._probe_since = None
+
+    def failed(self, now: float) -> None:
+        self._failures += 1
+        if self._probe_since is not None:  # each failed probe doubles the pause
+            self._pause_s = min(2 * self._pause_s, self._settings.max_pause_s)
+            self._probe_since = None
+        elif self._open_until is not None or self._failures < self._settings.failures:
+            return  # one of those that were under way when it opened
+        self._open_until = now + self._pause_s
+
+    def abandoned(self) -> None:
+        self._probe_since = None
+
+    def open_until(self, moment: float) -> None:
+        """Another replica found the teacher failing: stay open at least so long."""
+        self._open_until = max(moment, self._open_until or moment)

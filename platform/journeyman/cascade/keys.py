@@ -1,0 +1,101 @@
+"""Who may ask, and how often: API keys by their hashes, and a token bucket for each.
+
+A file of keys has a line for each: ``NAME sha256:HEX`` and, where it is limited, ``N/min``. The
+keys themselves are in no file of ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from journeyman.errors import RecipeError
+
+_LINE = re.compile(r"(?P<name>\S+)\s+sha256:(?P<hash>[0-9a-f]{64})(\s+(?P<limit>[1-9]\d*)/min)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """per_minute: requests a minute, in bursts of at most as many; None without a limit."""
+
+    name: str
+    sha256: str
+    per_minute: int | None
+
+
+def new_key() -> str:
+    """256 random bits, so that a plain hash of it cannot be searched."""
+    return f"jm-{secrets.token_urlsafe(32)}"
+
+
+def line_of(name: str, key: str, per_minute: int | None) -> str:
+    limit = f" {per_minute}/min" if per_minute else ""
+    return f"{name} sha256:{hashlib.sha256(key.encode()).hexdigest()}{limit}"
+
+
+def read(path: Path) -> tuple[Key, ...]:
+    """Raises RecipeError, which never quotes a line: someone may have put a key itself there."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: the file of API keys cannot be read ({error}).") from error
+    keys: list[Key] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        found = _LINE.fullmatch(line.strip())
+        if not found:
+            raise RecipeError(
+                f"{path}, line {number}: not NAME sha256:HEX [N/min]; `journeyman cascade key "
+                "NAME` makes such lines."
+            )
+        limit = found["limit"]
+        keys.append(
+            Key(name=found["name"], sha256=found["hash"], per_minute=int(limit) if limit else None)
+        )
+    if not keys:
+        raise RecipeError(f"{path}: no API key in it, so nobody could ask; add one.")
+    return tuple(keys)
+
+
+class Keyring:
+    """Knows keys and remembers how often each was used. Limits are those of one replica."""
+
+    def __init__(self, keys: tuple[Key, ...], clock: Callable[[], float]) -> None:
+        self._keys = keys
+        self._buckets = {k.sha256: Bucket(k.per_minute, clock) for k in keys if k.per_minute}
+
+    def find(self, presented: str) -> Key | None:
+        """Compares with all keys, each in constant time."""
+        digest = hashlib.sha256(presented.encode()).hexdigest()
+        matching = [key for key in self._keys if hmac.compare_digest(key.sha256, digest)]
+        return matching[0] if matching else None
+
+    def wait_s(self, key: Key) -> float:
+        """Takes one request from the key's bucket and returns 0, or the seconds until there is
+        one to take."""
+        bucket = self._buckets.get(key.sha256)
+        return bucket.take() if bucket else 0.0
+
+
+class Bucket:
+    """A token bucket that holds a minute's worth."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
+        self._size, self._rate, self._clock = float(per_minute), per_minute / 60, clock
+        self._level, self._at = self._size, clock()
+
+    def take(self) -> float:
+        """0, or the seconds to wait."""
+        now = self._clock()
+        self._level = min(self._size, self._level + (now - self._at) * self._rate)
+        self._at = now
+        if self._level < 1:
+            return (1 - self._level) / self._rate
+        self._level -= 1
+        return 0.0

@@ -1,0 +1,55 @@
+"""A cascade whose escalations and audits are kept."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from journeyman.cascade.answering import Answers, Asked
+from journeyman.cascade.feedback import Journal, worth_keeping
+
+
+class Answering(Protocol):
+    """See ``answering.Cascade``."""
+
+    async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers: ...
+
+
+class Recording:
+    """Answers as ``cascade`` does, and hands to the journal what is worth keeping."""
+
+    def __init__(
+        self,
+        cascade: Answering,
+        journal: Journal,
+        audit_rate: float,
+        bundle: str,
+        coin: random.Random | None = None,
+    ) -> None:
+        self._cascade = cascade
+        self._journal = journal
+        self._audit_rate = audit_rate
+        self._bundle = bundle
+        self._coin = coin or random.Random()
+
+    async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers:
+        """Raises Refusal. Only what was asked of the cascade as a whole is traffic."""
+        if asked != "cascade":
+            return await self._cascade.answer(texts, asked)
+        audited = [self._coin.random() < self._audit_rate for _ in texts]  # before all else
+        answers = await self._cascade.answer(texts, asked)
+        by_teacher = {i for i, d in enumerate(answers.decisions) if d.answered_by == "teacher"}
+        self._journal.add(
+            worth_keeping(
+                texts,
+                answers.decisions,
+                answers.void | by_teacher,
+                audited,
+                self._audit_rate,
+                self._bundle,
+                time.time(),
+            )
+        )
+        return answers

@@ -1,0 +1,67 @@
+"""An exact-match cache in front of a cascade: a text that was answered before is not asked again.
+
+Belongs to one bundle. Answers for which nothing is promised are never kept. Holds digests of texts,
+not texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from journeyman.cascade.answering import Answers, Asked
+from journeyman.cascade.policy import Decision
+from journeyman.cascade.recording import Answering
+from journeyman.cascade.refusals import TextRefused
+
+
+class Remembering:
+    """Answers as ``inner`` does; keeps the answers to the ``size`` texts that were asked last."""
+
+    def __init__(self, inner: Answering, size: int) -> None:
+        self._inner, self._size = inner, size
+        self._known: OrderedDict[bytes, Decision] = OrderedDict()
+        self.hits = 0
+
+    async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers:
+        """Raises Refusal."""
+        if asked != "cascade":
+            return await self._inner.answer(texts, asked)
+        keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+        found = [self._recall(key) for key in keys]
+        missing = [i for i, decision in enumerate(found) if decision is None]
+        if not missing:
+            return Answers(
+                decisions=tuple(d for d in found if d),
+                teacher_prompt_tokens=0,
+                teacher_output_tokens=0,
+            )
+        try:
+            fresh = await self._inner.answer([texts[i] for i in missing])
+        except TextRefused as refusal:
+            raise TextRefused(missing[refusal.place], refusal.reason) from refusal
+        void = frozenset(missing[i] for i in fresh.void)
+        decisions = dict(zip(missing, fresh.decisions, strict=True))
+        for i, decision in decisions.items():
+            if i not in void:
+                self._keep(keys[i], decision)
+        return Answers(
+            decisions=tuple(known or decisions[i] for i, known in enumerate(found)),
+            teacher_prompt_tokens=fresh.teacher_prompt_tokens,
+            teacher_output_tokens=fresh.teacher_output_tokens,
+            void=void,
+        )
+
+    def _recall(self, key: bytes) -> Decision | None:
+        decision = self._known.get(key)
+        if decision is not None:
+            self._known.move_to_end(key)
+            self.hits += 1
+        return decision
+
+    def _keep(self, key: bytes, decision: Decision) -> None:
+        self._known[key] = decision
+        self._known.move_to_end(key)
+        if len(self._known) > self._size:
+            self._known.popitem(last=False)

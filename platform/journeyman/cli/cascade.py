@@ -1,0 +1,113 @@
+"""``journeyman cascade``: what a running cascade says of itself, and the keys to ask it with."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from typing import Any
+
+from journeyman.cascade import keys
+from journeyman.cli.arguments import command, positive
+from journeyman.cli.text import table
+from journeyman.errors import ClusterError, RecipeError
+
+_STATUS = """\
+Whether a cascade is ready, what it promises, who answered in the last minute, and whether its
+teacher holds. The figures are those of the replica that answers.
+"""
+_STATUS_EXAMPLES = """\
+examples:
+  journeyman cascade status
+  JOURNEYMAN_API_KEY=jm-... journeyman cascade status http://cascade.internal:8000
+"""
+_KEY = """\
+Make an API key. The key itself goes to the terminal once, and is stored nowhere; the line with its
+hash goes into the file that cascade.api_keys or JOURNEYMAN_API_KEYS names.
+"""
+_KEY_EXAMPLES = """\
+examples:
+  journeyman cascade key web-shop --per-minute 600
+"""
+
+
+def add_commands(commands: Any) -> None:
+    group = commands.add_parser("cascade", help="look after a running cascade: status, key")
+    actions = group.add_subparsers(required=True, metavar="ACTION")
+    status = command(
+        actions, "status", "what a running cascade does", _status, _STATUS, _STATUS_EXAMPLES
+    )
+    status.add_argument(
+        "url", metavar="URL", nargs="?", default="http://127.0.0.1:8000",
+        help="where it answers (default http://127.0.0.1:8000)",
+    )  # fmt: skip
+    key = command(actions, "key", "make an API key", _key, _KEY, _KEY_EXAMPLES)
+    key.add_argument("name", metavar="NAME", help="whose key it is, in one word")
+    key.add_argument(
+        "--per-minute", metavar="N", type=positive, help="at most so many requests a minute"
+    )
+
+
+def _key(options: argparse.Namespace) -> int:
+    if not re.fullmatch(r"[^\s#]\S*", options.name):
+        raise RecipeError(f"{options.name!r}: the name of a key is one word.")
+    key = keys.new_key()
+    print(f"key   {key}")
+    print(f"line  {keys.line_of(options.name, key, options.per_minute)}")
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    import httpx
+
+    key = os.environ.get("JOURNEYMAN_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    url = options.url.rstrip("/")
+    try:
+        with httpx.Client(base_url=url, headers=headers, timeout=10) as client:
+            ready, bundle, figures = (
+                client.get(path) for path in ("/readyz", "/v1/bundle", "/v1/figures")
+            )
+            for response in (bundle, figures):
+                response.raise_for_status()
+            rows = _rows(ready.json(), bundle.json(), figures.json())
+    except httpx.HTTPStatusError as error:
+        hint = ", set JOURNEYMAN_API_KEY" if error.response.status_code == 401 else ""
+        raise ClusterError(
+            f"{url}: answers with {error.response.status_code}, so it is no cascade of ours, or "
+            f"it wants a key{hint}."
+        ) from error
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise ClusterError(
+            f"{url}: no cascade answers there ({type(error).__name__}); see `serve status`, or "
+            "name its address: journeyman cascade status URL."
+        ) from error
+    print(table(rows))
+    return 0 if ready.status_code == 200 else 1
+
+
+def _rows(ready: dict[str, Any], bundle: dict[str, Any], figures: dict[str, Any]) -> list[Any]:
+    served = next(g for g in bundle["guarantees"] if g["kind"] == bundle["served_guarantee"])
+    threshold = bundle["threshold"]
+    rate = figures["escalation_rate"]
+    return [
+        ("state", ready.get("status") or ready["error"]["message"]),
+        ("bundle", bundle["id"]),
+        ("promise", f"{served['kind']} at most {served['alpha']:g}, "
+                    f"confidence {1 - served['delta']:.0%}"),
+        ("threshold", "none: the teacher answers all" if threshold is None
+         else f"{bundle['score']} above {threshold:.4f}"),
+        ("last minute", _counts(figures["last_minute"])),
+        ("since start", _counts(figures["totals"])),
+        ("escalated", "nothing was asked in the last minute" if rate is None else f"{rate:.1%}"),
+        ("waiting", f"{figures['waiting']} texts for the teacher"),
+        ("breaker", "open: the teacher fails" if figures["breaker_open"] else "closed"),
+    ]  # fmt: skip
+
+
+def _counts(of: dict[str, int]) -> str:
+    void = f", {of['void']:,} by the student for a failing teacher" if of["void"] else ""
+    return (
+        f"{of['student']:,} texts by the student, {of['teacher']:,} by the teacher{void}, "
+        f"{of['refused']:,} requests refused"
+    )

@@ -1,0 +1,110 @@
+"""Errors as words and codes, in OpenAI's form. What was sent stays out of them: texts must not
+reach logs that keep error messages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from journeyman.cascade.refusals import (
+    DeadlinePassed,
+    Overloaded,
+    Refusal,
+    TeacherUnavailable,
+    TextRefused,
+)
+from serve.schema import MAX_TEXTS, ErrorAnswer, ErrorBody
+
+# Status, type, code and headers of each refusal. The OpenAI client sends 5xx again twice unless
+# x-should-retry forbids it; a deadline that passed would only pass again, under more load.
+_REFUSALS: dict[type[Refusal], tuple[int, str, str, dict[str, str]]] = {
+    TextRefused: (400, "invalid_request_error", "text_refused", {}),
+    Overloaded: (503, "overloaded", "teacher_queue_full", {}),
+    TeacherUnavailable: (503, "unavailable", "teacher_unavailable", {}),
+    DeadlinePassed: (504, "timeout", "deadline_passed", {"x-should-retry": "false"}),
+}
+TOO_LARGE = ("invalid_request_error", "body_too_large")
+DESCRIBED: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "The request is wrong, or a text is too long."},
+    503: {"model": ErrorAnswer, "description": "The teacher is away, or too much waits for it."},
+    504: {"model": ErrorAnswer, "description": "Not answered within the deadline."},
+}
+
+
+def add_handlers(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> None:
+    """bodies: what each path takes, to name the known fields where one is unknown."""
+
+    @app.exception_handler(Refusal)
+    async def refused(_: Request, error: Refusal) -> JSONResponse:
+        status, kind, code, headers = _REFUSALS[type(error)]
+        if error.retry_after_s is not None:
+            headers = headers | {"Retry-After": str(math.ceil(error.retry_after_s))}
+        return response(status, kind, code, str(error), headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        body = bodies.get(request.url.path)
+        sentence = _sentence(error, tuple(body.model_fields) if body else ())
+        return response(400, "invalid_request_error", "invalid_request", sentence)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 413:
+            return response(413, *TOO_LARGE, str(error.detail))
+        message = f"{request.method} {request.url.path}: {error.detail}; see /docs."
+        return response(error.status_code, "invalid_request_error", "no_such_route", message)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        # Starlette raises it again after this answer, so that it reaches Serve's log.
+        message = f"the server failed ({type(error).__name__}); its log says more."
+        return response(500, "server_error", "internal_error", message)
+
+
+def response(
+    status: int, kind: str, code: str, message: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """An error in OpenAI's form."""
+    body = ErrorAnswer(error=ErrorBody(message=message, type=kind, code=code))
+    return JSONResponse(body.model_dump(), status, headers)
+
+
+def _sentence(error: RequestValidationError, known: tuple[str, ...]) -> str:
+    """What is wrong, without what was sent."""
+    # pydantic tells of both branches of `input`, a text or a list; the one meant says more than
+    # that the other's type is wrong.
+    problems = error.errors()
+    kinds = [p for p in problems if p["type"] not in ("string_type", "list_type")] or problems
+    return "; ".join(dict.fromkeys(_words(problem, known) for problem in kinds)) + "."
+
+
+def _words(problem: Mapping[str, Any], known: tuple[str, ...]) -> str:
+    location, kind = problem["loc"][1:], problem["type"]
+    said = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error" and not location:  # of the body as a whole
+        return said
+    if kind == "json_invalid" or not location:
+        return "the body is no JSON object (with Content-Type: application/json)"
+    where = _where(location)
+    if kind == "extra_forbidden":
+        return f"unknown field {where}; known are {', '.join(known)}"
+    if kind == "string_pattern_mismatch":
+        return f"{where} is blank"
+    if kind in ("string_type", "list_type") and location[0] in ("input", "prompt"):
+        return f"{location[0]} must be a text, or a list of 1 to {MAX_TEXTS} texts"
+    return f"{where}: {said[0].lower()}{said[1:]}"
+
+
+def _where(location: tuple[str | int, ...]) -> str:
+    """The place in a body: a text by its number, a message by its path."""
+    if location[0] in ("input", "prompt"):
+        numbers = [part for part in location if isinstance(part, int)]
+        return f"text {numbers[0]}" if numbers else str(location[0])
+    return ".".join(str(part) for part in location if part not in ("str", "Part"))

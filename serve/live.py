@@ -1,0 +1,174 @@
+"""What answers now: one bundle, or two while a candidate is tried beside it.
+
+A bundle is loaded beside the one that answers and then takes its place in one assignment, so no
+request is dropped and each is answered by one bundle from its beginning to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from journeyman.cascade.recording import Answering
+from journeyman.certify.bundle import PolicyBundle
+from journeyman.errors import JourneymanError
+
+_log = logging.getLogger("ray.serve")
+
+
+class Candidate(BaseModel):
+    """A second bundle that is tried."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundle: str
+    mode: Literal["shadow", "canary"] = Field(
+        "shadow",
+        description="shadow: decides on the same texts without answering, and is counted. canary: "
+        "answers a share of the texts.",
+    )
+    share: float = Field(
+        1.0, gt=0, le=1, description="Of all texts, chosen by their hash: a text stays with one."
+    )
+
+
+class UserConfig(BaseModel):
+    """What Serve may change while the cascade runs (``user_config`` of the deployment Cascade)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundle: str | None = None
+    candidate: Candidate | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """One bundle and what answers by it."""
+
+    bundle: PolicyBundle
+    answering: Answering
+    figures: Callable[[], dict[str, Any]]
+    decide: Callable[[Sequence[str]], Awaitable[object]]  # by the student alone, and counted
+    close: Callable[[], Coroutine[Any, Any, None]]
+
+
+class Live:
+    """Holds what answers, and exchanges it."""
+
+    def __init__(
+        self, first: Served, load: Callable[[Path], Awaitable[Served]], close_after_s: float
+    ) -> None:
+        """load: raises JourneymanError; close_after_s: the longest that a request may take."""
+        self._load, self._close_after_s = load, close_after_s
+        self._main = first
+        self._candidate: Served | None = None
+        self._tried: Candidate | None = None
+        self._wanted = UserConfig()
+        self._following: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.failure: str | None = None  # why what was asked for last does not answer
+
+    def served(self, texts: Sequence[str]) -> Served:
+        """Who answers this request."""
+        if self._candidate is None or self._tried is None or not self._chosen(texts):
+            return self._main
+        if self._tried.mode == "canary":
+            return self._candidate
+        self._begin(self._shadow(self._candidate, texts))
+        return self._main
+
+    def figures(self) -> dict[str, Any]:
+        """Of what answers, of what is tried, and what went wrong with a change."""
+        tried = self._candidate
+        return {
+            "bundle": self._main.bundle.bundle_id,
+            **self._main.figures(),
+            "candidate": None
+            if tried is None or self._tried is None
+            else {
+                "bundle": tried.bundle.bundle_id,
+                "mode": self._tried.mode,
+                "share": self._tried.share,
+                **tried.figures(),
+            },
+            "reload_failure": self.failure,
+        }
+
+    def follow(self, user_config: dict[str, Any]) -> None:
+        """Returns at once and never raises: Serve replaces a replica whose ``reconfigure`` fails,
+        and one that blocks answers nobody."""
+        try:
+            self._wanted = UserConfig.model_validate(user_config)
+        except ValidationError as error:
+            self._fail(f"user_config: {error.errors()[0]['msg']}")
+            return
+        if self._following is None or self._following.done():
+            self._following = self._begin(self._follow())
+
+    async def _follow(self) -> None:
+        wanted: UserConfig | None = None
+        while wanted is not self._wanted:  # it may change while a bundle is loaded
+            wanted = self._wanted
+            try:
+                await self._become(wanted)
+                self.failure = None
+            except JourneymanError as error:
+                self._fail(str(error))
+            except Exception as error:  # a good replica must outlive any bad bundle
+                self._fail(f"{type(error).__name__}: {error}")
+
+    async def _become(self, wanted: UserConfig) -> None:
+        if wanted.bundle is not None:
+            fresh = await self._load(Path(wanted.bundle))
+            if fresh.bundle.bundle_id == self._main.bundle.bundle_id:
+                self._close(fresh)
+            else:
+                self._main, before = fresh, self._main
+                _log.info("bundle %s answers in place of %s", fresh.bundle.bundle_id,
+                          before.bundle.bundle_id)  # fmt: skip
+                self._close(before)
+        if wanted.candidate != self._tried:
+            tried = await self._load(Path(wanted.candidate.bundle)) if wanted.candidate else None
+            self._candidate, before_it = tried, self._candidate
+            self._tried = wanted.candidate
+            if before_it:
+                self._close(before_it)
+
+    async def _shadow(self, candidate: Served, texts: Sequence[str]) -> None:
+        try:
+            await candidate.decide(texts)
+        except Exception as error:  # it may not harm the one that answers
+            self._fail(f"shadow: {type(error).__name__}")  # its words may quote the text
+
+    def _close(self, served: Served) -> None:
+        """Once its last request has its answer."""
+
+        async def later() -> None:
+            await asyncio.sleep(self._close_after_s)
+            await served.close()
+
+        self._begin(later())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Serve ends the tasks of a request with it: in a context of their own they live on."""
+        task = contextvars.Context().run(asyncio.get_running_loop().create_task, work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _chosen(self, texts: Sequence[str]) -> bool:
+        assert self._tried is not None
+        digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
+        return int.from_bytes(digest) < self._tried.share * 2**64
+
+    def _fail(self, why: str) -> None:
+        self.failure = why
+        _log.error("the bundle that was asked for does not answer: %s", why)

@@ -1,0 +1,129 @@
+"""What a cascade's replica counts: Ray metrics for Prometheus, and the last minutes for the page.
+
+No text, and nothing made of one, is in any of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any
+
+from journeyman.cascade.answering import Answers, Asked, Cascade
+from journeyman.cascade.policy import Decision, Escalation
+from journeyman.cascade.recording import Answering
+from journeyman.cascade.refusals import Refusal
+from journeyman.recipe import Price
+
+_WINDOW_S = 60.0
+_GAUGE_INTERVAL_S = 1.0
+_KINDS = ("student", "teacher", "void", "refused")  # void: the student for a failing teacher
+_LATENCIES_S = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
+
+
+class Measured:
+    """Answers as ``inner`` does, and counts."""
+
+    def __init__(self, inner: Answering, cascade: Cascade, bundle: str, price: Price) -> None:
+        """cascade: whose queue and breaker are watched; price: of the teacher's tokens."""
+        from ray.util import metrics
+
+        self._inner, self._cascade, self._price = inner, cascade, price
+        self._tags = {"bundle": bundle}
+        self._recent: deque[tuple[float, Counter[str]]] = deque()
+        self._minute: Counter[str] = Counter()  # their sum
+        self._totals: Counter[str] = Counter()
+
+        def counter(name: str, what: str, *tags: str) -> metrics.Counter:
+            return metrics.Counter(f"journeyman_cascade_{name}", what, tag_keys=("bundle", *tags))
+
+        def gauge(name: str, what: str) -> metrics.Gauge:
+            return metrics.Gauge(f"journeyman_cascade_{name}", what, tag_keys=("bundle",))
+
+        self._texts = counter("texts", "Texts answered, by who answered.", "answered_by")
+        self._refused = counter("refusals", "Requests refused, by reason.", "reason")
+        self._tokens = counter("teacher_tokens", "Tokens the teacher read and wrote.", "direction")
+        self._dollars = counter("teacher_dollars", "Price of the teacher's tokens.")
+        self._seconds = metrics.Histogram(
+            "journeyman_cascade_latency_seconds",
+            "Seconds from a request to its answer, by who answered.",
+            boundaries=_LATENCIES_S,
+            tag_keys=("bundle", "answered_by"),
+        )
+        self._gauges = {
+            "waiting": gauge("waiting_texts", "Texts that wait for the teacher."),
+            "breaker_open": gauge("breaker_open", "1 while a failing teacher is left alone."),
+            "escalation_rate": gauge("escalation_rate", "Escalated share of the last minute."),
+        }
+
+    async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers:
+        """Raises Refusal."""
+        started = time.perf_counter()
+        try:
+            answers = await self._inner.answer(texts, asked)
+        except Refusal as refusal:
+            self._refused.inc(tags=self._tags | {"reason": type(refusal).__name__})
+            self._count(Counter(refused=1))
+            raise
+        self._answered(answers, asked, time.perf_counter() - started)
+        return answers
+
+    def shadowed(self, decisions: Sequence[Decision | Escalation]) -> None:
+        """Texts that another bundle answered: who would have, by this one."""
+        n_escalated = sum(isinstance(decision, Escalation) for decision in decisions)
+        self._count(Counter(student=len(decisions) - n_escalated, teacher=n_escalated))
+
+    def figures(self) -> dict[str, Any]:
+        """Of this replica: totals since its start, and the last minute."""
+        self._forget()
+        escalated = self._minute["teacher"] + self._minute["void"]
+        answered = self._minute["student"] + escalated
+        return {
+            "totals": {kind: self._totals[kind] for kind in _KINDS},
+            "last_minute": {kind: self._minute[kind] for kind in _KINDS},
+            "escalation_rate": escalated / answered if answered else None,
+            "waiting": self._cascade.waiting.n_waiting,
+            "breaker_open": not self._cascade.breaker.is_closed,
+        }
+
+    async def watch(self) -> None:
+        """Keep the gauges true, as long as the replica lives."""
+        while True:
+            figures = self.figures()
+            for name, gauge in self._gauges.items():
+                gauge.set(float(figures[name] or 0.0), tags=self._tags)
+            await asyncio.sleep(_GAUGE_INTERVAL_S)
+
+    def _answered(self, answers: Answers, asked: Asked, seconds: float) -> None:
+        by = Counter(
+            "void" if i in answers.void else d.answered_by for i, d in enumerate(answers.decisions)
+        )
+        for who, n in by.items():
+            self._texts.inc(n, tags=self._tags | {"answered_by": who})
+        slowest = "teacher" if by["teacher"] else "student"
+        self._seconds.observe(seconds, tags=self._tags | {"answered_by": slowest})
+        tokens = (answers.teacher_prompt_tokens, answers.teacher_output_tokens)
+        for direction, n in zip(("read", "written"), tokens, strict=True):
+            if n:
+                self._tokens.inc(n, tags=self._tags | {"direction": direction})
+        price = self._price
+        if dollars := (
+            tokens[0] * price.per_million_prompt_tokens
+            + tokens[1] * price.per_million_output_tokens
+        ):
+            self._dollars.inc(dollars / 1e6, tags=self._tags)
+        if asked == "cascade":
+            self._count(by)
+
+    def _count(self, more: Counter[str]) -> None:
+        self._totals.update(more)
+        self._minute.update(more)
+        self._recent.append((time.monotonic(), more))
+        self._forget()
+
+    def _forget(self) -> None:
+        since = time.monotonic() - _WINDOW_S
+        while self._recent and self._recent[0][0] < since:
+            self._minute.subtract(self._recent.popleft()[1])

@@ -1,0 +1,193 @@
+"""OpenAI's endpoints in front of a cascade: the answer to a message is its label.
+
+Streams begin once the decision has been made, so no byte is ever taken back.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Response
+from fastapi.responses import StreamingResponse
+
+from journeyman.cascade.answering import Answers, Asked
+from journeyman.cascade.policy import Decision
+from journeyman.certify.bundle import PolicyBundle
+from serve import errors
+from serve.live import Live
+from serve.openai_schema import (
+    Chat,
+    ChatChoice,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    ModelCard,
+    ModelList,
+    Note,
+    TextChoice,
+    TokenUsage,
+)
+from serve.schema import headers_of, probabilities_of, promise_of
+
+_MODELS: tuple[Asked, ...] = ("cascade", "student", "teacher")
+
+
+def routes(live: Live) -> APIRouter:
+    """/v1/models, /v1/chat/completions, /v1/completions."""
+    router = APIRouter()
+    since = int(time.time())
+
+    @router.get("/v1/models")
+    async def models() -> ModelList:
+        """The cascade, and each of its two models alone."""
+        return ModelList(data=[ModelCard(id=name, created=since) for name in _MODELS])
+
+    @router.post("/v1/chat/completions", responses=errors.DESCRIBED)
+    async def chat(request: ChatRequest, response: Response) -> Chat:
+        """Classify a user's message; the label is the assistant's answer."""
+        texts = [request.messages[0].text]
+        served = live.served(texts)
+        bundle = served.bundle
+        answers = await served.answering.answer(texts, request.model)
+        decision = answers.decisions[0]
+        text = request.cut(decision.label)
+        top = request.top_logprobs or 0
+        logprobs = _chat_logprobs(decision, bundle, top) if request.logprobs else None
+        message = {"role": "assistant", "content": text, "refusal": None}
+        body = Chat(
+            id=f"chatcmpl-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=request.model,
+            choices=[ChatChoice(index=0, finish_reason="stop", logprobs=logprobs, message=message)],
+            usage=_usage(answers),
+            system_fingerprint=bundle.bundle_id,
+            journeyman=_note(answers, bundle, request.model),
+        )
+        headers = headers_of(answers, bundle, request.model)
+        if request.stream:
+            return _streamed(_chat_chunks(body, _with_usage(request)), headers)  # type: ignore[return-value]
+        response.headers.update(headers)
+        return body
+
+    @router.post("/v1/completions", responses=errors.DESCRIBED)
+    async def completions(request: CompletionRequest, response: Response) -> Completion:
+        """Classify one prompt or several; the labels are the completions."""
+        served = live.served(request.texts)
+        bundle = served.bundle
+        answers = await served.answering.answer(request.texts, request.model)
+        body = Completion(
+            id=f"cmpl-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=request.model,
+            choices=[
+                TextChoice(
+                    index=i,
+                    finish_reason="stop",
+                    text=request.cut(decision.label),
+                    logprobs=None
+                    if request.logprobs is None
+                    else _text_logprobs(decision, bundle, request.logprobs),
+                )
+                for i, decision in enumerate(answers.decisions)
+            ],
+            usage=_usage(answers),
+            system_fingerprint=bundle.bundle_id,
+            journeyman=_note(answers, bundle, request.model),
+        )
+        headers = headers_of(answers, bundle, request.model)
+        if request.stream:
+            return _streamed(_text_chunks(body, _with_usage(request)), headers)  # type: ignore[return-value]
+        response.headers.update(headers)
+        return body
+
+    return router
+
+
+def _note(answers: Answers, bundle: PolicyBundle, asked: Asked) -> Note:
+    return Note(
+        bundle=bundle.bundle_id,
+        guarantee=promise_of(answers, bundle, asked),
+        answered_by=[decision.answered_by for decision in answers.decisions],
+        confidence=[decision.confidence for decision in answers.decisions],
+        probabilities=[probabilities_of(d, bundle.label_names) for d in answers.decisions],
+    )
+
+
+def _usage(answers: Answers) -> TokenUsage:
+    read, written = answers.teacher_prompt_tokens, answers.teacher_output_tokens
+    return TokenUsage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+
+
+def _chat_logprobs(decision: Decision, bundle: PolicyBundle, top: int) -> dict[str, Any]:
+    """The label as one token."""
+    said = [
+        {"token": label, "logprob": logprob, "bytes": list(label.encode())}
+        for label, logprob in _ranked(decision, bundle)
+    ]
+    return {"content": [{**said[0], "top_logprobs": said[:top]}], "refusal": None}
+
+
+def _text_logprobs(decision: Decision, bundle: PolicyBundle, top: int) -> dict[str, Any]:
+    ranked = _ranked(decision, bundle)
+    return {
+        "tokens": [ranked[0][0]],
+        "token_logprobs": [ranked[0][1]],
+        "top_logprobs": [dict(ranked[:top])],
+        "text_offset": [0],
+    }
+
+
+def _ranked(decision: Decision, bundle: PolicyBundle) -> list[tuple[str, float]]:
+    """Labels and their log-probabilities, the likeliest first."""
+    logprobs = np.log(np.maximum(decision.probabilities, np.finfo(np.float64).tiny))
+    order = np.argsort(-logprobs, kind="stable")
+    return [(bundle.label_names[i], float(logprobs[i])) for i in order]
+
+
+def _with_usage(request: ChatRequest | CompletionRequest) -> bool:
+    return bool(request.stream_options and request.stream_options.include_usage)
+
+
+def _streamed(chunks: list[dict[str, Any]], headers: Mapping[str, str]) -> StreamingResponse:
+    """Server-sent events, as OpenAI sends them."""
+
+    async def events() -> AsyncIterator[str]:
+        for chunk in chunks:
+            yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers=dict(headers))
+
+
+def _chat_chunks(chat: Chat, with_usage: bool) -> list[dict[str, Any]]:
+    said = chat.choices[0]
+    steps: list[dict[str, Any]] = [
+        {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None},
+        {"delta": {"content": said.message["content"]}, "logprobs": said.logprobs,
+         "finish_reason": None},
+        {"delta": {}, "logprobs": None, "finish_reason": said.finish_reason},
+    ]  # fmt: skip
+    choices = [[{"index": 0, **step}] for step in steps]
+    return _chunks(chat, "chat.completion.chunk", choices, with_usage)
+
+
+def _text_chunks(completion: Completion, with_usage: bool) -> list[dict[str, Any]]:
+    choices = [[choice.model_dump()] for choice in completion.choices]
+    return _chunks(completion, "text_completion", choices, with_usage)
+
+
+def _chunks(
+    body: Chat | Completion, kind: str, choices: list[list[dict[str, Any]]], with_usage: bool
+) -> list[dict[str, Any]]:
+    head = body.model_dump(include={"id", "created", "model", "system_fingerprint"})
+    head |= {"object": kind} | ({"usage": None} if with_usage else {})
+    chunks = [{**head, "choices": some} for some in choices]
+    chunks[-1]["journeyman"] = body.journeyman.model_dump()
+    if with_usage:
+        chunks.append({**head, "choices": [], "usage": body.usage.model_dump()})
+    return chunks

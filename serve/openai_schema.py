@@ -1,0 +1,182 @@
+"""What travels over OpenAI's endpoints, as far as an answer that is a label has a use for it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from journeyman.cascade.answering import Asked
+from journeyman.cascade.policy import AnsweredBy
+from serve.schema import MAX_TEXTS, Promise, Text
+
+MAX_TOP_LOGPROBS = 20  # OpenAI's
+
+
+class Part(BaseModel):
+    """A piece of a message's content."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["user"] = Field(
+        description="The cascade is certified for one prompt, which has a place for a user's text "
+        "and for nothing else."
+    )
+    content: Text | Annotated[list[Part], Field(min_length=1)]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+    @model_validator(mode="after")
+    def _not_blank(self) -> Message:
+        if not self.text.strip():
+            raise ValueError("is blank")
+        return self
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Common(BaseModel):
+    """Parameters of both endpoints.
+
+    An answer is one of the labels: temperature, top_p, seed, penalties and limits on its length
+    are taken, as clients send them by default, and change nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Asked
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = Field(
+        None, description="The answer ends in front of the first of these."
+    )
+    n: Literal[1] | None = None
+    user: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: int | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    def cut(self, answer: str) -> str:
+        """The answer up to the first stop string."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        ends = [answer.find(stop) for stop in stops if stop and stop in answer]
+        return answer[: min(ends)] if ends else answer
+
+
+class ChatRequest(_Common):
+    """One user message."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _logprobs_asked(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+
+class CompletionRequest(_Common):
+    """One prompt or several."""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+
+class Note(BaseModel):
+    """What the cascade says beside OpenAI's fields: of each choice, in order."""
+
+    bundle: str
+    guarantee: Promise | None
+    answered_by: list[AnsweredBy]
+    confidence: list[float | None]
+    probabilities: list[dict[str, float]]
+
+
+class TokenUsage(BaseModel):
+    """Tokens that the teacher read and wrote; 0 where the student answered."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ModelCard(BaseModel):
+    id: Asked
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["journeyman"] = "journeyman"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Choice(BaseModel):
+    """Of a chat: message or delta; of a completion: text."""
+
+    index: int
+    finish_reason: Literal["stop"] | None
+    logprobs: dict[str, Any] | None = None
+
+
+class ChatChoice(Choice):
+    message: dict[str, Any]
+
+
+class TextChoice(Choice):
+    text: str
+
+
+class Chat(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: Asked
+    choices: list[ChatChoice]
+    usage: TokenUsage
+    system_fingerprint: str
+    journeyman: Note
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: Asked
+    choices: list[TextChoice]
+    usage: TokenUsage
+    system_fingerprint: str
+    journeyman: Note

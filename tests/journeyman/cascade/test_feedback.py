@@ -1,0 +1,203 @@
+"""What is kept of the traffic, in which split, and that a killed replica loses nothing of it."""
+
+import asyncio
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy.stats import binomtest
+
+from journeyman.cascade.answering import Answers
+from journeyman.cascade.feedback import Journal, Seen, worth_keeping
+from journeyman.cascade.policy import Decision
+from journeyman.cascade.recording import Recording
+from journeyman.errors import ClusterError
+from journeyman.labels.folder import Folder
+
+
+def decision(by: str = "student") -> Decision:
+    return Decision(
+        answered_by=by,  # type: ignore[arg-type]
+        label="yes",
+        confidence=0.7,
+        probabilities=np.array([0.3, 0.7]),
+    )
+
+
+def seen(text: str = "a", split: str = "train") -> Seen:
+    return Seen(
+        text=text,
+        split=split,
+        escalated=True,
+        propensity=0.9,
+        label="yes",
+        answered_by="teacher",
+        confidence=0.25,
+        probabilities=[0.25, 0.75],
+        bundle="b",
+        received_at=1_800_000_000.5,
+    )
+
+
+def read(folder: Path) -> list[dict]:
+    tables = [pq.read_table(path).to_pylist() for path in sorted(folder.glob("*.parquet"))]
+    return [row for table in tables for row in table]
+
+
+def test_audited_texts_certify_escalated_ones_train_and_the_rest_is_forgotten():
+    rows = worth_keeping(
+        ["a", "b", "c", "d"],
+        [decision(), decision("teacher"), decision("teacher"), decision()],
+        escalated=frozenset({1, 2}),
+        audited=[False, True, False, True],
+        audit_rate=0.1,
+        bundle="b",
+        now=1.0,
+    )
+    assert [(r.text, r.split, r.escalated, r.propensity) for r in rows] == [
+        ("b", "certify", True, 0.1),
+        ("c", "train", True, 0.9),
+        ("d", "certify", False, 0.1),
+    ]
+    assert [r.answered_by for r in rows] == ["teacher", "teacher", "student"]
+
+
+def test_rows_are_rolled_by_number_and_at_the_end(tmp_path: Path):
+    journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=3, roll_s=60)
+    for i in range(7):
+        journal.add([seen(str(i))])
+    journal.close()
+    assert sorted(row["text"] for row in read(tmp_path)) == list("0123456")
+    assert len(list(tmp_path.glob("*.parquet"))) == 3
+    assert not list((tmp_path / "open").iterdir())
+    row = read(tmp_path)[0]
+    assert row["received_at"].timestamp() == 1_800_000_000.5
+    assert row["probabilities"] == [0.25, 0.75] and row["split"] == "train"
+
+
+def test_rows_are_rolled_after_a_while(tmp_path: Path):
+    journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=1000, roll_s=0.1)
+    journal.add([seen()])
+    deadline = time.monotonic() + 10
+    while not read(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    journal.close()
+    assert len(read(tmp_path)) == 1
+
+
+def test_a_store_that_is_away_keeps_rows_in_the_spool_until_it_is_back(tmp_path: Path):
+    stored: dict[str, bytes] = {}
+    away = True
+
+    def put(name: str, content: bytes) -> None:
+        if away:
+            raise ClusterError("the store cannot be reached")
+        stored[name] = content
+
+    journal = Journal(tmp_path, put, roll_rows=1, roll_s=60)
+    for i in range(3):
+        journal.add([seen(str(i))])
+    deadline = time.monotonic() + 10
+    while journal.failure is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    away = False
+    journal.add([seen("3")])
+    journal.close()
+    texts = {row["text"] for content in stored.values()
+             for row in pq.read_table(io.BytesIO(content)).to_pylist()}  # fmt: skip
+    assert texts == set("0123") and journal.failure is None
+
+
+WRITER = """
+import json, sys, time
+from pathlib import Path
+from journeyman.cascade.feedback import Journal, Seen
+journal = Journal(Path(sys.argv[1]), lambda *_: None, roll_rows=10**6, roll_s=600)
+fields = json.loads(sys.argv[2])
+for i in range(10**6):
+    journal.add([Seen(**fields | {"text": str(i)})])
+    if i == 200:
+        print("go", flush=True)
+    time.sleep(0.0005)
+"""
+
+
+def test_what_a_killed_replica_wrote_is_rolled_by_the_next_one(tmp_path: Path):
+    fields = {name: getattr(seen(), name) for name in Seen.__slots__}
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path), json.dumps(fields)], stdout=subprocess.PIPE
+    )
+    assert writer.stdout
+    assert writer.stdout.readline() == b"go\n"
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.wait()
+    Journal(tmp_path, Folder(tmp_path).put, roll_rows=10, roll_s=60).close()
+    texts = [int(row["text"]) for row in read(tmp_path)]
+    assert texts == list(range(len(texts))) and len(texts) >= 190
+    assert not list((tmp_path / "open").iterdir())
+
+
+def test_the_file_of_a_replica_that_runs_is_left_alone(tmp_path: Path):
+    fields = {name: getattr(seen(), name) for name in Seen.__slots__}
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path), json.dumps(fields)], stdout=subprocess.PIPE
+    )
+    assert writer.stdout
+    writer.stdout.readline()
+    try:
+        Journal(tmp_path, Folder(tmp_path).put, roll_rows=10, roll_s=60).close()
+        assert not read(tmp_path) and len(list((tmp_path / "open").iterdir())) == 1
+    finally:
+        writer.kill()
+        writer.wait()
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_coin_that_always_falls_on_one_side(rate: float):
+    rows = worth_keeping(["a"], [decision()], frozenset(), [rate == 1.0], rate, "b", 0.0)
+    assert [r.propensity for r in rows] == [1.0] * int(rate)
+
+
+class Answering:
+    """The student answers a, the teacher b, the student in its place c."""
+
+    async def answer(self, texts: list[str], asked: str = "cascade") -> Answers:
+        decisions = tuple(decision("teacher" if t == "b" else "student") for t in texts)
+        return Answers(
+            decisions=decisions,
+            teacher_prompt_tokens=0,
+            teacher_output_tokens=0,
+            void=frozenset(i for i, t in enumerate(texts) if t == "c"),
+        )
+
+
+def test_traffic_is_recorded_with_the_audits_rate_and_all_that_was_escalated(tmp_path: Path):
+    journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=10**6, roll_s=600)
+    recording = Recording(Answering(), journal, 0.2, "b", random.Random(0))
+
+    async def ask() -> None:
+        for _ in range(500):
+            await recording.answer(["a", "b", "c"])
+            await recording.answer(["b"], "teacher")  # no traffic
+
+    asyncio.run(ask())
+    journal.close()
+    rows = read(tmp_path)
+    train = [row["text"] for row in rows if row["split"] == "train"]
+    audited = [row["text"] for row in rows if row["split"] == "certify"]
+    assert set(train) == {"b", "c"} and len(train) + len(audited) == 1000 + audited.count("a")
+    assert {text: binomtest(audited.count(text), 500, 0.2).pvalue > 0.001 for text in "abc"} == (
+        dict.fromkeys("abc", True)
+    )
+    assert {(row["split"], row["propensity"]) for row in rows} == {("train", 0.8), ("certify", 0.2)}

@@ -1,0 +1,106 @@
+"""Texts that come again."""
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from journeyman.cascade.answering import Answers
+from journeyman.cascade.policy import Decision
+from journeyman.cascade.refusals import TextRefused
+from journeyman.cascade.remembering import Remembering
+
+
+class Inner:
+    """Answers with the text itself, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+        self.failing = False
+
+    async def answer(self, texts: Sequence[str], asked: str = "cascade") -> Answers:
+        self.asked.append(list(texts))
+        if "never" in texts:
+            raise TextRefused(list(texts).index("never"), "too long")
+        return Answers(
+            decisions=tuple(
+                Decision(
+                    answered_by="teacher",
+                    label=text,
+                    confidence=0.1,
+                    probabilities=np.array([1.0]),
+                )
+                for text in texts
+            ),
+            teacher_prompt_tokens=10 * len(texts),
+            teacher_output_tokens=0,
+            void=frozenset(range(len(texts))) if self.failing else frozenset(),
+        )
+
+
+def labels(answers: Answers) -> list[str]:
+    return [decision.label for decision in answers.decisions]
+
+
+def test_only_what_is_new_is_asked_and_answers_keep_their_places():
+    async def test() -> None:
+        inner = Inner()
+        cache = Remembering(inner, size=10)
+        await cache.answer(["b", "d"])
+        answers = await cache.answer(["a", "b", "c", "d"])
+        assert labels(answers) == ["a", "b", "c", "d"]
+        assert inner.asked == [["b", "d"], ["a", "c"]]
+        assert answers.teacher_prompt_tokens == 20 and cache.hits == 2
+        again = await cache.answer(["a", "b", "c", "d"])
+        assert labels(again) == ["a", "b", "c", "d"] and again.teacher_prompt_tokens == 0
+        assert len(inner.asked) == 2
+
+    asyncio.run(test())
+
+
+def test_the_text_that_was_not_asked_for_longest_is_forgotten_first():
+    async def test() -> None:
+        inner = Inner()
+        cache = Remembering(inner, size=2)
+        for text in ("a", "b", "a", "c", "a", "b"):
+            assert labels(await cache.answer([text])) == [text]
+        assert inner.asked == [["a"], ["b"], ["c"], ["b"]]
+
+    asyncio.run(test())
+
+
+def test_an_answer_for_which_nothing_is_promised_is_not_kept():
+    async def test() -> None:
+        inner = Inner()
+        cache = Remembering(inner, size=9)
+        await cache.answer(["b"])
+        inner.failing = True
+        assert (await cache.answer(["a", "b"])).void == {0}
+        inner.failing = False
+        assert (await cache.answer(["b", "a"])).void == set()
+        assert inner.asked == [["b"], ["a"], ["a"]]
+
+    asyncio.run(test())
+
+
+def test_one_model_alone_is_always_asked():
+    async def test() -> None:
+        inner = Inner()
+        cache = Remembering(inner, size=9)
+        for _ in range(2):
+            await cache.answer(["a"])
+            await cache.answer(["a"], "teacher")
+        assert len(inner.asked) == 3
+
+    asyncio.run(test())
+
+
+def test_a_refused_text_keeps_its_place_in_the_request():
+    async def test() -> None:
+        cache = Remembering(Inner(), size=9)
+        await cache.answer(["a", "b"])
+        with pytest.raises(TextRefused, match="text 3: too long"):
+            await cache.answer(["a", "b", "c", "never"])
+
+    asyncio.run(test())

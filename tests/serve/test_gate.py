@@ -1,0 +1,108 @@
+"""In front of the endpoints: keys, rates, sizes. No Ray."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from journeyman.cascade import keys
+from journeyman.cascade.keys import Key, Keyring
+from serve.gate import MAX_BODY_BYTES
+from serve.http import api
+from tests.serve import tiny
+from tests.serve.test_openai import Cascade
+
+KEY = keys.new_key()
+
+
+@pytest.fixture(scope="module")
+def bundle(run: tiny.Run):
+    return run.bundle
+
+
+def ring(per_minute: int | None = None) -> Keyring:
+    _, hashed, *_ = keys.line_of("shop", KEY, None).split()
+    return Keyring(
+        (Key(name="shop", sha256=hashed.removeprefix("sha256:"), per_minute=per_minute),),
+        time.monotonic,
+    )
+
+
+def send(bundle, keyring: Keyring | None, *requests: dict) -> list[httpx.Response]:
+    app = api(tiny.live(Cascade(), bundle), lambda: None, keyring)  # type: ignore[arg-type]
+
+    async def call() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://cascade") as client:
+            return [
+                await client.request(**{"method": "POST", "url": "/v1/classify"} | request)
+                for request in requests
+            ]
+
+    return asyncio.run(call())
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_only_who_has_a_key_may_ask(bundle):
+    body = {"json": {"input": "x"}}
+    good, none, wrong, basic = send(
+        bundle,
+        ring(),
+        body | {"headers": bearer(KEY)},
+        body,
+        body | {"headers": bearer(KEY[:-1])},
+        body | {"headers": {"Authorization": f"Basic {KEY}"}},
+    )
+    assert good.status_code == 200
+    for refused in (none, wrong, basic):
+        assert refused.status_code == 401
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert refused.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_every_endpoint_wants_a_key_but_probes_and_pages(bundle):
+    open_to_all = ("/healthz", "/readyz", "/", "/docs", "/openapi.json")
+    paths = (*open_to_all, "/v1/bundle", "/v1/figures", "/v1/models", "/v1/chat/completions")
+    responses = send(bundle, ring(), *({"method": "GET", "url": path} for path in paths))
+    assert [r.status_code for r in responses] == [200] * 5 + [401] * 4
+
+
+def test_without_keys_everyone_may_ask(bundle):
+    [response] = send(bundle, None, {"json": {"input": "x"}})
+    assert response.status_code == 200
+
+
+def test_who_asks_too_often_is_told_when_to_come_back(bundle):
+    request = {"json": {"input": "x"}, "headers": bearer(KEY)}
+    *answered, refused = send(bundle, ring(per_minute=3), *[request] * 4)
+    assert [r.status_code for r in answered] == [200] * 3
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert 1 <= int(refused.headers["Retry-After"]) <= 20
+
+
+def test_a_body_that_is_too_large_is_not_read(bundle):
+    read = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal read
+        for _ in range(10_000):
+            read += 1 << 20
+            yield b" " * (1 << 20)
+
+    announced, streamed = send(
+        bundle,
+        None,
+        {"content": b"{}", "headers": {"Content-Length": str(MAX_BODY_BYTES + 1)}},
+        {"content": body()},
+    )
+    for response in (announced, streamed):
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "body_too_large"
+        assert f"more than {MAX_BODY_BYTES:,} bytes" in response.json()["error"]["message"]
+    assert read <= MAX_BODY_BYTES + (2 << 20)

@@ -1,0 +1,157 @@
+"""One bundle in place of another, and a candidate beside it. No Ray, no models."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from scipy.stats import binomtest
+
+from journeyman.errors import BundleMismatch
+from serve.live import Live, Served
+
+
+class Bundles:
+    """Loads a bundle by its name, as slowly as told, and notes what is closed and shadowed."""
+
+    def __init__(self) -> None:
+        self.closed: list[str] = []
+        self.loaded: list[str] = []
+        self.shadowed: list[list[str]] = []
+        self.may_load = asyncio.Event()
+        self.may_load.set()
+
+    async def load(self, path: Path) -> Served:
+        await self.may_load.wait()
+        self.loaded.append(path.name)
+        if path.name == "bad":
+            raise BundleMismatch("bad does not fit")
+        if path.name == "broken":
+            raise ZeroDivisionError
+        return self.served(path.name)
+
+    def served(self, name: str) -> Served:
+        async def decide(texts: Any) -> None:
+            if "poison" in texts:
+                raise RuntimeError("poison")
+            self.shadowed.append(list(texts))
+
+        async def close() -> None:
+            self.closed.append(name)
+
+        bundle: Any = SimpleNamespace(bundle_id=name)
+        return Served(
+            bundle=bundle,
+            answering=SimpleNamespace(),  # type: ignore[arg-type]
+            figures=lambda: {"of": name},
+            decide=decide,
+            close=close,
+        )
+
+
+def run(test) -> None:
+    async def go() -> None:
+        bundles = Bundles()
+        await test(Live(bundles.served("a"), bundles.load, close_after_s=0.01), bundles)
+
+    asyncio.run(go())
+
+
+def now(live: Live, text: str = "x") -> str:
+    return live.served([text]).bundle.bundle_id
+
+
+async def settled(live: Live) -> None:
+    while live._following and not live._following.done():
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.03)  # and what was replaced is closed
+
+
+def test_a_new_bundle_answers_once_it_is_loaded_and_the_old_one_is_closed_later():
+    async def test(live: Live, bundles: Bundles) -> None:
+        bundles.may_load.clear()
+        live.follow({"bundle": "b"})
+        await asyncio.sleep(0.01)
+        assert now(live) == "a"  # still: it returned at once, and nothing waits
+        bundles.may_load.set()
+        await settled(live)
+        assert now(live) == "b" and bundles.closed == ["a"] and live.failure is None
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"bundle": "bad"}, "bad does not fit"),
+        ({"bundle": "broken"}, "ZeroDivisionError"),
+        ({"bundel": "b"}, "Extra inputs are not permitted"),
+        ({"candidate": {"bundle": "b", "share": 2}}, "less than or equal to 1"),
+    ],
+)
+def test_a_bad_bundle_never_harms_the_one_that_answers(config: dict, why: str):
+    async def test(live: Live, bundles: Bundles) -> None:
+        live.follow(config)
+        await settled(live)
+        assert now(live) == "a" and bundles.closed == []
+        assert why in live.figures()["reload_failure"]
+        live.follow({"bundle": "b"})
+        await settled(live)
+        assert now(live) == "b" and live.figures()["reload_failure"] is None
+
+    run(test)
+
+
+def test_the_last_word_counts_when_the_mind_changes_while_one_is_loaded():
+    async def test(live: Live, bundles: Bundles) -> None:
+        bundles.may_load.clear()
+        for name in "bcd":
+            live.follow({"bundle": name})
+            await asyncio.sleep(0.002)
+        bundles.may_load.set()
+        await settled(live)
+        assert now(live) == "d" and bundles.loaded[-1] == "d"
+        assert set(bundles.closed) == {"a", *bundles.loaded} - {"d"}
+
+    run(test)
+
+
+def test_the_same_bundle_again_is_not_exchanged():
+    async def test(live: Live, bundles: Bundles) -> None:
+        before = live.served(["x"])
+        live.follow({"bundle": "a"})
+        await settled(live)
+        assert live.served(["x"]) is before and bundles.closed == ["a"]  # the second one
+
+    run(test)
+
+
+def test_a_canary_answers_its_share_and_a_text_stays_with_one():
+    async def test(live: Live, bundles: Bundles) -> None:
+        live.follow({"candidate": {"bundle": "b", "mode": "canary", "share": 0.2}})
+        await settled(live)
+        texts = [f"text {i}" for i in range(2000)]
+        by = [now(live, text) for text in texts]
+        assert binomtest(by.count("b"), 2000, 0.2).pvalue > 0.001
+        assert [now(live, text) for text in texts] == by
+        assert live.figures()["candidate"] == {
+            "bundle": "b", "mode": "canary", "share": 0.2, "of": "b",
+        }  # fmt: skip
+        live.follow({})
+        await settled(live)
+        assert {now(live, text) for text in texts} == {"a"} and bundles.closed == ["b"]
+
+    run(test)
+
+
+def test_a_shadow_decides_on_the_same_texts_and_never_answers():
+    async def test(live: Live, bundles: Bundles) -> None:
+        live.follow({"candidate": {"bundle": "b", "mode": "shadow"}})
+        await settled(live)
+        assert {now(live, text) for text in ("x", "poison", "y")} == {"a"}
+        await asyncio.sleep(0.01)
+        assert bundles.shadowed == [["x"], ["y"]]
+        assert live.failure == "shadow: RuntimeError"
+
+    run(test)

@@ -28,7 +28,7 @@ SMALL = (
     "corpus.limits={train: 60, calibrate: 30, certify: 60, test: 40}",
     "corpus.rows_per_shard=30",
     "training.epochs=2",
-    "certify.alpha=0.4",
+    "certify={alpha: 0.4}",
 )
 
 

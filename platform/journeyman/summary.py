@@ -13,9 +13,7 @@ import yaml
 
 from journeyman import corpus, files
 from journeyman.certify import bundle as bundles
-from journeyman.certify.bundle import PolicyBundle
-from journeyman.certify.calibration import Calibrator
-from journeyman.certify.scores import score
+from journeyman.certify.bundle import Guarantee, PolicyBundle
 from journeyman.certify.step import read_test_logits
 from journeyman.labels import dataset
 from journeyman.labels.dataset import ClassRows
@@ -85,8 +83,7 @@ def _learned(run: RunFolder) -> list[SummaryRow]:
 
 
 def _test_rows(rows: ClassRows, bundle_dir: Path, bundle: PolicyBundle) -> TestRows:
-    student = Calibrator(temperature=bundle.temperature).probabilities(read_test_logits(bundle_dir))
-    confidence = score(student, bundle.score)
+    student, confidence = bundle.confidence.of(read_test_logits(bundle_dir))
     return TestRows(
         ids=rows.ids,
         texts=rows.texts,
@@ -119,17 +116,30 @@ def _promise(measured: Measured, bundle: PolicyBundle) -> list[SummaryRow]:
     words = {
         "system_agreement": "P(student answers and differs)",
         "selective_agreement": "P(differs | student answers)",
+        "accuracy": "accuracy lost to the teacher alone",
     }[guarantee.kind]
-    of = measured.n if guarantee.kind == "system_agreement" else measured.n_accepted
+    confidence = f"confidence {percent(1 - guarantee.delta)}"
+    each = ", for each answer" if bundle.class_guarantees else ""
     rows = [
-        ("promised", f"at most {percent(guarantee.alpha)}",
-         f"{words}, confidence {percent(1 - guarantee.delta)}"),
-        ("realised on test", share(measured.n_accepted_differs, of), ""),
+        ("promised", f"at most {percent(guarantee.alpha)}", f"{words}{each}, {confidence}"),
+        ("realised on test", _realised(measured, guarantee), ""),
         ("answered by the student", share(measured.n_accepted, measured.n), ""),
-    ]  # fmt: skip
+    ]
+    for other in bundle.guarantees:
+        if other.kind != guarantee.kind:
+            name = f"  by {other.kind.replace('_', ' ')}"
+            rows.append((name, share(other.n_accepted, other.n), "certified beside it"))
     if not guarantee.feasible:
         rows.append(("escalates everything", "yes", guarantee.reason))
     return [SummaryRow(group="the promise", name=n, value=v, note=note) for n, v, note in rows]
+
+
+def _realised(measured: Measured, guarantee: Guarantee) -> str:
+    if guarantee.kind == "accuracy":
+        gold = measured.gold
+        return "no gold" if gold is None else f"{(gold.teacher - gold.cascade) / gold.n:+.1%}"
+    system = guarantee.kind == "system_agreement"
+    return share(measured.n_accepted_differs, measured.n if system else measured.n_accepted)
 
 
 def _speed(run: RunFolder) -> list[SummaryRow]:

@@ -37,7 +37,13 @@ def test_wrong_type_says_where_and_what_was_got():
         ("corpus.columns.split=null", "split_map needs columns.split"),
         ("corpus.split_map={val: {test: 0.4}}", "split_map.val must add up to 1, got 0.4"),
         ("cluster.replicas={min: 3, max: 2}", "min (3) must not exceed max (2)"),
-        ("certify.delta=0.9", "delta (0.9) must not exceed max_delta (0.5)"),
+        ("certify={delta: 0.9}", "delta (0.9) must not exceed max_delta (0.5)"),
+        (
+            "certify={delta: 0.3, besides: [accuracy]}",
+            "delta of 2 guarantees (0.6) must not exceed max_delta (0.5)",
+        ),
+        ("certify={guarantee: accuracy, per_class: true}", "per_class goes with system_agreement"),
+        ("certify={per_class: true, besides: [accuracy]}", "besides cannot go with per_class"),
     ],
 )
 def test_impossible_combination_is_one_sentence(override: str, words: str):
@@ -91,6 +97,17 @@ def test_causal_student_has_the_defaults_of_a_whole_model():
     assert (student.start, student.layers, student.layer_choice) == ("pretrained", None, "even")
     assert student.lora is not None
     assert (student.lora.rank, student.lora.target_modules) == (16, ("q_proj",))
+
+
+def test_a_guarantee_is_certified_once_however_often_it_is_named():
+    named = recipe.load(DEMO, ["certify={guarantee: accuracy, besides: [accuracy, accuracy]}"])
+    assert named.certify.guarantees == ("accuracy",)
+
+
+@pytest.mark.parametrize("override", ["certify.guarantee=accuracy", "certify.besides=[accuracy]"])
+def test_a_promise_against_gold_without_gold_is_refused(override):
+    words = sentence(override, "corpus.columns.label=null")
+    assert "certify.guarantee accuracy needs gold labels: set corpus.columns.label" in words
 
 
 def test_gold_mix_without_gold_is_refused():

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from journeyman.certify.bundle import PolicyBundle
-from journeyman.certify.calibration import Calibrator
-from journeyman.certify.scores import ScoreName, score
+from journeyman.certify.confidence import Confidence
 from journeyman.errors import DataError
 from journeyman.labels.prior import corrected
 from journeyman.probabilities import FloatArray
@@ -49,8 +48,7 @@ class Policy:
     """A bundle's rule. accept_above: the student answers strictly above; +inf escalates all."""
 
     label_names: tuple[str, ...]
-    calibrator: Calibrator
-    score: ScoreName
+    confidence: Confidence
     accept_above: float
     teacher_log_prior: FloatArray | None
 
@@ -59,8 +57,7 @@ class Policy:
         prior = bundle.teacher_log_prior
         return cls(
             label_names=bundle.label_names,
-            calibrator=Calibrator(temperature=bundle.temperature),
-            score=bundle.score,
+            confidence=bundle.confidence,
             accept_above=bundle.accept_above,
             teacher_log_prior=None if prior is None else np.array(prior, dtype=np.float64),
         )
@@ -71,13 +68,13 @@ class Policy:
 
     def decide_batch(self, student_logits: npt.ArrayLike) -> list[Decision | Escalation]:
         """student_logits: float[n, c]; raises DataError if they do not fit the labels."""
-        probabilities = self.calibrator.probabilities(student_logits)
-        if probabilities.shape[1] != len(self.label_names):
+        logits = np.asarray(student_logits)
+        if logits.ndim == 2 and logits.shape[1] != len(self.label_names):
             raise DataError(
-                f"The student gives {probabilities.shape[1]} logits a text, the bundle names "
+                f"The student gives {logits.shape[1]} logits a text, the bundle names "
                 f"{len(self.label_names)} labels. Serve the student that the bundle was made for."
             )
-        confidence = score(probabilities, self.score)
+        probabilities, confidence = self.confidence.of(logits)
         answers = [
             self._decision("student", row, float(value))
             for row, value in zip(probabilities, confidence, strict=True)

@@ -15,11 +15,14 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from journeyman.certify.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE
+from journeyman.certify.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, Calibrator
 from journeyman.certify.certificate import Certificate, GuaranteeKind
+from journeyman.certify.confidence import Confidence
 from journeyman.certify.curve import CurvePoint
+from journeyman.certify.deferral_head import DeferralHead
 from journeyman.certify.ledger import LedgerEntry
 from journeyman.certify.scores import ScoreName
 from journeyman.certify.thresholds import WrittenThreshold, read_threshold
@@ -50,6 +53,7 @@ class Guarantee(_Part):
     k_star: int = Field(ge=-1)
     feasible: bool
     reason: str
+    gains: int = Field(default=0, ge=0)
 
     @classmethod
     def from_certificate(cls, certificate: Certificate) -> Self:
@@ -82,6 +86,11 @@ class PolicyBundle(_Part):
     # From logits to a decision.
     label_names: tuple[Text, ...] = Field(min_length=2, description="classes in logit order")
     score: ScoreName
+    deferral_head: DeferralHead | None = Field(default=None, description="of that score alone")
+    class_thresholds: tuple[float, ...] | None = Field(
+        default=None,
+        description="subtracted from the score by the student's answer; null if all share one",
+    )
     temperature: float = Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)
     teacher_log_prior: tuple[float, ...] | None = Field(
         description="subtracted from the teacher's class log-probabilities; null if none"
@@ -93,6 +102,9 @@ class PolicyBundle(_Part):
     # What is promised, and how it came about.
     served_guarantee: GuaranteeKind = Field(description="the one that `threshold` comes from")
     guarantees: tuple[Guarantee, ...] = Field(min_length=1)
+    class_guarantees: tuple[Guarantee, ...] | None = Field(
+        default=None, description="of each of the student's answers, in logit order; null if none"
+    )
     curve: tuple[CurvePoint, ...]
     student_accuracy: Share | None = Field(default=None, description="against gold, if any")
     teacher_accuracy: Share | None = Field(default=None, description="against gold, if any")
@@ -108,6 +120,29 @@ class PolicyBundle(_Part):
     def accept_above(self) -> float:
         """`threshold` as a number to compare with; +inf escalates everything."""
         return read_threshold(self.threshold)
+
+    @property
+    def confidence(self) -> Confidence:
+        """How a row is scored, as it was for the certificate."""
+        own = self.class_thresholds
+        return Confidence(
+            calibrator=Calibrator(temperature=self.temperature),
+            score=self.score,
+            head=self.deferral_head,
+            class_thresholds=None if own is None else np.array(own),
+        )
+
+    @model_validator(mode="after")
+    def _scores_as_it_says(self) -> Self:
+        if (self.deferral_head is None) == (self.score == "deferral_head"):
+            raise ValueError("`deferral_head` must be there exactly where it is the `score`")
+        for name in ("class_thresholds", "class_guarantees"):
+            of_classes = getattr(self, name)
+            if of_classes is not None and len(of_classes) != len(self.label_names):
+                raise ValueError(
+                    f"`{name}` has {len(of_classes)} values for {len(self.label_names)} labels"
+                )
+        return self
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

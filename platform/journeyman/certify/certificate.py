@@ -1,8 +1,8 @@
 """The promise: a threshold, and the finite-sample argument for why it holds.
 
-Owns Clopper-Pearson, the certificate's type, and system agreement. Selective agreement is next
-door. Every statement assumes `certify` rows drawn like the traffic, independent of each other and
-of everything that was fitted, and used once.
+Owns Clopper-Pearson, the certificate's type, and system agreement; selective agreement and
+accuracy against gold are next door. Every statement assumes `certify` rows drawn like the traffic,
+independent of each other and of everything that was fitted, and used once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.special import bdtr, betaincinv
 from journeyman.certify.thresholds import ThresholdTable, threshold_table
 from journeyman.errors import DataError, RecipeError
 
-GuaranteeKind = Literal["system_agreement", "selective_agreement"]
+GuaranteeKind = Literal["system_agreement", "selective_agreement", "accuracy"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +31,15 @@ class Certificate:
         n: `certify` rows.
         threshold: the student answers strictly above it; +inf escalates, -inf answers everything.
         n_accepted: `certify` rows above it.
-        errors: how many of those differ from the teacher.
+        errors: how many of those differ from the teacher; of accuracy, on how many of those only
+            the teacher is right.
         upper_bound: what the risk is below with confidence 1 - delta; at most `alpha`. 0 where
             nothing is answered, since then nothing can differ.
-        k_star: the most disagreements that the rule allows, among all n rows (system) or among the
-            accepted ones (selective); -1 if it does not even allow none.
+        k_star: the most errors that the rule allows, among all n rows (system, accuracy) or among
+            the accepted ones (selective); -1 if it does not even allow none.
         feasible: whether the student may answer anything at all.
         reason: if not feasible, why, and how many rows the target needs; else empty.
+        gains: of accuracy, on how many accepted rows only the student is right; else 0.
     """
 
     kind: GuaranteeKind
@@ -51,6 +53,7 @@ class Certificate:
     k_star: int
     feasible: bool
     reason: str
+    gains: int = 0
 
     @property
     def coverage(self) -> float:

@@ -6,7 +6,7 @@ Owns the forecast of certified coverage and the choice of the confidence score b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from journeyman.certify.certificate import GuaranteeKind, allowed_errors
 from journeyman.certify.metrics import area_under_risk_coverage
-from journeyman.certify.scores import SCORES, ScoreName, score
+from journeyman.certify.scores import ScoreName
 from journeyman.certify.selective import selective_walk
 from journeyman.certify.thresholds import threshold_table
 from journeyman.errors import DataError, RecipeError
+from journeyman.probabilities import FloatArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ def forecast_coverage(
         alpha: target.
         delta: allowed chance of a broken promise.
         n_certify: rows that the certificate will have.
-        kind: which certificate.
+        kind: system or selective agreement.
     """
     table = threshold_table(scores, differs)
     if not table.n:
@@ -71,38 +72,26 @@ def forecast_coverage(
 
 
 def choose_score(
-    probabilities: npt.ArrayLike,
-    differs: npt.ArrayLike,
-    alpha: float,
-    delta: float,
-    n_certify: int,
-    kind: GuaranteeKind = "system_agreement",
-    names: Sequence[ScoreName] = tuple(SCORES),
+    scores: Mapping[ScoreName, FloatArray],
+    costs: npt.ArrayLike,
+    forecast: Callable[[FloatArray], float],
 ) -> ScoreChoice:
     """Pick the score with the highest forecast of certified coverage at the target.
 
-    Not by area under the risk-coverage curve, which weighs thresholds that nobody will use; the
-    area only decides between equal forecasts, such as 0 and 0.
+    Not by area under the risk-coverage curve (the deferral curve), which weighs thresholds that
+    nobody will use; the area only decides between equal forecasts, such as 0 and 0.
 
     Args:
-        probabilities: float[n, c], the student's, calibrated, on `calibrate` rows.
-        differs: bool[n], of the same rows.
-        alpha: target.
-        delta: allowed chance of a broken promise.
-        n_certify: rows that the certificate will have.
-        kind: which certificate.
-        names: candidates, at least one.
+        scores: candidates, float[n] each, of `calibrate` rows; a learned one cross-fitted.
+        costs: float[n], what each row costs if the student answers it: 1 where it differs.
+        forecast: the coverage that a candidate's float[n] would be certified to.
     """
-    if not names:
-        raise RecipeError(f"No confidence score to pick from. Name some of {', '.join(SCORES)}.")
-    scores = {name: score(probabilities, name) for name in names}
-    coverages = {
-        name: forecast_coverage(values, differs, alpha, delta, n_certify, kind)
-        for name, values in scores.items()
-    }
+    if not scores:
+        raise RecipeError("No confidence score to pick from: name some in certify.scores.")
+    coverages = {name: forecast(values) for name, values in scores.items()}
     best = max(
-        names,
-        key=lambda name: (coverages[name], -area_under_risk_coverage(scores[name], differs)),
+        scores,
+        key=lambda name: (coverages[name], -area_under_risk_coverage(scores[name], costs)),
     )
     return ScoreChoice(name=best, coverage=coverages[best], coverages=coverages)
 

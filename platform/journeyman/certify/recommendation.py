@@ -1,6 +1,7 @@
 """The sentence a user reads first: answer, escalate, or drop the teacher.
 
-Agreement with the teacher is the wrong promise where the student is the better of the two.
+Agreement with the teacher is the wrong promise where the student is the better of the two: there
+the certificate against gold is recommended.
 """
 
 from __future__ import annotations
@@ -33,11 +34,16 @@ def recommend(
     student, teacher = np.asarray(student_right, bool), np.asarray(teacher_right, bool)
     accuracies = f"{student.mean():.3f} against the teacher's {teacher.mean():.3f}"
     if _better(student, teacher):
+        if certificate.kind == "accuracy":
+            return (
+                f"{plan} The student is the better of the two ({accuracies}), so that each "
+                "request it does not answer costs accuracy besides money."
+            )
         return (
             f"Against gold the student is better than its teacher: {accuracies}. Escalating lowers "
             "accuracy, and agreement with the teacher is the wrong promise: serve the student "
-            "alone, or certify against gold. If agreement is what you need: "
-            f"{plan[0].lower()}{plan[1:]}"
+            "alone, or certify against gold (certify.guarantee: accuracy). If agreement is what "
+            f"you need: {plan[0].lower()}{plan[1:]}"
         )
     if _better(teacher, student):
         return f"{plan} Against gold the student alone has {accuracies}: escalation pays."
@@ -55,6 +61,8 @@ def _plan(certificate: Certificate) -> str:
         "have answered differently are",
         "selective_agreement": "of the requests that the student answers, those that the teacher "
         "would have answered differently are",
+        "accuracy": "against gold, the share of requests on which the cascade is right less often "
+        "than its teacher alone is",
     }[certificate.kind]
     return (
         f"Let the student answer {certificate.coverage:.1%} of requests: {risk} at most "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,22 +19,25 @@ from journeyman import files
 from journeyman.certify import bundle as bundles
 from journeyman.certify.bundle import Guarantee, PolicyBundle
 from journeyman.certify.calibration import Calibrator, fit_temperature
-from journeyman.certify.certificate import Certificate, certify_system_agreement
+from journeyman.certify.certificate import Certificate
+from journeyman.certify.confidence import Confidence
 from journeyman.certify.curve import cost_quality_curve
-from journeyman.certify.design import ScoreChoice, choose_score, walk_start
+from journeyman.certify.deferral_head import class_features, cross_fitted, fit_deferral_head
+from journeyman.certify.design import choose_score
+from journeyman.certify.guarantees import Outcomes, ScoredOutcomes, certify_kind, forecast
 from journeyman.certify.ledger import LedgerEntry, rows_digest, spend
+from journeyman.certify.per_class import certify_each_class
 from journeyman.certify.recommendation import recommend
-from journeyman.certify.scores import score
-from journeyman.certify.selective import certify_selective_agreement
+from journeyman.certify.scores import ScoreName, refined, score
 from journeyman.errors import DataError
 from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
+from journeyman.probabilities import IntArray
 from journeyman.recipe import Certify, Recipe
 from journeyman.teacher.tasks import prompt_digest
 
 RECIPE_FILE = "recipe.json"
 SCORED_FILE = "test.npz"
-_MIN_FORECAST_ROWS = 1000
 
 
 class StudentScorer(Protocol):
@@ -60,6 +63,18 @@ class ScoredRows:
     @property
     def differs(self) -> npt.NDArray[np.bool_]:
         return np.asarray(self.logits.argmax(axis=1) != self.rows.logprobs.argmax(axis=1))
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """What each row costs if the student answers it."""
+        gold = self.rows.gold
+        student_right = self.logits.argmax(axis=1) == gold
+        teacher_right = self.rows.logprobs.argmax(axis=1) == gold
+        return Outcomes(
+            differs=self.differs,
+            losses=teacher_right.astype(np.int64) - student_right.astype(np.int64),
+            has_gold=gold >= 0,
+        )
 
     def right(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]] | None:
         """Student's and teacher's answers against gold, bool[n] each; None unless all have it."""
@@ -88,12 +103,13 @@ def certify(
     started = time.monotonic()
     parts = {name: _scored(rows, name, scorer) for name in ("calibrate", "certify", "test")}
     settings, certified = recipe.certify, parts["certify"]
-    calibrator, choice = _design(settings, parts["calibrate"], len(certified.rows))
+    design = _design(settings, parts["calibrate"], certified.outcomes)
     ledger = _spend(settings, certified.rows.ids, student, out_dir)
-    confidence = score(calibrator.probabilities(certified.logits), choice.name)
-    n_calibrate = len(parts["calibrate"].rows)
-    certificate = _certificate(settings, confidence, certified.differs, choice, n_calibrate)
-    curve = cost_quality_curve(confidence, certified.differs, *(certified.right() or ()))
+    confidence, certificates, of_classes = _certificates(settings, design, certified)
+    scores = confidence.of(certified.logits)[1]
+    served = certificates[0]
+    curve = cost_quality_curve(scores, certified.differs, *(certified.right() or ()))
+    own = confidence.class_thresholds
     bundle = PolicyBundle(
         student=student.reference,
         teacher=teacher.reference,
@@ -103,17 +119,20 @@ def certify(
         teacher_tokenizer_digest=teacher.tokenizer_digest,
         prompt_digest=prompt_digest(recipe.classes()),
         label_names=rows.labels,
-        score=choice.name,
-        temperature=calibrator.temperature,
+        score=confidence.score,
+        deferral_head=confidence.head,
+        class_thresholds=None if own is None else tuple(own.tolist()),
+        temperature=confidence.calibrator.temperature,
         teacher_log_prior=None if log_prior is None else tuple(log_prior),
-        threshold=certificate.threshold,
+        threshold=served.threshold,
         served_guarantee=settings.guarantee,
-        guarantees=(Guarantee.from_certificate(certificate),),
-        curve=curve.to_points(keep=certificate.threshold),
+        guarantees=tuple(map(Guarantee.from_certificate, certificates)),
+        class_guarantees=of_classes and tuple(map(Guarantee.from_certificate, of_classes)),
+        curve=curve.to_points(keep=served.threshold),
         student_accuracy=curve.student_accuracy,
         teacher_accuracy=curve.teacher_accuracy,
         ledger=ledger,
-        recommendation=recommend(certificate, *(parts["calibrate"].right() or ())),
+        recommendation=recommend(served, *(parts["calibrate"].right() or ())),
     )
     with files.replaced_directory(out_dir) as fresh:
         bundles.save(bundle, fresh)
@@ -146,48 +165,95 @@ def _scored(rows: ClassRows, split: str, scorer: StudentScorer) -> ScoredRows:
     return ScoredRows(rows=part, logits=scorer.logits(part.texts))
 
 
-def _design(
-    settings: Certify, calibrate: ScoredRows, n_certify: int
-) -> tuple[Calibrator, ScoreChoice]:
-    """What calibrate rows decide: the temperature and the confidence score."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Design:
+    """What calibrate rows decide.
+
+    scored: the calibrate rows, by a cross-fitted head if the score is learned; answers: int64[n],
+    the student's on them.
+    """
+
+    confidence: Confidence
+    scored: ScoredOutcomes
+    answers: IntArray
+
+
+def _design(settings: Certify, calibrate: ScoredRows, certify_rows: Outcomes) -> _Design:
     # Fitted on the teacher's answers: a probability then says how likely the two agree.
     answers = calibrate.rows.logprobs.argmax(axis=1)
     calibrator = Calibrator(temperature=fit_temperature(calibrate.logits, answers))
-    choice = choose_score(
-        calibrator.probabilities(calibrate.logits),
-        calibrate.differs,
-        settings.alpha,
-        settings.delta,
-        n_certify,
-        settings.guarantee,
-        settings.scores,
+    probabilities = calibrator.probabilities(calibrate.logits)
+    outcomes = calibrate.outcomes
+    costs, counted = outcomes.costs(settings.guarantee)
+    if not counted.any():
+        raise DataError(
+            "certify.guarantee accuracy needs gold labels on calibrate rows, and none has one; "
+            "give that split some, or certify agreement."
+        )
+    candidates = {name: _candidate(name, probabilities, costs, counted) for name in settings.scores}
+
+    def forecast_of(scores: npt.NDArray[np.float64]) -> float:
+        scored = ScoredOutcomes(scores=scores, outcomes=outcomes)
+        return forecast(settings.guarantee, scored, certify_rows, settings.alpha, settings.delta)
+
+    choice = choose_score(candidates, costs * counted, forecast_of)
+    head = None
+    if choice.name == "deferral_head":
+        head = fit_deferral_head(class_features(probabilities[counted]), costs[counted] > 0)
+    return _Design(
+        confidence=Confidence(calibrator=calibrator, score=choice.name, head=head),
+        scored=ScoredOutcomes(scores=candidates[choice.name], outcomes=outcomes),
+        answers=calibrate.logits.argmax(axis=1),
     )
-    return calibrator, choice
 
 
-def _certificate(
-    settings: Certify,
-    confidence: npt.NDArray[np.float64],
-    differs: npt.NDArray[np.bool_],
-    choice: ScoreChoice,
-    n_calibrate: int,
-) -> Certificate:
-    if settings.guarantee == "system_agreement":
-        return certify_system_agreement(confidence, differs, settings.alpha, settings.delta)
-    # On few calibrate rows the forecast is too rough to narrow the walk by.
-    narrow = n_calibrate >= _MIN_FORECAST_ROWS
-    start = walk_start(choice.coverage, len(differs), settings.alpha) if narrow else 0
-    return certify_selective_agreement(confidence, differs, settings.alpha, settings.delta, start)
+def _candidate(
+    name: ScoreName,
+    probabilities: npt.NDArray[np.float64],
+    costs: npt.NDArray[np.float64],
+    counted: npt.NDArray[np.bool_],
+) -> npt.NDArray[np.float64]:
+    """A score of calibrate rows, float64[n]; the learned one of each row without that row."""
+    if name != "deferral_head":
+        return score(probabilities, name)
+    held_out = cross_fitted(class_features(probabilities), costs > 0, counted)
+    return refined(held_out, probabilities)
+
+
+def _certificates(
+    settings: Certify, design: _Design, certified: ScoredRows
+) -> tuple[Confidence, tuple[Certificate, ...], tuple[Certificate, ...] | None]:
+    """How rows are scored in the end, the certificates, the served one first, and the classes'."""
+    confidence, outcomes = design.confidence, certified.outcomes
+    scored = ScoredOutcomes(scores=confidence.of(certified.logits)[1], outcomes=outcomes)
+    alpha, delta = settings.alpha, settings.delta
+    if settings.per_class:
+        by_class = certify_each_class(
+            settings.guarantee,
+            (design.answers, design.scored),
+            (certified.logits.argmax(axis=1), scored),
+            certified.logits.shape[1],
+            alpha,
+            delta,
+        )
+        own = replace(confidence, class_thresholds=by_class.thresholds)
+        return own, (by_class.together,), by_class.each
+    certificates = tuple(
+        certify_kind(kind, design.scored, scored, alpha, delta) for kind in settings.guarantees
+    )
+    return confidence, certificates, None
 
 
 def _spend(
     settings: Certify, ids: Sequence[str], student: Model, out_dir: Path
 ) -> tuple[LedgerEntry, ...]:
-    """The ledger with this use of the certify rows, after those of the bundle that stands there."""
+    """The ledger with these uses of the certify rows, after those of the bundle that is there."""
     spent = bundles.load(out_dir).ledger if (out_dir / bundles.BUNDLE_FILE).exists() else ()
-    entry = LedgerEntry(
-        use=f"{settings.guarantee} at {settings.alpha:g}, student {student.weights_digest[:12]}",
-        rows_digest=rows_digest(ids),
-        delta=settings.delta,
-    )
-    return spend(spent, entry, settings.max_delta)
+    for kind in settings.guarantees:
+        entry = LedgerEntry(
+            use=f"{kind} at {settings.alpha:g}, student {student.weights_digest[:12]}",
+            rows_digest=rows_digest(ids),
+            delta=settings.delta,
+        )
+        spent = spend(spent, entry, settings.max_delta)
+    return spent

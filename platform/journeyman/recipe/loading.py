@@ -93,6 +93,10 @@ class Recipe(Section):
     def _gold_is_there(self) -> Recipe:
         if self.training.gold_weight and not self.corpus.columns.label:
             raise ValueError("training.gold_weight needs gold labels: set corpus.columns.label")
+        if self.certify.needs_gold and not self.corpus.columns.label:
+            raise ValueError(
+                "certify.guarantee accuracy needs gold labels: set corpus.columns.label"
+            )
         return self
 
     @model_validator(mode="after")

@@ -8,36 +8,73 @@ from pydantic import Field, model_validator
 
 from journeyman.recipe.base import Count, Seconds, Section, Share
 
+Guarantee = Literal["system_agreement", "selective_agreement", "accuracy"]
+Score = Literal["max_probability", "margin", "entropy", "deferral_head"]
+
 
 class Certify(Section):
     """The promise that the escalation threshold carries."""
 
-    guarantee: Literal["system_agreement", "selective_agreement"] = Field(
+    guarantee: Guarantee = Field(
         "system_agreement",
         description="system_agreement: P(student answers and differs from the teacher) <= alpha. "
-        "selective_agreement: P(differs | student answers) <= alpha.",
+        "selective_agreement: P(differs | student answers) <= alpha. accuracy: against gold, the "
+        "cascade is right at most alpha less often than the teacher alone.",
     )
     alpha: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="The promised rate.")
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="Chance that the promise is broken by bad luck in the draw of rows."
+    )
+    per_class: bool = Field(
+        False,
+        description="A threshold and a promise for each answer that the student gives, each at "
+        "delta / classes: they hold for any mixture of those answers. Of agreement only.",
+    )
+    besides: tuple[Guarantee, ...] = Field(
+        (),
+        description="Guarantees certified at the same alpha and delta to be shown beside the "
+        "served one; each spends delta of the certify rows.",
     )
     max_delta: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5,
         description="Certify rows that are used again (for another student, say) spend delta each "
         "time; once so much is spent they are refused.",
     )
-    scores: tuple[Literal["max_probability", "margin", "entropy"], ...] = Field(
-        ("max_probability", "margin", "entropy"),
+    scores: tuple[Score, ...] = Field(
+        ("max_probability", "margin", "entropy", "deferral_head"),
         min_length=1,
-        description="Confidence scores to choose from, on calibrate rows.",
+        description="Confidence scores to choose from, on calibrate rows. deferral_head: a "
+        "logistic regression on the class probabilities, fitted there.",
     )
+
+    @property
+    def guarantees(self) -> tuple[Guarantee, ...]:
+        """The served one, then those besides, each once."""
+        return tuple(dict.fromkeys((self.guarantee, *self.besides)))
 
     @model_validator(mode="after")
     def _delta_fits(self) -> Certify:
-        if self.delta > self.max_delta:
-            raise ValueError(f"delta ({self.delta:g}) must not exceed max_delta "
-                             f"({self.max_delta:g})")  # fmt: skip
+        spent = self.delta * len(self.guarantees)
+        if spent > self.max_delta * (1 + 1e-9):
+            n = len(self.guarantees)
+            what = "delta" if n == 1 else f"delta of {n} guarantees"
+            raise ValueError(f"{what} ({spent:g}) must not exceed max_delta ({self.max_delta:g})")
         return self
+
+    @model_validator(mode="after")
+    def _guarantees_go_together(self) -> Certify:
+        if self.per_class and self.guarantee == "accuracy":
+            raise ValueError("per_class goes with system_agreement and selective_agreement")
+        if self.per_class and self.besides:
+            raise ValueError(
+                "besides cannot go with per_class, whose thresholds come from the certify rows"
+            )
+        return self
+
+    @property
+    def needs_gold(self) -> bool:
+        """Whether certify and calibrate rows must have gold labels."""
+        return "accuracy" in self.guarantees
 
 
 class Breaker(Section):

@@ -26,6 +26,7 @@ class AgainstGold:
         n: rows with gold.
         teacher, student, cascade: how many of them each gets right.
         only_student, only_teacher: rows that just one of the two gets right.
+        answered_only_student, answered_only_teacher: those of them that the student answers.
         chance: one-sided sign test of the better one: how often a lead like this comes about
             where each is as likely to be the one that is right.
     """
@@ -36,6 +37,8 @@ class AgainstGold:
     cascade: int
     only_student: int
     only_teacher: int
+    answered_only_student: int
+    answered_only_teacher: int
     chance: float
 
     @property
@@ -84,6 +87,17 @@ def chance_of_as_many(errors: int, n: int, alpha: float) -> float:
     return 1.0 if errors == 0 else float(bdtrc(errors - 1, n, alpha))
 
 
+def chance_of_drop(gold: AgainstGold, alpha: float) -> float:
+    """About P(a drop at least like this one) if the drop in accuracy were exactly alpha.
+
+    Binomial, given how many answered rows just one of the two gets right.
+    """
+    worse, better = gold.answered_only_teacher, gold.answered_only_student
+    either = worse + better
+    expected = min(0.5 + alpha * gold.n / (2 * either), 1.0) if either else 1.0
+    return 1.0 if worse == 0 else float(bdtrc(worse - 1, either, expected))
+
+
 def _against_gold(rows: TestRows) -> AgainstGold | None:
     known = rows.has_gold
     if not known.any():
@@ -100,6 +114,8 @@ def _against_gold(rows: TestRows) -> AgainstGold | None:
         cascade=int((student_right & accepted).sum() + (teacher_right & ~accepted).sum()),
         only_student=only_student,
         only_teacher=only_teacher,
+        answered_only_student=int((student_right & ~teacher_right & accepted).sum()),
+        answered_only_teacher=int((teacher_right & ~student_right & accepted).sum()),
         chance=_sign_test(only_student, only_teacher),
     )
 

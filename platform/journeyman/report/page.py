@@ -72,7 +72,8 @@ def _words_and_tables(data: ReportData) -> dict[str, Any]:
     return {
         "verdict": verdict(measured, data.bundle),
         "accuracies": tables.accuracies(measured),
-        "guarantees": tables.guarantees(data.bundle, curve),
+        "guarantees": tables.guarantees(data.bundle, curve, gold_curve),
+        "class_guarantees": tables.class_guarantees(data.bundle),
         "cost_table": tables.cost_quality(curve, gold_curve, served_guarantee(data.bundle)),
         "label_table": tables.label_counts(
             figures.all_labels(data), data.label_histogram, data.teacher_histogram

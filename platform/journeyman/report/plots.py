@@ -287,7 +287,7 @@ def _evaluation_panel(axes: Axes, evaluations: Sequence[TrainingRecord]) -> None
 def _risk_panel(
     axes: Axes, curve: CostQualityCurve, certify_points: Sequence[CurvePoint], guarantee: Guarantee
 ) -> None:
-    if guarantee.kind == "system_agreement":
+    if guarantee.kind != "selective_agreement":
         certify = [point.system_disagreement for point in certify_points]
         test = curve.system_disagreement
         axes.set_ylabel("system differs from teacher")
@@ -304,14 +304,13 @@ def _risk_panel(
         label="on certify rows",
     )
     axes.plot(curve.coverage[keep], test[keep], color=style.STUDENT, label="on test rows")
-    axes.axhline(
-        guarantee.alpha,
-        color=style.PROMISE,
-        linestyle="--",
-        label=f"promised: at most {100 * guarantee.alpha:.4g}%",
-    )
+    highest = max(*certify, float(test.max()))
+    if guarantee.kind != "accuracy":  # which is drawn among the accuracies
+        promised = f"promised: at most {100 * guarantee.alpha:.4g}%"
+        axes.axhline(guarantee.alpha, color=style.PROMISE, linestyle="--", label=promised)
+        highest = max(highest, guarantee.alpha)
     _mark_threshold(axes, curve, test, guarantee)
-    axes.set_ylim(0, 1.12 * max(*certify, float(test.max()), guarantee.alpha))
+    axes.set_ylim(0, 1.12 * highest or 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _legend_above(axes)
 
@@ -323,8 +322,13 @@ def _accuracy_panel(axes: Axes, curve: CostQualityCurve, guarantee: Guarantee) -
     ends = (("teacher alone", 0, style.TEACHER), ("student alone", -1, style.STUDENT))
     for name, end, color in ends:
         axes.axhline(cascade[end], color=color, linestyle=(0, (5, 2)), linewidth=1.2, label=name)
-    _mark_threshold(axes, curve, cascade, guarantee)
     least, most = float(cascade.min()), float(cascade.max())
+    if guarantee.kind == "accuracy":
+        promised = float(cascade[0]) - guarantee.alpha
+        label = f"promised: teacher's less {100 * guarantee.alpha:.4g}%"
+        axes.axhline(promised, color=style.PROMISE, linestyle="--", label=label)
+        least = min(least, promised)
+    _mark_threshold(axes, curve, cascade, guarantee)
     room = max(0.15 * (most - least), 0.01)
     axes.set_ylim(least - room, most + room)
     axes.set_ylabel("right by gold")

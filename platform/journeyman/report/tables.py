@@ -23,6 +23,7 @@ NOTHING = "–"
 _KIND_WORDS = {
     "system_agreement": "system agreement",
     "selective_agreement": "selective agreement",
+    "accuracy": "accuracy against gold",
 }
 _COVERAGES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 _COMMONEST = 10
@@ -62,24 +63,50 @@ def accuracies(measured: Measured) -> Table | None:
     )
 
 
-def guarantees(bundle: PolicyBundle, curve: CostQualityCurve) -> Table:
-    """Every certificate in the bundle, and what came of it on the test rows of `curve`."""
+def guarantees(
+    bundle: PolicyBundle, curve: CostQualityCurve, gold_curve: CostQualityCurve | None
+) -> Table:
+    """Every certificate in the bundle, and what came of it on the test rows of the curves."""
+    served = [g.kind for g in bundle.guarantees].index(bundle.served_guarantee)
     return Table(
         caption=f"Certified on certify rows; the last two columns on {curve.table.n:,} test rows. "
-        "The marked one sets the threshold.",
+        "The marked one sets the threshold. Errors are answered rows that differ from the teacher; "
+        "against gold those that only the teacher gets right, with those that only the student "
+        "does behind them.",
         columns=(
             "promise",
             "at most",
             "confidence",
             "certify rows",
             "answered",
-            "of these differ",
+            "errors",
             "proved",
             "answered on test",
-            "differs on test",
+            "realised on test",
         ),
-        rows=tuple(_guarantee_row(g, curve) for g in bundle.guarantees),
-        marked=[g.kind for g in bundle.guarantees].index(bundle.served_guarantee),
+        rows=tuple(_guarantee_row(g, curve, gold_curve) for g in bundle.guarantees),
+        marked=served,
+    )
+
+
+def class_guarantees(bundle: PolicyBundle) -> Table | None:
+    """The certificate of each of the student's answers; None where all share one."""
+    if bundle.class_guarantees is None:
+        return None
+    return Table(
+        caption="A promise for each answer that the student gives, all of them together at the "
+        "confidence above.",
+        columns=("student's answer", "certify rows", "answered", "errors", "proved"),
+        rows=tuple(
+            (
+                label,
+                f"{g.n:,}",
+                f"{g.n_accepted:,}",
+                f"{g.errors:,}",
+                f"{g.upper_bound:.2%}" if g.feasible else "escalated",
+            )
+            for label, g in zip(bundle.label_names, bundle.class_guarantees, strict=True)
+        ),
     )
 
 
@@ -264,24 +291,38 @@ def commonest_differences(counts: IntArray, labels: Sequence[str], against: str)
     )
 
 
-def _guarantee_row(guarantee: Guarantee, curve: CostQualityCurve) -> tuple[str, ...]:
-    on_test = curve.at(read_threshold(guarantee.threshold))
-    realised = (
-        on_test.system_disagreement
-        if guarantee.kind == "system_agreement"
-        else on_test.selective_disagreement
-    )
+def _guarantee_row(
+    guarantee: Guarantee, curve: CostQualityCurve, gold_curve: CostQualityCurve | None
+) -> tuple[str, ...]:
+    against_gold = guarantee.kind == "accuracy"
+    realised = _realised(guarantee, curve, gold_curve)
+    errors = f"{guarantee.errors:,}"
     return (
-        _KIND_WORDS.get(guarantee.kind, guarantee.kind),
+        _KIND_WORDS[guarantee.kind],
         percent(guarantee.alpha),
         percent(1 - guarantee.delta),
         f"{guarantee.n:,}",
         f"{guarantee.n_accepted:,}",
-        f"{guarantee.errors:,}",
+        f"{errors} (-{guarantee.gains:,})" if against_gold else errors,
         f"{guarantee.upper_bound:.2%}" if guarantee.feasible else "not feasible",
-        f"{on_test.coverage:.1%}",
+        f"{curve.at(read_threshold(guarantee.threshold)).coverage:.1%}",
         NOTHING if realised is None else f"{realised:.1%}",
     )
+
+
+def _realised(
+    guarantee: Guarantee, curve: CostQualityCurve, gold_curve: CostQualityCurve | None
+) -> float | None:
+    """What the guarantee bounds, on the test rows of the curves; None where it says nothing."""
+    threshold = read_threshold(guarantee.threshold)
+    if guarantee.kind == "system_agreement":
+        return curve.at(threshold).system_disagreement
+    if guarantee.kind == "selective_agreement":
+        return curve.at(threshold).selective_disagreement
+    if gold_curve is None or gold_curve.teacher_accuracy is None:
+        return None
+    accuracy = gold_curve.at(threshold).cascade_accuracy
+    return None if accuracy is None else gold_curve.teacher_accuracy - accuracy
 
 
 def _interval(count: int, n: int) -> str:

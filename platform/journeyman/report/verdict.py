@@ -8,7 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from journeyman.certify.bundle import Guarantee, PolicyBundle
-from journeyman.report.measure import BROKEN, AgainstGold, Measured, chance_of_as_many
+from journeyman.report.measure import (
+    BROKEN,
+    AgainstGold,
+    Measured,
+    chance_of_as_many,
+    chance_of_drop,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +46,10 @@ def verdict(measured: Measured, bundle: PolicyBundle) -> Verdict:
             _who_is_right(measured),
             _who_answers(measured, guarantee),
             _promise(guarantee),
+            *_others(bundle),
             _realised(measured, guarantee),
         ),
-        warning=_warning(measured),
+        warning=_warning(measured, guarantee),
     )
 
 
@@ -63,6 +70,11 @@ def promised_words(guarantee: Guarantee) -> str:
         return (
             f"{at_most} all requests are answered by the student otherwise than its teacher would "
             "have answered them"
+        )
+    if guarantee.kind == "accuracy":
+        return (
+            f"against gold, the cascade is right on at most {percent(guarantee.alpha)} of all "
+            "requests fewer than its teacher alone would be"
         )
     return (
         f"{at_most} the requests that the student answers would have been answered otherwise by "
@@ -117,15 +129,45 @@ def _promise(guarantee: Guarantee) -> str:
             f"The promise asked for: {promised_words(guarantee)}, with confidence "
             f"{percent(1 - guarantee.delta)}. It holds only because the student answers nothing."
         )
-    return (
+    promised = (
         f"Promised, with {percent(1 - guarantee.delta)} confidence: {promised_words(guarantee)}. "
         f"It rests on {guarantee.n:,} certify rows, of which the student answers "
-        f"{guarantee.n_accepted:,}, {guarantee.errors:,} of them otherwise than the teacher; they "
-        f"prove at most {guarantee.upper_bound:.2%}."
+        f"{guarantee.n_accepted:,}"
+    )
+    if guarantee.kind == "accuracy":
+        return (
+            f"{promised}: on {guarantee.errors:,} of them only the teacher is right, on "
+            f"{guarantee.gains:,} only the student."
+        )
+    return (
+        f"{promised}, {guarantee.errors:,} of them otherwise than the teacher; they prove at most "
+        f"{guarantee.upper_bound:.2%}."
     )
 
 
+def _others(bundle: PolicyBundle) -> list[str]:
+    """What the guarantees that are not served would let the student answer."""
+    words = []
+    for other in bundle.guarantees:
+        if other.kind != bundle.served_guarantee:
+            answers = (
+                f"the student would answer {share(other.n_accepted, other.n)} of the certify rows"
+                if other.feasible
+                else "everything would be escalated"
+            )
+            words.append(f"Certified beside it: {promised_words(other)}; then {answers}.")
+    if bundle.class_guarantees is not None:
+        n_feasible = sum(g.feasible for g in bundle.class_guarantees)
+        words.append(
+            f"It holds for each of the student's answers by itself: {n_feasible} of "
+            f"{len(bundle.class_guarantees)} have a threshold, the others are escalated."
+        )
+    return words
+
+
 def _realised(measured: Measured, guarantee: Guarantee) -> str:
+    if guarantee.kind == "accuracy":
+        return _realised_accuracy(measured, guarantee)
     if not measured.n_accepted:
         return "Realised on test: the student answered no row, so nothing could differ."
     system = guarantee.kind == "system_agreement"
@@ -147,7 +189,32 @@ def _realised(measured: Measured, guarantee: Guarantee) -> str:
     )
 
 
-def _warning(measured: Measured) -> tuple[str, str] | None:
+def _realised_accuracy(measured: Measured, guarantee: Guarantee) -> str:
+    gold = measured.gold
+    if gold is None:
+        return "The test rows have no gold labels to see the promise by."
+    drop = (gold.teacher - gold.cascade) / gold.n
+    side = "fewer" if drop > 0 else "more"
+    words = (
+        f"Realised on test: the cascade is right on {abs(drop):.1%} of the rows {side} than the "
+        "teacher"
+    )
+    if drop <= guarantee.alpha:
+        return f"{words}, within the promise."
+    chance = chance_of_drop(gold, guarantee.alpha)
+    if chance >= BROKEN:
+        return (
+            f"{words}, more than promised, but such a drop comes by chance in {chance:.0%} of "
+            "draws from one just as promised: no sign that the promise is broken."
+        )
+    return (
+        f"{words}, more than promised, and such a drop comes by chance in {chance:.1%} of draws. "
+        "Do not rely on the promise: the test rows are unlike the certify rows, or rows are not "
+        "independent of each other."
+    )
+
+
+def _warning(measured: Measured, guarantee: Guarantee) -> tuple[str, str] | None:
     gold = measured.gold
     if gold is None or gold.student <= gold.teacher:
         return None
@@ -156,6 +223,14 @@ def _warning(measured: Measured) -> tuple[str, str] | None:
         f"{gold.student / gold.n:.1%}, this cascade in {gold.cascade / gold.n:.1%}, the teacher "
         f"alone in {gold.teacher / gold.n:.1%}."
     )
+    if guarantee.kind == "accuracy":
+        if measured.n_accepted == measured.n or gold.cascade >= gold.student:
+            return None
+        return (
+            "Escalation lowers accuracy",
+            f"{accuracies} The promise against gold is kept by escalating, but the student needs "
+            "no help: more certify rows with gold would let it answer more.",
+        )
     if gold.student_is_better:
         title, advice = _wrong_promise(gold, answers_all=measured.n_accepted == measured.n)
         return title, f"{accuracies} {advice}"
@@ -176,14 +251,14 @@ def _wrong_promise(gold: AgainstGold, *, answers_all: bool) -> tuple[str, str]:
         return (
             "Agreement is the wrong promise",
             f"{why} Nothing is lost by it, since the student answers everything. Recommended: "
-            "keep it so, and certify against gold.",
+            "keep it so, and certify against gold (certify.guarantee: accuracy).",
         )
     if gold.cascade > gold.student:
         return (
             "Agreement is the wrong promise",
             f"{why} Yet on these rows the cascade is right more often than either alone. "
             "Recommended: keep escalating the least confident requests, but choose and certify "
-            "the threshold against gold.",
+            "the threshold against gold (certify.guarantee: accuracy).",
         )
     effect = (
         ("Escalation lowers accuracy", "Escalating replaces better answers by worse ones.")
@@ -193,6 +268,6 @@ def _wrong_promise(gold: AgainstGold, *, answers_all: bool) -> tuple[str, str]:
     return (
         f"{effect[0]}, and agreement is the wrong promise",
         f"{effect[1]} {why} Recommended: let the student answer everything, certify it against "
-        "gold, and stop paying for escalation. Keep this threshold only if the aim is to stand in "
-        "for the teacher, mistakes included.",
+        "gold (certify.guarantee: accuracy), and stop paying for escalation. Keep this threshold "
+        "only if the aim is to stand in for the teacher, mistakes included.",
     )

@@ -15,13 +15,13 @@ from journeyman.cascade.refusals import (
     TextRefused,
 )
 from journeyman.certify.calibration import Calibrator
+from journeyman.certify.confidence import Confidence
 from journeyman.recipe import Cascade as Settings
 from journeyman.teacher.answers import ClassLabels
 
 POLICY = Policy(
     label_names=("no", "yes"),
-    calibrator=Calibrator(),
-    score="max_probability",
+    confidence=Confidence(calibrator=Calibrator(), score="max_probability"),
     accept_above=0.9,
     teacher_log_prior=None,
 )

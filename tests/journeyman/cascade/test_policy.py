@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from journeyman.cascade.policy import Decision, Escalation, Policy, student_answers
 from journeyman.certify.calibration import Calibrator
+from journeyman.certify.confidence import Confidence
 from journeyman.errors import DataError
 
 LABELS = ("banking", "travel", "kitchen & dining")
@@ -17,8 +18,7 @@ LABELS = ("banking", "travel", "kitchen & dining")
 def a_policy(temperature=1.0, score="margin", accept_above=0.5, prior=None) -> Policy:
     return Policy(
         label_names=LABELS,
-        calibrator=Calibrator(temperature=temperature),
-        score=score,
+        confidence=Confidence(calibrator=Calibrator(temperature=temperature), score=score),
         accept_above=accept_above,
         teacher_log_prior=prior,
     )

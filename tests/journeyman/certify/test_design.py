@@ -11,7 +11,7 @@ from journeyman.certify.design import choose_score, forecast_coverage, walk_star
 from journeyman.certify.ledger import LedgerEntry, delta_spent, rows_digest, spend
 from journeyman.certify.metrics import area_under_risk_coverage
 from journeyman.certify.recommendation import recommend
-from journeyman.certify.scores import score
+from journeyman.certify.scores import SCORES, score
 from journeyman.certify.selective import certify_selective_agreement
 from journeyman.errors import DataError, RecipeError
 
@@ -67,7 +67,10 @@ def test_score_is_picked_by_coverage_at_the_target_not_by_area():
     }
     assert areas["entropy"] < areas["max_probability"]
     assert certified["entropy"] < certified["max_probability"]
-    got = choose_score(probabilities, differs, 0.02, 0.1, 2000, names=names)
+    scores = {name: score(probabilities, name) for name in names}
+    got = choose_score(
+        scores, differs, lambda values: forecast_coverage(values, differs, 0.02, 0.1, 2000)
+    )
     assert got.name == "max_probability"
     assert got.coverage == certified["max_probability"] and got.coverages == certified
 
@@ -76,7 +79,10 @@ def test_equal_forecasts_are_decided_by_the_area():
     probabilities = some_probabilities()
     differs = score(probabilities, "entropy") < np.median(score(probabilities, "entropy"))
     # Too few certify rows for any score: all forecasts are zero.
-    got = choose_score(probabilities, differs, 0.01, 0.05, 10)
+    scores = {name: score(probabilities, name) for name in SCORES}
+    got = choose_score(
+        scores, differs, lambda values: forecast_coverage(values, differs, 0.01, 0.05, 10)
+    )
     assert set(got.coverages.values()) == {0.0}
     assert got.name == "entropy"
 
@@ -88,7 +94,7 @@ def test_start_of_the_walk_is_below_the_forecast():
 
 def test_nothing_to_pick_from_is_refused():
     with pytest.raises(RecipeError, match="No confidence score"):
-        choose_score([[0.5, 0.5]], np.array([True]), 0.1, 0.1, 100, names=())
+        choose_score({}, np.array([True]), lambda _: 0.0)
     with pytest.raises(DataError, match="no calibrate rows"):
         forecast_coverage([], np.zeros(0, bool), 0.1, 0.1, 100)
 

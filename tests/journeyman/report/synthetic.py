@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from journeyman.certify.accuracy import certify_accuracy, design_against_gold
 from journeyman.certify.bundle import Guarantee, PolicyBundle
 from journeyman.certify.certificate import GuaranteeKind, certify_system_agreement
 from journeyman.certify.curve import cost_quality_curve
@@ -128,6 +129,10 @@ def _bundle(
         Guarantee.from_certificate(certify_system_agreement(scores, differs, alpha, 0.1)),
         Guarantee.from_certificate(certify_selective_agreement(scores, differs, alpha, 0.1)),
     ]
+    losses = right[1].astype(np.int64) - right[0].astype(np.int64)
+    design = design_against_gold(scores[:200], losses[:200], len(scores), alpha, 0.1)
+    of_gold = certify_accuracy(scores, losses, alpha, 0.1, design)
+    guarantees.append(Guarantee.from_certificate(of_gold))
     served = next(g for g in guarantees if g.kind == kind)
     return PolicyBundle(
         student="runs/demo/student",

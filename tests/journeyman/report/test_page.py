@@ -150,6 +150,24 @@ def test_escalate_everything_says_why() -> None:
     assert "escalates everything" in shown.text
 
 
+@pytest.mark.parametrize("kind", ["accuracy", "selective_agreement"])
+def test_every_guarantee_can_be_the_served_one(kind) -> None:
+    html, _ = page.render(report_data(kind=kind))
+    text = Page(html).text
+    for words in ("system agreement", "selective agreement", "accuracy against gold"):
+        assert words in text
+    assert ("promised: teacher's less 10%" in html) is (kind == "accuracy")
+
+
+def test_promises_for_each_answer_are_listed() -> None:
+    bundle = report_data().bundle
+    own = [g.model_copy(update={"n": 100 + i}) for i, g in enumerate([bundle.guarantees[0]] * 4)]
+    per_class = bundle.model_copy(update={"class_guarantees": tuple(own)})
+    text = Page(page.render(report_data(bundle=per_class))[0]).text
+    assert "A promise for each answer that the student gives" in text
+    assert "103" in text and "It holds for each of the student's answers by itself" in text
+
+
 def test_label_missing_from_test_rows_is_still_named() -> None:
     data = report_data(never=(2,))
     assert not (data.test.gold == 2).any() and not (data.test.student_answer == 2).any()

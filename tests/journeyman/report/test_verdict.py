@@ -9,7 +9,12 @@ import pytest
 from scipy.stats import binomtest
 
 from journeyman.report.data import TestRows
-from journeyman.report.measure import Measured, chance_of_as_many, measure
+from journeyman.report.measure import (
+    Measured,
+    chance_of_as_many,
+    chance_of_drop,
+    measure,
+)
 from journeyman.report.verdict import verdict
 from tests.journeyman.report.synthetic import report_data
 
@@ -121,3 +126,51 @@ def test_the_promise_names_rate_confidence_and_rows() -> None:
     selective = report_data(kind="selective_agreement").bundle
     said = " ".join(verdict(outcome(0, 0, 400), selective).sentences)
     assert "at most 10% of the requests that the student answers" in said
+
+
+GOLD_BUNDLE = report_data(kind="accuracy").bundle
+
+
+def test_the_promise_against_gold_names_what_it_costs_and_what_came_of_it() -> None:
+    said = " ".join(verdict(outcome(5, 25, 370, accepted=True), GOLD_BUNDLE).sentences)
+    assert "right on at most 10% of all requests fewer than its teacher alone" in said
+    guarantee = next(g for g in GOLD_BUNDLE.guarantees if g.kind == "accuracy")
+    assert f"on {guarantee.errors:,} of them only the teacher is right" in said
+    assert "on 5.0% of the rows fewer than the teacher, within the promise" in said
+    better = verdict(outcome(30, 5, 365, accepted=True), GOLD_BUNDLE).sentences[-1]
+    assert "on 6.2% of the rows more than the teacher, within the promise" in better
+
+
+def test_a_drop_is_doubted_only_beyond_chance() -> None:
+    def realised(only_teacher: int) -> str:
+        seen = outcome(0, only_teacher, 400 - only_teacher, accepted=True)
+        return verdict(seen, GOLD_BUNDLE).sentences[-1]
+
+    # Where only the teacher is ever better, a drop of exactly alpha makes every such row a loss.
+    assert "within the promise" in realised(40)
+    mixed = verdict(outcome(60, 110, 230, accepted=True), GOLD_BUNDLE).sentences[-1]
+    assert "no sign that the promise is broken" in mixed
+    broken = verdict(outcome(60, 160, 180, accepted=True), GOLD_BUNDLE).sentences[-1]
+    assert "Do not rely on the promise" in broken
+
+
+def test_chance_of_a_drop_matches_scipy() -> None:
+    gold = outcome(30, 80, 290, accepted=True).gold
+    assert gold is not None
+    p = 0.5 + 0.1 * 400 / (2 * 110)
+    assert chance_of_drop(gold, 0.1) == pytest.approx(binomtest(80, 110, p, "greater").pvalue)
+    escalated = outcome(30, 80, 290).gold
+    assert escalated is not None and chance_of_drop(escalated, 0.1) == 1.0
+
+
+def test_a_better_student_under_the_promise_against_gold_gets_no_lecture_on_agreement() -> None:
+    assert verdict(outcome(36, 16, 348, accepted=True), GOLD_BUNDLE).warning is None
+    warning = verdict(outcome(36, 16, 348), GOLD_BUNDLE).warning
+    assert warning is not None and warning[0] == "Escalation lowers accuracy"
+    assert "Agreement" not in warning[1]
+
+
+def test_what_is_certified_beside_the_served_promise_is_said() -> None:
+    said = verdict(outcome(36, 16, 348), BUNDLE).sentences
+    beside = [s for s in said if s.startswith("Certified beside it")]
+    assert len(beside) == 2 and "against gold" in beside[1]

@@ -1,0 +1,155 @@
+"""The certify step on made-up rows: every guarantee, and that serving decides as was certified."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from journeyman import recipe
+from journeyman.cascade.policy import Decision, Policy
+from journeyman.certify import bundle as bundles
+from journeyman.certify.accuracy import certify_accuracy, design_against_gold
+from journeyman.certify.step import certify
+from journeyman.errors import DataError
+from journeyman.labels.dataset import ClassRows
+from journeyman.models import Model
+
+DEMO = Path(__file__).parents[3] / "jobs" / "recipes" / "demo.yaml"
+LABELS = tuple(yaml.safe_load(DEMO.read_text())["labels"]["classes"])
+N = {"calibrate": 300, "certify": 700, "test": 50}
+
+
+class Scorer:
+    """A student whose logits are known by text."""
+
+    def __init__(self, logits: np.ndarray) -> None:
+        self._logits = logits
+
+    def logits(self, texts, batch_size: int = 32):
+        return self._logits[[int(text) for text in texts]]
+
+
+def some_rows(student_skill: float, teacher_skill: float, gold_share: float = 1.0, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    n = sum(N.values())
+    gold = rng.integers(0, 4, n)
+    hard = rng.normal(size=(n, 4))
+
+    def logits(skill):
+        return skill * np.eye(4)[gold] + hard + 0.6 * rng.normal(size=(n, 4))
+
+    student, teacher = logits(student_skill).astype(np.float32), logits(teacher_skill)
+    rows = ClassRows(
+        labels=LABELS,
+        ids=[f"{i:032x}" for i in range(n)],
+        texts=[str(i) for i in range(n)],
+        splits=np.array([name for name, k in N.items() for _ in range(k)], dtype=object),
+        gold=np.where(rng.random(n) < gold_share, gold, -1),
+        logprobs=teacher - np.logaddexp.reduce(teacher, axis=1, keepdims=True),
+    )
+    return rows, student
+
+
+def certified(tmp_path, rows, student, *overrides):
+    settings = recipe.load(DEMO, ["certify={alpha: 0.1, besides: []}", *overrides])
+    model = Model(
+        reference="m", path=tmp_path, weights_digest="w", tokenizer_digest="t", size_bytes=1
+    )
+    return certify(
+        settings, rows, None, Scorer(student), model, model, tmp_path / "bundle", inputs="i"
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["certify.guarantee=system_agreement"],
+        ["certify.guarantee=selective_agreement"],
+        ["certify.guarantee=accuracy"],
+        ["certify.guarantee=system_agreement", "certify.besides=[accuracy,selective_agreement]"],
+        ["certify.per_class=true"],
+        ["certify={guarantee: selective_agreement, per_class: true, alpha: 0.3}"],
+        ["certify.scores=[deferral_head]"],
+        ["certify={guarantee: accuracy, scores: [deferral_head], alpha: 0.05}"],
+    ],
+)
+def test_served_decisions_are_those_that_were_certified(tmp_path, overrides):
+    rows, student = some_rows(2.0, 2.6)
+    made = certified(tmp_path, rows, student, *overrides)
+    bundle = bundles.load(tmp_path / "bundle")
+    assert bundle == made
+    policy = Policy.from_bundle(bundle)
+    of_certify = np.flatnonzero(rows.splits == "certify")
+    decisions = [policy.decide(student[i]) for i in of_certify]  # one request at a time
+    answered = np.array([isinstance(d, Decision) for d in decisions])
+    served = bundle.guarantees[0]
+    assert 0 < served.n_accepted == answered.sum() < len(answered)
+    gold, answers = rows.gold[of_certify], student[of_certify].argmax(axis=1)
+    teacher = rows.logprobs[of_certify].argmax(axis=1)
+    wrong = (
+        (teacher == gold) & (answers != gold) if served.kind == "accuracy" else answers != teacher
+    )
+    assert (answered & wrong).sum() == served.errors
+    assert len(bundle.ledger) == len(bundle.guarantees)
+    if bundle.class_guarantees:
+        for answer, own in enumerate(bundle.class_guarantees):
+            assert (answered & (answers == answer)).sum() == own.n_accepted
+            assert own.delta == pytest.approx(served.delta / 4)
+
+
+def test_guarantees_besides_are_those_that_would_be_served_alone(tmp_path):
+    rows, student = some_rows(2.0, 2.6)
+    fixed = "certify.scores=[margin]"
+    both = certified(tmp_path / "both", rows, student, fixed, "certify.besides=[accuracy]")
+    alone = certified(tmp_path / "alone", rows, student, fixed, "certify.guarantee=accuracy")
+    assert both.guarantees[1] == alone.guarantees[0]
+    assert both.threshold != alone.threshold
+
+
+def test_where_the_student_is_better_gold_lets_it_answer_everything_and_agreement_does_not(
+    tmp_path,
+):
+    rows, student = some_rows(3.2, 2.0)
+    both = certified(tmp_path, rows, student, "certify={alpha: 0.05, besides: [accuracy]}")
+    agreement, accuracy = both.guarantees
+    assert agreement.n_accepted < 0.9 * N["certify"]
+    assert accuracy.n_accepted == N["certify"] and accuracy.gains > accuracy.errors
+    assert "certify against gold (certify.guarantee: accuracy)" in both.recommendation
+    served = certified(tmp_path / "gold", rows, student, "certify.guarantee=accuracy")
+    assert "answer 100.0% of requests" in served.recommendation
+    assert "wrong promise" not in served.recommendation
+
+
+def test_rows_without_gold_do_not_count_against_gold(tmp_path):
+    rows, student = some_rows(2.0, 2.6, gold_share=0.7)
+    got = certified(tmp_path, rows, student, "certify={guarantee: accuracy, scores: [margin]}")
+    known = rows.take(np.flatnonzero(rows.gold >= 0))
+    assert got.guarantees[0].n == len(known.split("certify")) < N["certify"]
+    confidence = got.confidence.of(student)[1]
+
+    def of(split):
+        index = np.flatnonzero((rows.splits == split) & (rows.gold >= 0))
+        right = [rows.logprobs[index].argmax(axis=1), student[index].argmax(axis=1)]
+        losses = [(r == rows.gold[index]).astype(int) for r in right]
+        return confidence[index], losses[0] - losses[1]
+
+    design = design_against_gold(*of("calibrate"), got.guarantees[0].n, 0.05, 0.1)
+    by_hand = certify_accuracy(*of("certify"), 0.05, 0.1, design)
+    assert bundles.Guarantee.from_certificate(by_hand) == got.guarantees[0]
+
+
+def test_no_gold_at_all_is_one_sentence(tmp_path):
+    rows, student = some_rows(2.0, 2.6, gold_share=0.0)
+    with pytest.raises(DataError, match=r"needs gold labels.*none has one"):
+        certified(tmp_path, rows, student, "certify.guarantee=accuracy")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_certify_rows_that_have_spent_their_delta_are_refused(tmp_path):
+    rows, student = some_rows(2.0, 2.6)
+    for _ in range(2):
+        certified(tmp_path, rows, student, "certify.besides=[accuracy]")
+    with pytest.raises(DataError, match=r"have spent 0\.5 of 0\.5 on: system_agreement"):
+        certified(tmp_path, rows, student, "certify.besides=[accuracy]")
+    assert len(bundles.load(tmp_path / "bundle").ledger) == 4

@@ -149,7 +149,8 @@ class Run(RunFolder):
                 labels["filtered"]["inputs"],
                 self.base_student.identity,
                 self.recipe.learner().model_dump(mode="json"),
-                self.recipe.training.model_dump(mode="json"),
+                # Who watches a training does not change it.
+                self.recipe.training.model_dump(mode="json", exclude={"trackers"}),
             ]
         )
         there = _read(folder / _STUDENT_MANIFEST)

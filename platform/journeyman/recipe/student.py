@@ -172,6 +172,12 @@ class Training(Section):
         description="Evaluations without a better one than before, after which training stops; "
         "default, never.",
     )
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        (),
+        description="Where the curve also goes, each by its own package. tensorboard: files in the "
+        "run's folder. mlflow: to MLFLOW_TRACKING_URI, default the run's folder. wandb: as "
+        "WANDB_MODE and wandb login say.",
+    )
     checkpoint_every_s: Annotated[float, Field(ge=0)] = Field(
         300.0,
         description="Seconds between checkpoints within an epoch; each evaluation makes one too.",

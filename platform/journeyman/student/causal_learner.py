@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from journeyman.recipe import Student, Training
 from journeyman.student import (
     causal,
+    flops,
     lora,
     models,
     projection,
@@ -22,6 +24,7 @@ from journeyman.student import (
 )
 from journeyman.student.checkpoints import LORA
 from journeyman.student.divergences import Objective, SparseTeacher
+from journeyman.student.flops import Work
 from journeyman.student.learner import Measured
 from journeyman.student.token_dataset import TokenBatch, TokenDataset
 
@@ -53,6 +56,7 @@ class Causal:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._device = device
         self.module = _Projected(model.to(device), objective(training))
+        self.work = self._work()
         self.row_ids = self._rows.ids
         self.lengths = self._rows.lengths
         self.sizes = self._rows.n_learned
@@ -70,6 +74,12 @@ class Causal:
         if folder:
             lora.restore(model, torch.load(folder / LORA))
         return model
+
+    def _work(self) -> Work:
+        backbone, head, _ = causal.backbone_and_head(self.module.model)
+        config = self.module.model.config.get_text_config(decoder=True)
+        layers = flops.of_layers(backbone, config)
+        return dataclasses.replace(layers, per_learned=flops.of_matrices([head]))
 
     def groups(self, training: Training) -> list[dict[str, Any]]:
         return causal.parameter_groups(

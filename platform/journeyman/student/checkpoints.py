@@ -4,6 +4,8 @@ Written by rank 0, read by all. Knows files and names, nothing of what a model i
 
     WORK/attempt                 who may write: the newest start of this run
     WORK/training.jsonl          the curve, one record a line
+    WORK/live.json               where the run stands, for the driver
+    WORK/trackers/               what trackers have been told
     WORK/checkpoints/step-N/     state.json, model/ (a Hugging Face folder), optimizer.pt
                                  state.json names each file and its bytes
     ../step-N/model/lora.pt      low-rank matrices, where they are what is trained
@@ -91,6 +93,14 @@ class Checkpoints:
         return cls(work, attempt)
 
     @property
+    def work(self) -> Path:
+        return self._work
+
+    @property
+    def live(self) -> Path:
+        return self._work / "live.json"
+
+    @property
     def curve(self) -> Path:
         return self._work / "training.jsonl"
 
@@ -144,6 +154,7 @@ class Checkpoints:
 
     def start_curve(self, step: int) -> None:
         """Begin the curve, or cut it back to ``step``: later records are made again."""
+        self.live.unlink(missing_ok=True)
         kept = [json.dumps(r) + "\n" for r in read_curve(self.curve) if r["step"] <= step]
         write_bytes(self.curve, "".join(kept).encode())
 
@@ -152,6 +163,11 @@ class Checkpoints:
         self._must_own()
         with disk_errors(self._work), self.curve.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+    def show(self, values: dict[str, Any]) -> None:
+        """Say where the run stands."""
+        self._must_own()
+        write_json(self.live, values)
 
     def _keep(self, steps: set[int]) -> None:
         kept = {self.path(step) for step in steps}

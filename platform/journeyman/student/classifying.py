@@ -13,7 +13,7 @@ from journeyman.labels import confidence
 from journeyman.labels.dataset import ClassRows
 from journeyman.probabilities import expected_calibration_error
 from journeyman.recipe import Student, Training
-from journeyman.student import batches, losses, models, row_weights
+from journeyman.student import batches, flops, losses, models, row_weights
 from journeyman.student.learner import Measured, no_rows
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Classifying:
             for part in (self._train, self._held_out)
         )
         self.module = models.build(folder or model_dir, rows.labels, training.seed).to(device)
+        self.work = flops.of_layers(self.module.base_model, self.module.config)
         self.row_ids = self._train.ids
         self.lengths = self._tokens.lengths
         self.sizes = np.ones(len(self._train), np.int64)

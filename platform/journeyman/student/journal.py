@@ -1,83 +1,162 @@
-"""Rank 0's book-keeping: the loss curve, the evaluations and the checkpoints."""
+"""Rank 0's book-keeping: the loss curve, the evaluations, the checkpoints, and who watches."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
+from typing import Any
 
-from journeyman.student.checkpoints import Evaluation
+import numpy as np
+
+from journeyman.student.checkpoints import Evaluation, read_curve
 from journeyman.student.lesson import Lesson, Task
+from journeyman.student.live import WINDOW_S, Pace, TrainProgress
 from journeyman.student.plan import Plan
+from journeyman.student.trackers import Trackers
 
-_CURVE_RECORDS = 1000  # at most about so many in a run
+_SHOW_EVERY_S = 1.0
 
 
 class Journal:
     """Told of every step; decides what to write of it."""
 
-    def __init__(self, task: Task, lesson: Lesson, plan: Plan) -> None:
+    def __init__(self, task: Task, lesson: Lesson, plan: Plan, peak_flops: float | None) -> None:
+        """peak_flops: FLOP/s of all workers' devices together, where it is known."""
         self.state = lesson.state
         self.metrics: dict[str, float] = {}  # of the newest evaluation, for Ray Train
         self._plan = plan
         self._lesson = lesson
         self._checkpoints = task.checkpoints
-        self._checkpoint_every_s = task.training.checkpoint_every_s
-        self._every = max(1, lesson.state.total_steps // _CURVE_RECORDS)
-        self._began = self._saved = self._recorded = time.monotonic()
-        self._seconds_before = lesson.state.seconds
-        self._losses: list[float] = []
-        self._rows = 0  # since the last record
+        self._training = task.training
+        self._peak_flops = peak_flops
+        self._began = self._saved = time.monotonic()
+        self._shown = -_SHOW_EVERY_S
+        self._seconds_before, self._first_step = lesson.state.seconds, lesson.state.step
+        self._losses: list[float] = []  # since the last record
+        self._loss = math.nan
+        self._since_record = Pace()
+        self._pace = Pace(WINDOW_S)
+        self._trackers = Trackers(
+            task.training.trackers,
+            task.name,
+            task.checkpoints.work.parent,
+            task.training.model_dump(mode="json"),
+            task.checkpoints.work / "trackers",
+            read_curve(task.checkpoints.curve),
+        )
 
-    def after_step(self, step: int, loss: float, n_rows: int) -> None:
-        """step: done so far; loss: mean over the step's n_rows rows."""
+    def after_step(self, step: int, loss: float, rows: np.ndarray) -> None:
+        """step: done so far; loss: mean over the step's rows, int64[b], of all workers."""
         self._losses.append(loss)
-        self._rows += n_rows
-        evaluates, ends_epoch = self._plan.evaluates(step), self._plan.ends_epoch(step)
-        if step % self._every and not evaluates and not ends_epoch:
+        self._loss = sum(self._losses) / len(self._losses)
+        learner = self._lesson.learner
+        lengths = learner.lengths[rows]
+        did = (len(rows), float(lengths.sum()), learner.work.of(lengths, learner.sizes[rows]))
+        self._pace.add(*did)
+        self._since_record.add(*did)
+        self._show(step, evaluating=False)
+        if not self._plan.records(step):
             return
-        self._record(step)
+        self._record_steps(step)
         # Only behind a record: what a resumed run records is then what it would have recorded.
-        if not evaluates and self._due():
+        if not self._plan.evaluates(step) and self._due():
             self._save(step)
+            self._go_on()
 
     def evaluate(self, step: int) -> bool:
         """Evaluate behind a step's record, and save what may be needed; whether training ends."""
+        self._show(step, evaluating=True)
         began = time.monotonic()
         measured = self._lesson.learner.evaluate()
         rate = round(measured.n_rows / max(time.monotonic() - began, 1e-9), 1)
         epoch = self._plan.epoch(step)
         found = Evaluation(epoch=epoch, step=step, **dataclasses.asdict(measured))
         self.metrics = {k: v for k, v in dataclasses.asdict(found).items() if v is not None}
-        self._checkpoints.record(kind="evaluation", **self.metrics, rows_per_s=rate)
+        self._record(kind="evaluation", **self.metrics, rows_per_s=rate)
         evaluations = (*self.state.evaluations, found)
         stops = self._plan.gives_up(evaluations)
         self.state = dataclasses.replace(self.state, evaluations=evaluations, stopped_early=stops)
         best = self.state.best
         assert best is not None
         if stops:
-            self._checkpoints.record(kind="stopped", step=step, best_step=best.step)
+            self._record(kind="stopped", step=step, best_step=best.step)
         if best.step == step or stops or self._plan.ends_epoch(step) or self._due():
             self._save(step)
-        self._recorded = time.monotonic()
+        self._show(step, evaluating=False, now=True)
+        self._go_on()
         return stops
 
-    def _due(self) -> bool:
-        return time.monotonic() - self._saved > self._checkpoint_every_s
+    def _go_on(self) -> None:
+        """What is no step is in no rate."""
+        self._pace.go_on()
+        self._since_record.go_on()
 
-    def _record(self, step: int) -> None:
-        now = time.monotonic()
-        self._checkpoints.record(
+    def close(self) -> None:
+        self._trackers.close(self.state.finished)
+
+    def _due(self) -> bool:
+        return time.monotonic() - self._saved > self._training.checkpoint_every_s
+
+    def _record_steps(self, step: int) -> None:
+        rates = self._since_record.rates()
+        used = self._used(rates.flops_per_s)
+        self._record(
             kind="steps",
             step=step,
             total_steps=self.state.total_steps,
             epoch=self._plan.epoch(step),
-            loss=sum(self._losses) / len(self._losses),
+            loss=self._loss,
             learning_rate=self._lesson.schedule.get_last_lr()[0],
-            rows_per_s=round(self._rows / max(now - self._recorded, 1e-9), 1),
+            gradient_norm=self._gradient_norm(),
+            rows_per_s=round(rates.rows_per_s, 1),
+            tokens_per_s=round(rates.tokens_per_s, 1),
+            **({} if used is None else {"mfu": round(used, 4)}),
             seconds=round(self._seconds(), 3),
         )
-        self._recorded, self._losses, self._rows = now, [], 0
+        self._losses, self._since_record = [], Pace()
+
+    def _record(self, **values: Any) -> None:
+        self._checkpoints.record(**values)
+        self._trackers.record(values)
+
+    def _gradient_norm(self) -> float:
+        """Of the last step, over all parameters; its gradients stay until the next step."""
+        import torch
+
+        gradients = [p.grad for p in self._lesson.learner.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def _used(self, flops_per_s: float) -> float | None:
+        return None if self._peak_flops is None else flops_per_s / self._peak_flops
+
+    def _show(self, step: int, *, evaluating: bool, now: bool = False) -> None:
+        """Let the driver see where the run stands, once in a second."""
+        clock = time.monotonic()
+        if not evaluating and not now and clock - self._shown < _SHOW_EVERY_S:
+            return
+        self._shown = clock
+        rates = self._pace.rates()
+        last = self.state.evaluations[-1] if self.state.evaluations else None
+        steps = max(1, step - self._first_step)
+        progress = TrainProgress(
+            step=step,
+            total_steps=self.state.total_steps,
+            epoch=self._plan.epoch(step),
+            epochs=self._training.epochs,
+            loss=self._loss,
+            rows_per_s=rates.rows_per_s,
+            tokens_per_s=rates.tokens_per_s,
+            eta_s=(self.state.total_steps - step) * (clock - self._began) / steps,
+            mfu=self._used(rates.flops_per_s),
+            agreement=last.agreement if last else None,
+            calibration_error=last.calibration_error if last else None,
+            perplexity=last.perplexity if last else None,
+            evaluating=evaluating,
+            stopped_early=self.state.stopped_early,
+        )
+        self._checkpoints.show(dataclasses.asdict(progress))
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._began

@@ -15,6 +15,7 @@ import numpy as np
 
 from journeyman.errors import DataError
 from journeyman.recipe import Training
+from journeyman.student.flops import Work
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +61,10 @@ class Learner(Protocol):
     @property
     def lengths(self) -> np.ndarray:
         """int64[n]: tokens of each train row."""
+
+    @property
+    def work(self) -> Work:
+        """FLOP of a step on a row."""
 
     @property
     def sizes(self) -> np.ndarray:

@@ -29,6 +29,7 @@ class Task:
     training: Training
     checkpoints: Checkpoints
     load: Load
+    name: str = "training"  # the recipe's, for trackers
 
 
 @dataclass(slots=True, kw_only=True)

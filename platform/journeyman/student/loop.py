@@ -13,49 +13,17 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from journeyman.errors import ClusterError, JourneymanError
+from journeyman.files import read_json
 from journeyman.models import Model
 from journeyman.recipe import Recipe, Training
 from journeyman.student import export, worker
-from journeyman.student.checkpoints import Checkpoints, Evaluation, State, read_curve
+from journeyman.student.checkpoints import Checkpoints, Evaluation, State
 from journeyman.student.lesson import Load, Task
+from journeyman.student.live import TrainProgress
 
 _POLL_S = 0.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainProgress:
-    """The newest record of a run's curve."""
-
-    step: int
-    total_steps: int
-    epoch: int  # under way, from 1
-    epochs: int
-    loss: float  # nats, mean since the record before
-    rows_per_s: float
-    eta_s: float
-    agreement: float | None  # at the last evaluation, like the two below
-    calibration_error: float | None = None
-    perplexity: float | None = None
-    stopped_early: bool = False
-
-    def __str__(self) -> str:
-        measured = "".join(
-            f", {name} {value:{form}}"
-            for name, value, form in (
-                ("agreement", self.agreement, ".3f"),
-                ("ECE", self.calibration_error, ".3f"),
-                ("perplexity", self.perplexity, ",.1f"),
-            )
-            if value is not None
-        )
-        to_go = "stopped early" if self.stopped_early else f"{self.eta_s:.0f} s to go"
-        return (
-            f"epoch {self.epoch}/{self.epochs}, step {self.step}/{self.total_steps}, loss "
-            f"{self.loss:.3f}{measured}, {self.rows_per_s:.0f} rows/s, {to_go}"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +62,11 @@ def train(
     work = work_folder(out_dir, inputs)
     checkpoints = Checkpoints.claim(work)
     before = checkpoints.latest()
-    task = Task(training=recipe.training, checkpoints=checkpoints, load=load)
+    task = Task(training=recipe.training, checkpoints=checkpoints, load=load, name=recipe.name)
     if before and before.finished:
         state = before
     else:
-        tell = _teller(checkpoints.curve, recipe.training, on_progress)
+        tell = _teller(checkpoints.live, on_progress)
         state = _followed(lambda: _fit(task, work), tell)
     result = _result(out_dir, state, recipe.training, before)
     origin = export.Provenance(
@@ -194,42 +162,17 @@ def _followed(fit: Callable[[], State], tell: Callable[[], None], poll_s: float 
     return outcome.result()
 
 
-def _teller(
-    curve: Path, training: Training, on_progress: Callable[[TrainProgress], None] | None
-) -> Callable[[], None]:
-    """Hands the curve's newest record on, if it is another than the last time."""
+def _teller(live: Path, on_progress: Callable[[TrainProgress], None] | None) -> Callable[[], None]:
+    """Hands on where the run stands, if it is another than the last time."""
     told: TrainProgress | None = None
 
     def tell() -> None:
         nonlocal told
-        progress = _newest(curve, training) if on_progress else None
-        if on_progress and progress and progress != told:
+        if on_progress is None or not live.exists():
+            return
+        progress = TrainProgress(**read_json(live))
+        if progress != told:
             on_progress(progress)
             told = progress
 
     return tell
-
-
-def _newest(curve: Path, training: Training) -> TrainProgress | None:
-    records = read_curve(curve)
-    steps = [r for r in records if r["kind"] == "steps"]
-    if not steps:
-        return None
-    evaluated: dict[str, Any] = next(
-        (r for r in reversed(records) if r["kind"] == "evaluation"), {}
-    )
-    newest = steps[-1]
-    left = (newest["total_steps"] - newest["step"]) * training.batch_size
-    return TrainProgress(
-        step=newest["step"],
-        total_steps=newest["total_steps"],
-        epoch=newest["epoch"],
-        epochs=training.epochs,
-        loss=newest["loss"],
-        rows_per_s=newest["rows_per_s"],
-        eta_s=left / newest["rows_per_s"] if newest["rows_per_s"] else 0.0,
-        agreement=evaluated.get("agreement"),
-        calibration_error=evaluated.get("calibration_error"),
-        perplexity=evaluated.get("perplexity"),
-        stopped_early=records[-1]["kind"] == "stopped",
-    )

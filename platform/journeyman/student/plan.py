@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from journeyman.recipe import Training
 from journeyman.student.checkpoints import Evaluation
 
+_CURVE_RECORDS = 1000  # at most about so many in a run
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -20,6 +22,7 @@ class Plan:
     per_epoch: int
     evaluate_every: int
     patience: int | None  # evaluations without a better one
+    record_every: int = 1
 
     @classmethod
     def of(cls, training: Training, total_steps: int) -> Plan:
@@ -29,6 +32,7 @@ class Plan:
             per_epoch=per_epoch,
             evaluate_every=training.evaluate_every or per_epoch,
             patience=training.patience,
+            record_every=max(1, total_steps // _CURVE_RECORDS),
         )
 
     def epoch(self, step: int) -> int:
@@ -41,6 +45,10 @@ class Plan:
     def evaluates(self, step: int) -> bool:
         """Whether the student is evaluated once so many steps are done; always after the last."""
         return step % self.evaluate_every == 0 or step == self.total_steps
+
+    def records(self, step: int) -> bool:
+        """Whether the curve gets a record behind a step."""
+        return step % self.record_every == 0 or self.evaluates(step) or self.ends_epoch(step)
 
     def gives_up(self, evaluations: Sequence[Evaluation]) -> bool:
         """Whether training ends behind the newest of these, since no better one has come for long.

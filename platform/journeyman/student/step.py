@@ -11,14 +11,18 @@ from journeyman.errors import RecipeError
 from journeyman.labels import dataset
 from journeyman.models import Model
 from journeyman.recipe import Generate, Logits, Recipe
+from journeyman.student import trackers
 
 if TYPE_CHECKING:
     from journeyman.student.lesson import Load
-    from journeyman.student.loop import TrainProgress, TrainResult
+    from journeyman.student.live import TrainProgress
+    from journeyman.student.loop import TrainResult
 
 
 def check(recipe: Recipe) -> None:
-    """Raises RecipeError where the student cannot learn labels of the recipe's kind."""
+    """Raises RecipeError where the student cannot learn labels of the recipe's kind, or its
+    training is to be watched by what is not installed."""
+    trackers.check(recipe.training.trackers)
     student, kind = recipe.learner(), recipe.labels.kind
     if student.kind == "classifier" and kind != "classes":
         raise RecipeError(

@@ -19,7 +19,7 @@ import numpy as np
 
 from journeyman.errors import DataError, JourneymanError
 from journeyman.recipe import Training
-from journeyman.student import batches
+from journeyman.student import batches, flops
 from journeyman.student.checkpoints import State
 from journeyman.student.journal import Journal
 from journeyman.student.lesson import Lesson, Task, prepare
@@ -40,6 +40,16 @@ class Place:
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Of all workers' devices, taken to be alike, at best; None where it is not known."""
+        if self.device.type != "cuda":
+            return None
+        import torch
+
+        own = flops.peak(torch.cuda.get_device_name(self.device))
+        return own and own * self.world_size
 
     def gather(self, value: Any) -> list[Any]:
         """Everyone's value, in the order of the ranks; a meeting point."""
@@ -95,13 +105,21 @@ def _place() -> Place:
 
 def _train(task: Task, lesson: Lesson, place: Place) -> State | JourneymanError:
     """All steps that the checkpoint has not taken, or until evaluations get no better."""
+    plan = Plan.of(task.training, lesson.state.total_steps)
+    if not place.leads:
+        return _steps(task, lesson, place, plan, None)
+    with contextlib.closing(Journal(task, lesson, plan, place.peak_flops)) as journal:
+        return _steps(task, lesson, place, plan, journal)
+
+
+def _steps(
+    task: Task, lesson: Lesson, place: Place, plan: Plan, journal: Journal | None
+) -> State | JourneymanError:
     from ray import train as ray_train
 
     training, begin = task.training, lesson.state
-    plan = Plan.of(training, begin.total_steps)
     per_epoch = plan.per_epoch
     parallel = _parallel(lesson.learner.module, place)
-    journal = Journal(task, lesson, plan) if place.leads else None
     for epoch in range(begin.step // per_epoch, training.epochs):
         order = batches.epoch_batches(
             lesson.learner.lengths, training.batch_size, seed=training.seed, epoch=epoch
@@ -114,7 +132,7 @@ def _train(task: Task, lesson: Lesson, place: Place) -> State | JourneymanError:
             if isinstance(loss, DataError):
                 return loss
             if journal:
-                journal.after_step(step + 1, loss, len(share.batch))
+                journal.after_step(step + 1, loss, share.batch)
             if plan.evaluates(step + 1):
                 ends = _evaluated(journal, step + 1, place)
                 if isinstance(ends, DataError):

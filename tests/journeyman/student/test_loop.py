@@ -20,6 +20,7 @@ from journeyman.errors import DataError
 from journeyman.models import Model
 from journeyman.student import checkpoints, export, loop, worker
 from journeyman.student.lesson import Task, prepare
+from journeyman.student.live import TrainProgress
 from journeyman.student.models import Classifier
 
 from ..test_probabilities import calibration_error_by_loop
@@ -47,7 +48,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def progress() -> list[loop.TrainProgress]:
+def progress() -> list[TrainProgress]:
     return []
 
 
@@ -56,7 +57,7 @@ def trained(
     ray_cluster: None,
     tiny_encoder: Model,
     rows_file: Path,
-    progress: list[loop.TrainProgress],
+    progress: list[TrainProgress],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> loop.TrainResult:
     return loop.train(
@@ -78,7 +79,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 def curve(folder: Path) -> list[dict[str, Any]]:
     """The records of training.jsonl without what a clock says."""
     lines = (folder / "training.jsonl").read_text().splitlines()
-    clock = {"seconds", "rows_per_s"}
+    clock = {"seconds", "rows_per_s", "tokens_per_s"}
     return [{k: v for k, v in json.loads(li).items() if k not in clock} for li in lines]
 
 
@@ -105,7 +106,7 @@ def test_student_learns_its_teacher(trained: loop.TrainResult) -> None:
 
 
 def test_progress_reaches_the_driver(
-    trained: loop.TrainResult, progress: list[loop.TrainProgress]
+    trained: loop.TrainResult, progress: list[TrainProgress]
 ) -> None:
     assert progress[-1].step == progress[-1].total_steps == N_STEPS
     assert progress[-1].agreement == pytest.approx(trained.evaluations[-1].agreement)
@@ -210,7 +211,7 @@ def test_a_run_that_gets_no_better_stops_on_all_workers_and_stays_stopped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = make_recipe(epochs=10, gold_weight=0.2, evaluate_every=2, patience=2)
-    progress: list[loop.TrainProgress] = []
+    progress: list[TrainProgress] = []
 
     def train() -> loop.TrainResult:
         return loop.train(

@@ -1,0 +1,216 @@
+"""Curves in TensorBoard, MLflow and Weights & Biases, read back by their own readers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pickle
+import struct
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from journeyman.errors import RecipeError
+from journeyman.models import Model
+from journeyman.student import loop, trackers
+from journeyman.student.trackers import Trackers
+
+from .conftest import loader, make_recipe, make_rows
+
+Curve = list[dict[str, Any]]
+Series = dict[str, list[tuple[int, float]]]
+
+
+def records(steps: Sequence[int]) -> Curve:
+    """Of steps, each with an evaluation behind it."""
+    curve: Curve = []
+    for step in steps:
+        curve.append({"kind": "steps", "step": step, "total_steps": 9, "loss": 1 / step,
+                      "learning_rate": 0.1 * step, "seconds": 0.5})  # fmt: skip
+        curve.append({"kind": "evaluation", "step": step, "agreement": step / 10, "kl": None})
+    return curve
+
+
+def opened(name: str, folder: Path, memory: str, curve: Curve) -> Trackers:
+    settings = {"epochs": 3, "trackers": [name]}
+    return Trackers([name], "tiny", folder, settings, folder / memory, curve)
+
+
+def tell(name: str, folder: Path) -> None:
+    """A run that is killed behind step 3 of which the checkpoint has 2; then twice again, the
+    second time killed earlier than it had been before; and another run in the same folder."""
+    first = opened(name, folder, "memory", [])
+    for record in records([1, 2, 3]):
+        first.record(record)
+    again = opened(name, folder, "memory", records([1, 2]))
+    again.record(records([3])[0])
+    last = opened(name, folder, "memory", records([1, 2]))
+    for record in records([3, 4, 5]):
+        last.record(record)
+    last.record({"kind": "stopped", "step": 5, "best_step": 4})
+    last.close(finished=True)
+    other = opened(name, folder, "others", [])
+    other.record({"kind": "steps", "step": 7, "loss": 9.0})
+    other.close(finished=False)
+
+
+EXPECTED = {
+    "train/loss": [(step, pytest.approx(1 / step)) for step in range(1, 6)],
+    "train/learning_rate": [(step, pytest.approx(0.1 * step)) for step in range(1, 6)],
+    "train/seconds": [(step, 0.5) for step in range(1, 6)],
+    "evaluation/agreement": [(step, pytest.approx(step / 10)) for step in range(1, 6)],
+}
+
+
+def tensorboard_runs(folder: Path) -> list[Series]:
+    """Every folder of event files, as TensorBoard reads them."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = []
+    for run in sorted((folder / "tensorboard").iterdir()):
+        events = reader.EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+        found.append({
+            tag: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+        })  # fmt: skip
+    return sorted(found, key=len, reverse=True)
+
+
+def test_tensorboard_has_each_step_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    tell("tensorboard", tmp_path)
+    first, other = tensorboard_runs(tmp_path)
+    assert first == EXPECTED
+    assert other == {"train/loss": [(7, 9.0)]}
+
+
+def test_mlflow_has_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tell("mlflow", tmp_path)
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny")
+    other, first = client.search_runs([experiment.experiment_id])
+    found = {
+        name: [(m.step, m.value) for m in client.get_metric_history(first.info.run_id, name)]
+        for name in first.data.metrics
+    }
+    assert found == EXPECTED
+    assert first.data.params["epochs"] == "3" and first.info.status == "FINISHED"
+    assert other.data.metrics == {"train/loss": 9.0} and other.info.status == "FAILED"
+
+
+def test_wandb_has_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tell("wandb", tmp_path)
+    found: dict[str, Series] = {}
+    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
+        run = path.stem.removeprefix("run-")
+        for step, values in wandb_history(path):
+            for name, value in values.items():
+                found.setdefault(run, {}).setdefault(name, []).append((step, value))
+    first, other = sorted(found.values(), key=len, reverse=True)
+    assert first == EXPECTED
+    assert other == {"train/loss": [(7, 9.0)]}
+
+
+def wandb_history(path: Path) -> list[tuple[int, dict[str, float]]]:
+    """Our own values of each record in a run's file."""
+    from wandb.proto import wandb_internal_pb2
+
+    history = []
+    for data in leveldb_records(path.read_bytes()[7:]):  # behind wandb's own header
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            values = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            ours = {k: v for k, v in values.items() if k.startswith(("train/", "evaluation/"))}
+            history.append((values["step"], ours))
+    return history
+
+
+def leveldb_records(data: bytes) -> Iterator[bytes]:
+    """Records of a LevelDB log: parts of 7 bytes (crc, length, kind) and content, none over the end
+    of a block of 32 KiB; the first block is 7 bytes shorter here."""
+    place, record = 0, b""
+    while place + 7 <= len(data):
+        left = (1 << 15) - (place + 7) % (1 << 15)
+        if left < 7:
+            place += left
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+class _Broken:
+    """Fails at its second record."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.steps.append(step)
+        if len(self.steps) > 1:
+            raise ConnectionError("no route to the server\nTraceback")
+
+    def close(self, finished: bool) -> None:
+        raise AssertionError("it was left out")
+
+
+def test_a_tracker_that_fails_is_left_out_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = _Broken()
+    module = types.SimpleNamespace(start=lambda _: broken)
+    monkeypatch.setitem(sys.modules, "journeyman.student.trackers.wandb", module)
+    told = opened("wandb", tmp_path, "memory", [])
+    for record in records([1, 2, 3]):
+        told.record(record)
+    told.close(finished=True)
+    assert broken.steps == [1, 1]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "wandb failed (ConnectionError: no route to the server)" in said
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "mlflow" else find(name)
+    )
+    with pytest.raises(RecipeError, match="mlflow needs the package mlflow; pip install mlflow"):
+        trackers.check(["tensorboard", "mlflow"])
+
+
+def test_a_training_is_followed_from_its_first_step_to_its_last(
+    ray_cluster: None, tiny_encoder: Model, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    rows = tmp_path / "rows.pickle"
+    rows.write_bytes(pickle.dumps(make_rows(n_train=60, n_calibrate=20)))
+    recipe = make_recipe(epochs=2, workers=1, trackers=["tensorboard"])
+    result = loop.train(
+        recipe, loader(recipe, tiny_encoder.path, rows), tiny_encoder, tmp_path / "student",
+        inputs="watched", labels_digest="labels",
+    )  # fmt: skip
+    (found,) = tensorboard_runs(tmp_path)
+    assert [step for step, _ in found["train/loss"]] == list(range(1, result.steps + 1))
+    for name in ("learning_rate", "gradient_norm", "rows_per_s", "tokens_per_s"):
+        assert len(found[f"train/{name}"]) == result.steps
+        assert all(value >= 0 for _, value in found[f"train/{name}"])
+    assert "train/mfu" not in found
+    agreements = [e.agreement for e in result.evaluations]
+    assert [v for _, v in found["evaluation/agreement"]] == pytest.approx(agreements)

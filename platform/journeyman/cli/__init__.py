@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from journeyman import __version__
-from journeyman.cli import cascade, compare, export, labels
+from journeyman.cli import cascade, certify, compare, export, labels
 from journeyman.cli.arguments import add_recipe, command, load, positive
 from journeyman.errors import JourneymanError, RecipeError
 from journeyman.progress import duration
@@ -30,6 +30,7 @@ examples:
   journeyman run jobs/recipes/demo.yaml              the whole pipeline
   journeyman run my.yaml --set training.epochs=8     with one setting changed
   journeyman label my.yaml --estimate                what labeling will take, before it is paid for
+  journeyman certify my.yaml --plan                  how many rows the promise needs
   journeyman label my.yaml --new                     label again from the start
   journeyman labels stats my.yaml                    what the teacher said, in figures
 """
@@ -98,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "label":
             step = command(commands, name, words, _label, _LABEL, _LABEL_EXAMPLES)
             _add_label_options(step)
+        elif name == "certify":
+            certify.add_command(commands, words, _step)
+            continue
         else:
             step = command(commands, name, words, _step)
         add_recipe(step)

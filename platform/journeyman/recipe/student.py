@@ -162,6 +162,16 @@ class Training(Section):
         description="causal: keep each layer's input only and compute the rest again in backward; "
         "less memory, about a third more time a step.",
     )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="Of matrix products in training; weights, losses and evaluations are float32. "
+        "auto: bf16 on GPUs that have it, else fp32.",
+    )
+    compile: bool = Field(
+        False,
+        description="Have torch.compile make code of the student: some minutes at the start, "
+        "faster steps after them.",
+    )
     evaluate_every: Count | None = Field(
         None,
         description="Optimizer steps from one evaluation on calibrate rows to the next; default, "

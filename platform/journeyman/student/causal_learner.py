@@ -13,6 +13,7 @@ import torch
 
 from journeyman.recipe import Student, Training
 from journeyman.student import (
+    acceleration,
     causal,
     flops,
     lora,
@@ -54,8 +55,10 @@ class Causal:
         model = self._model(folder, model_dir, student, training.seed)
         if training.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._device = device
+        self._device, self._precision = device, training.precision
         self.module = _Projected(model.to(device), objective(training))
+        if training.compile:  # the projection is part of the loss, which is our own code
+            acceleration.compile_in_place(causal.backbone_and_head(model)[0], device)
         self.work = self._work()
         self.row_ids = self._rows.ids
         self.lengths = self._rows.lengths
@@ -90,7 +93,7 @@ class Causal:
         return token_dataset.prefetch(parts, self._rows)
 
     def loss(self, parallel: Any, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast("cuda", torch.bfloat16, enabled=self._device.type == "cuda"):
+        with acceleration.autocast(self._device, self._precision):
             weights = self._tensor(self._weights[batch.numbers][batch.token_rows])
             weights = weights.float()
             total, each = parallel(**self._arguments(batch), weights=weights)

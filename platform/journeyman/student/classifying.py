@@ -13,7 +13,7 @@ from journeyman.labels import confidence
 from journeyman.labels.dataset import ClassRows
 from journeyman.probabilities import expected_calibration_error
 from journeyman.recipe import Student, Training
-from journeyman.student import batches, flops, losses, models, row_weights
+from journeyman.student import acceleration, batches, flops, losses, models, row_weights
 from journeyman.student.learner import Measured, no_rows
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Classifying:
             for part in (self._train, self._held_out)
         )
         self.module = models.build(folder or model_dir, rows.labels, training.seed).to(device)
+        if training.compile:
+            acceleration.compile_in_place(self.module, device)
         self.work = flops.of_layers(self.module.base_model, self.module.config)
         self.row_ids = self._train.ids
         self.lengths = self._tokens.lengths
@@ -96,7 +98,7 @@ class Classifying:
 
         device = self.module.device
         input_ids, mask = models.tensors(self._tokens, batch, self._pad_id, device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with acceleration.autocast(device, self._training.precision):
             logits = parallel(input_ids=input_ids, attention_mask=mask).logits
         loss = losses.distillation(
             logits.float(),

@@ -17,7 +17,7 @@ from journeyman.labels.cost import Estimate
 from journeyman.labels.progress import LabelProgress
 from journeyman.labels.store import LabelStore
 from journeyman.progress import LiveLine
-from journeyman.recipe import Recipe, digest
+from journeyman.recipe import Recipe, Training, digest
 from journeyman.run_folder import RunFolder
 from journeyman.teacher.tasks import prompt_digest
 
@@ -138,39 +138,56 @@ class Run(RunFolder):
         files.set_aside(directory)
 
     def _train(self) -> tuple[dict[str, Any], bool]:
-        from journeyman.student import step
+        from journeyman.student import on_policy, step
 
-        folder = self.path("train")
+        folder, training = self.path("train"), self.recipe.training
         step.check(self.recipe)
         labels = dataset.finished_manifest(LabelStore(self.labels))
-        inputs = digest(
-            [
-                labels["digest"],
-                labels["filtered"]["inputs"],
-                self.base_student.identity,
-                self.recipe.learner().model_dump(mode="json"),
-                # Who watches a training does not change it.
-                self.recipe.training.model_dump(mode="json", exclude={"trackers"}),
-            ]
-        )
+        inputs = self._train_inputs(labels, training)
         there = _read(folder / _STUDENT_MANIFEST)
         if there and there.get("inputs") == inputs:
             return there, False
         cluster.connect(self.recipe.cluster)
         with LiveLine() as line:
             line.show("train     starting the workers")
-            step.train(
+            given = (
                 self.recipe,
                 LabelStore(self.labels).everywhere,
                 self.path("prepare").resolve(),
                 self.base_student,
                 self.teacher,
                 folder,
-                inputs=inputs,
-                labels_digest=labels["digest"],
-                on_progress=lambda progress: line.show(f"train     {progress}"),
             )
+            if training.on_policy:
+                without = training.model_copy(update={"on_policy": None})
+                on_policy.train(
+                    *given,
+                    inputs=inputs,
+                    start_inputs=self._train_inputs(labels, without),
+                    labels_digest=labels["digest"],
+                    show=line.show,
+                )
+            else:
+                step.train(
+                    *given,
+                    inputs=inputs,
+                    labels_digest=labels["digest"],
+                    on_progress=lambda progress: line.show(f"train     {progress}"),
+                )
         return files.read_json(folder / _STUDENT_MANIFEST), True
+
+    def _train_inputs(self, labels: dict[str, Any], training: Training) -> str:
+        """Digest of all that decides the student; labels: the dataset's manifest."""
+        return digest(
+            [
+                labels["digest"],
+                labels["filtered"]["inputs"],
+                self.base_student.identity,
+                self.recipe.learner().model_dump(mode="json"),
+                # Who watches a training does not change it.
+                training.model_dump(mode="json", exclude={"trackers"}),
+            ]
+        )
 
     def _certify(self) -> tuple[dict[str, Any], bool]:
         from journeyman.certify import step
@@ -261,10 +278,11 @@ def run(recipe: Recipe, report: Reporter, *, new_labels: bool = False) -> list[S
     """All steps of a recipe; what is done already for the same inputs is skipped."""
     from journeyman.student import step
 
-    if recipe.student is not None:
-        step.check(recipe)  # before labels are paid for
     results = []
     current = Run(recipe)
+    if recipe.student is not None:  # before labels are paid for
+        step.check(recipe)
+        step.check_vocabulary(recipe, current.base_student, current.teacher)
     with current.locked():
         for name in names(recipe):
             result = current.execute(name, new_labels=new_labels)

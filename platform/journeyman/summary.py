@@ -78,6 +78,9 @@ def _learned(run: RunFolder) -> list[SummaryRow]:
         ("KL(teacher ‖ student)", f"{best['kl']:.3f} nats", "a token"),
         ("perplexity", f"{best['perplexity']:,.1f}", "of the text's own tokens"),
     ]
+    if run.recipe.labels.kind != "logits":
+        exact = f"{best['exact_match']:.3f}"
+        rows.append(("exact", exact, "answers that it writes to the letter, greedily"))
     group = f"student, {best['n_rows']:,} calibrate rows"
     return [SummaryRow(group=group, name=n, value=v, note=note) for n, v, note in rows]
 
@@ -197,6 +200,8 @@ def _training_note(student: dict[str, Any]) -> str:
     early = ""
     if student["stopped_early"]:
         early = f"; stopped early, after step {student['steps']:,} of {student['planned_steps']:,}"
+    if "on_policy" in student:
+        early += f"; the last of {len(student['on_policy']) - 1} on-policy rounds"
     return f"{student['rows']:,} rows, {student['world_size']} workers{early}"
 
 

@@ -227,6 +227,8 @@ def _recipe_check(options: argparse.Namespace) -> int:
     if not loaded.teacher.url:
         teacher = models.resolve(loaded.teacher.model, loaded.teacher.revision)
     student = loaded.student and models.resolve(loaded.student.model, loaded.student.revision)
+    if student:
+        step.check_vocabulary(loaded, student, teacher or models.teacher(loaded.teacher))
     print(f"{options.recipe}: fine; {len(urls)} source files, recipe {loaded.hash}.")
     for role, model in (("teacher", teacher), ("student", student)):
         if model:

@@ -47,8 +47,8 @@ def _compare(options: argparse.Namespace) -> int:
     from journeyman.report import comparison
 
     students = [comparison.read(run) for run in options.runs]
-    heads = ("run", "MB", "agreement", "accuracy", "KL", "perplexity", "rows/s", "train rows",
-             "steps", "seconds")  # fmt: skip
+    heads = ("run", "MB", "agreement", "accuracy", "KL", "perplexity", "exact", "rows/s",
+             "train rows", "steps", "seconds")  # fmt: skip
     print(table([heads, *map(_cells, students)]))
     if len({student.labels_digest for student in students}) > 1:
         print("\nThese students learned from different labels: compare them with care.")
@@ -72,6 +72,7 @@ def _cells(student: ComparedStudent) -> tuple[str, ...]:
         _or_dash(student.gold_accuracy, ".3f"),
         f"{student.kl:.3f}",
         _or_dash(student.perplexity, ",.1f"),
+        _or_dash(student.exact_match, ".3f"),
         _or_dash(student.rows_per_s, ",.0f"),
         f"{student.n_rows:,}",
         f"{student.steps:,}",

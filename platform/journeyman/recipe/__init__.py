@@ -19,7 +19,7 @@ from journeyman.recipe.labels import (
 )
 from journeyman.recipe.loading import Recipe, load, parse
 from journeyman.recipe.serving import Breaker, Cascade, Certify, Feedback
-from journeyman.recipe.student import Lora, RowWeight, Student, Training
+from journeyman.recipe.student import Lora, OnPolicy, RowWeight, Student, Training
 from journeyman.recipe.teacher import Price, Teacher
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Labels",
     "Logits",
     "Lora",
+    "OnPolicy",
     "Price",
     "Rationales",
     "Recipe",

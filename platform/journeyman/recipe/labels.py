@@ -93,24 +93,33 @@ _NOT_ASKED = {
 }  # fmt: skip
 
 
-class _Asked(_Common):
-    prompt: str = Field(description=_PROMPT)
+# Of logits, with what they were as long as nobody could set them.
+_LATER: dict[str, Any] = {"chat": False, "system": None, "examples": (), "tokens": None}
+
+
+class _Chat(Section):
     chat: bool = Field(
-        False, description="Wrap the prompt in the teacher's own chat template, as a user message."
+        False,
+        description="Wrap the prompt (of logits, the context) in the teacher's own chat template, "
+        "as a user message.",
     )
     system: str | None = Field(None, description="chat: the system message.")
     examples: tuple[Example, ...] = Field(
         (), description="chat: worked examples (few-shot), as earlier turns of the conversation."
     )
 
-    def templates(self) -> dict[str, str]:
-        return {"labels.prompt": self.prompt}
-
     @model_validator(mode="after")
-    def _chat_has_turns(self) -> _Asked:
+    def _chat_has_turns(self) -> _Chat:
         if not self.chat and (self.system is not None or self.examples):
             raise ValueError("system and examples need chat: true (or write them into prompt)")
         return self
+
+
+class _Asked(_Common, _Chat):
+    prompt: str = Field(description=_PROMPT)
+
+    def templates(self) -> dict[str, str]:
+        return {"labels.prompt": self.prompt}
 
 
 class _Recorded(Section):
@@ -126,7 +135,7 @@ class _Recorded(Section):
     )
 
 
-class Logits(_Common, _Recorded):
+class Logits(_Common, _Recorded, _Chat):
     """The teacher's next-token distribution at every position of a given text."""
 
     kind: Literal["logits"] = "logits"
@@ -136,9 +145,22 @@ class Logits(_Common, _Recorded):
     context: str = Field(
         "", description="Template of what stands in front of it, not recorded (a prompt, say)."
     )
+    tokens: str | None = Field(
+        None,
+        description="Column of corpus.columns.meta that holds the text as a list of the teacher's "
+        "token ids, in place of target: what a model with the same vocabulary wrote, token by "
+        "token.",
+    )
 
     def templates(self) -> dict[str, str]:
+        if self.tokens:
+            return {"labels.tokens": f"{{{{ {self.tokens} }}}}", "labels.context": self.context}
         return {"labels.target": self.target, "labels.context": self.context}
+
+    def asked(self) -> dict[str, Any]:
+        # Datasets that were made before there were these settings are the same without them.
+        unset = {name for name in _LATER if getattr(self, name) == _LATER[name]}
+        return {name: value for name, value in super().asked().items() if name not in unset}
 
 
 class Structured(Section):

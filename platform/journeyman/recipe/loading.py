@@ -123,6 +123,55 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _distributions_fit_the_divergence(self) -> Recipe:
+        labels, training = self.labels, self.training
+        if training.divergence == "uld":
+            if not isinstance(labels, Logits | Generate) or self.teacher.url:
+                raise ValueError(
+                    "training.divergence: uld needs the teacher's distributions: labels.kind: "
+                    "logits or generate, of a teacher that is not behind a URL"
+                )
+            if labels.codec == "sampled":
+                raise ValueError(
+                    "training.divergence: uld compares the likeliest tokens, which true draws do "
+                    "not hold: take labels.codec: topk_fp16"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _on_policy_has_prompts(self) -> Recipe:
+        if self.training.on_policy is None:
+            return self
+        if not isinstance(self.labels, Generate):
+            raise ValueError(
+                "training.on_policy needs prompts that the student answers: labels.kind: generate, "
+                f"got {self.labels.kind}"
+            )
+        if self.teacher.url:
+            raise ValueError(
+                "training.on_policy needs the teacher's distributions over the student's tokens, "
+                "which a teacher behind a URL does not give"
+            )
+        context, longest = self.teacher.max_model_len, self.training.on_policy.max_tokens
+        if context and longest >= context:
+            raise ValueError(
+                f"training.on_policy.max_tokens ({longest}) leaves no room for a prompt in the "
+                f"teacher's context (teacher.max_model_len: {context})"
+            )
+        if self.labels.codec == "sampled":
+            raise ValueError(
+                "training.on_policy learns by reverse_kl or jsd, which true draws give no unbiased "
+                "estimate of: take labels.codec: topk_fp16"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reasonings_are_there(self) -> Recipe:
+        if self.training.rationale_weight != 1 and not isinstance(self.labels, Rationales):
+            raise ValueError("training.rationale_weight goes with labels.kind: rationales")
+        return self
+
+    @model_validator(mode="after")
     def _row_weight_is_there(self) -> Recipe:
         wanted, labels = self.training.row_weight, self.labels
         reasoned = labels if isinstance(labels, Rationales) else None

@@ -94,6 +94,29 @@ class Student(Section):
         return self
 
 
+class OnPolicy(Section):
+    """Rounds in which the student learns from its own answers (GKD, Agarwal et al. 2024): it
+    answers train prompts, the teacher scores each of its tokens, and the student learns that."""
+
+    rounds: Count = Field(2, description="Rounds, each with the student of the one before.")
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25,
+        description="Share of the train prompts that a round takes; the next one takes those that "
+        "follow.",
+    )
+    max_tokens: Count = Field(128, description="Tokens of an answer at most.")
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Of the student's sampling; 0 is greedy."
+    )
+    divergence: Literal["reverse_kl", "jsd"] = Field(
+        "reverse_kl", description="What a round learns by; jsd with training.beta."
+    )
+    epochs: Count = Field(1, description="Passes over a round's answers.")
+    learning_rate: Positive | None = Field(
+        None, description="Of a round; default training.learning_rate."
+    )
+
+
 class Training(Section):
     """How the student is trained: Ray Train, DDP."""
 
@@ -134,10 +157,14 @@ class Training(Section):
         "class's rows), counted by the teacher's probabilities on train rows (with hard_labels, by "
         "its choices). Or label to weight; labels left out weigh 1.",
     )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"] = Field(
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation", "uld"
+    ] = Field(
         "forward_kl",
         description="causal: of the student from the teacher at each token; jsd as in GKD (Agarwal "
-        "et al. 2024), skewed_kl as in DistiLLM (Ko et al. 2024).",
+        "et al. 2024), skewed_kl as in DistiLLM (Ko et al. 2024). uld: of the two sorted "
+        "distributions, for a student with another tokenizer (Universal Logit Distillation, "
+        "Boizard et al. 2024); it goes with a share of cross_entropy.",
     )
     tail: Literal["bucket", "renormalised"] = Field(
         "bucket",
@@ -148,6 +175,12 @@ class Training(Section):
     skew: Weight = Field(0.1, description="skewed_kl: the teacher's weight in the mixture.")
     cross_entropy: Share = Field(
         0.0, description="causal: weight of cross-entropy on the text's own next token."
+    )
+    rationale_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0,
+        description="rationales: what the loss on the reasonings counts beside the loss on the "
+        "answers, each a mean over its tokens (Distilling step-by-step, Hsieh et al. 2023). 0: "
+        "learn the answers alone.",
     )
     label_smoothing: Share = Field(
         0.0,
@@ -171,6 +204,11 @@ class Training(Section):
         False,
         description="Have torch.compile make code of the student: some minutes at the start, "
         "faster steps after them.",
+    )
+    on_policy: OnPolicy | None = Field(
+        None,
+        description="causal, labels.kind: generate: after the teacher's answers, rounds over the "
+        "student's own; default, none.",
     )
     evaluate_every: Count | None = Field(
         None,
@@ -212,6 +250,19 @@ class Training(Section):
     def _hard_labels_stay_hard(self) -> Training:
         if self.hard_labels and self.temperature != 1:
             raise ValueError("hard_labels has no distribution to soften: leave temperature at 1")
+        return self
+
+    @model_validator(mode="after")
+    def _uld_is_of_ranks(self) -> Training:
+        if self.divergence != "uld":
+            return self
+        if self.temperature != 1 or self.tail != "bucket":
+            raise ValueError("divergence: uld goes with temperature: 1 and tail: bucket")
+        if not 0 < self.cross_entropy < 1:
+            raise ValueError(
+                "divergence: uld compares sorted probabilities and does not know which token is "
+                f"which: give cross_entropy a share between 0 and 1, got {self.cross_entropy:g}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -34,6 +34,7 @@ class ComparedStudent:
     steps: int
     seconds: float  # of training
     labels_digest: str
+    exact_match: float | None = None  # texts that a language model writes to the letter
 
 
 def read(run: Path) -> ComparedStudent:
@@ -65,6 +66,7 @@ def _student(name: str, folder: Path, record: dict[str, Any]) -> ComparedStudent
         steps=record["steps"],
         seconds=record["seconds"],
         labels_digest=record["labels"],
+        exact_match=best.get("exact_match"),
     )
 
 

@@ -176,6 +176,7 @@ def evaluations(records: Sequence[TrainingRecord]) -> Table | None:
         "calibration_error": ("calibration error", ".3f"),
         "gold_calibration_error": ("the same by gold", ".3f"),
         "perplexity": ("perplexity", ",.1f"),
+        "exact_match": ("written to the letter", ".1%"),
     }
     further = {key: words for key, words in further.items() if records[-1].get(key) is not None}
     best = max(range(len(records)), key=lambda i: (records[i]["agreement"], -records[i]["kl"]))

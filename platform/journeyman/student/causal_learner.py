@@ -60,10 +60,20 @@ class Causal:
         if training.compile:  # the projection is part of the loss, which is our own code
             acceleration.compile_in_place(causal.backbone_and_head(model)[0], device)
         self.work = self._work()
-        self.row_ids = self._rows.ids
-        self.lengths = self._rows.lengths
-        self.sizes = self._rows.n_learned
-        self._weights = row_weights.normalised(self._rows.weights, self.sizes)
+        rows, self._examples = self._rows, self._rows.examples
+        begins = self._examples[:-1]
+        self.row_ids = rows.ids
+        self.lengths = np.add.reduceat(rows.lengths, begins)
+        self.n_learned = np.add.reduceat(rows.n_learned, begins)
+        if rows.reasoning.any():
+            self.row_ids = [rows.ids[i] for i in begins]
+            self.sizes = np.ones(len(begins), np.int64)
+            self._weights = len(begins) * row_weights.of_tasks(
+                rows.weights, rows.n_learned, rows.reasoning, training.rationale_weight
+            )
+        else:
+            self.sizes = self.n_learned
+            self._weights = row_weights.normalised(rows.weights, rows.n_learned)
 
     def _model(self, folder: Path | None, model_dir: Path, student: Student, seed: int) -> Any:
         if folder and not student.lora:
@@ -90,15 +100,20 @@ class Causal:
         )
 
     def batches(self, parts: Iterator[np.ndarray]) -> Iterator[TokenBatch]:
-        return token_dataset.prefetch(parts, self._rows)
+        ends = self._examples
+        rows = (np.concatenate([np.arange(*ends[i : i + 2]) for i in part]) for part in parts)
+        return token_dataset.prefetch(rows, self._rows)
 
     def loss(self, parallel: Any, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         with acceleration.autocast(self._device, self._precision):
             weights = self._tensor(self._weights[batch.numbers][batch.token_rows])
             weights = weights.float()
             total, each = parallel(**self._arguments(batch), weights=weights)
-        of_rows = torch.zeros(batch.n_rows, device=each.device)
-        return total, of_rows.index_add_(0, self._tensor(batch.token_rows), each * weights)
+        examples = np.searchsorted(self._examples, batch.numbers, side="right")
+        number = np.cumsum(np.diff(examples, prepend=examples[0]) != 0)  # in the batch
+        of_examples = torch.zeros(number[-1] + 1, dtype=each.dtype, device=each.device)
+        at = self._tensor(number[batch.token_rows])
+        return total, of_examples.index_add_(0, at, each * weights)
 
     def _arguments(self, batch: TokenBatch) -> dict[str, Any]:
         input_ids, mask, at = batch.padded(self._tokenizer.pad_token_id or 0)
@@ -123,36 +138,44 @@ class Causal:
         return torch.from_numpy(array).to(self._device)
 
     def evaluate(self) -> Measured:
+        """On answers: reasonings are a task beside theirs."""
         self.module.eval()
-        order = np.argsort(self._held_out.lengths, kind="stable")
+        answers = np.flatnonzero(~self._held_out.reasoning)
+        order = answers[np.argsort(self._held_out.lengths[answers], kind="stable")]
         parts = np.array_split(order, -(-len(order) // _EVALUATION_BATCH))
-        sums = np.zeros(4)
+        sums = np.zeros(5)
         with torch.inference_mode():
             for batch in token_dataset.prefetch(iter(parts), self._held_out):
                 sums += self._measured(batch)
         self.module.train()
-        n_tokens, agreed, kl, nll = sums.tolist()
+        n_tokens, agreed, kl, nll, n_exact = sums.tolist()
         return Measured(
             agreement=agreed / n_tokens,
             kl=kl / n_tokens,
             n_rows=len(order),
             perplexity=math.exp(nll / n_tokens),
+            exact_match=n_exact / len(order),
         )
 
     def _measured(self, batch: TokenBatch) -> np.ndarray:
-        """float64[4]: tokens, those on which the first choices agree, sums of KL and of -log P."""
+        """float64[5]: tokens, those on which the first choices agree, sums of KL and of -log P;
+        texts of which every token is the first choice."""
         arguments = self._arguments(batch)
         teacher, targets = arguments["teacher"], arguments["targets"]
         hidden, weight, bias = self.module.hidden(arguments)
         own, first = projection.projected_logprobs_at(hidden, weight, bias, targets[:, None])
         nll = -own[:, 0]
-        if teacher is None:
-            return np.array([len(nll), (first == targets).sum().item(), *2 * [nll.sum().item()]])
+        missed = batch.token_rows[(first != targets).cpu().numpy()]
+        exact = batch.n_rows - len(np.unique(missed))
+        if teacher is None or self._held_out.other_tokens:
+            same = len(nll) - len(missed)
+            return np.array([len(nll), same, *2 * [nll.double().sum().item()], exact])
         ones = torch.ones_like(nll)
         _, each = projection.projected_loss(hidden, weight, bias, teacher, targets, ones, _KL)
         likeliest = teacher.token_ids.gather(1, teacher.logprobs.argmax(1, keepdim=True))[:, 0]
         agreed = (first == likeliest).sum().item()
-        return np.array([len(nll), agreed, each.double().sum().item(), nll.double().sum().item()])
+        sums = each.double().sum().item(), nll.double().sum().item()
+        return np.array([len(nll), agreed, *sums, exact])
 
     def save(self, folder: Path) -> None:
         with models.quiet():

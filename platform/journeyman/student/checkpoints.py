@@ -42,6 +42,7 @@ class Evaluation:
     n_rows: int
     gold_accuracy: float | None = None
     perplexity: float | None = None
+    exact_match: float | None = None
     calibration_error: float | None = None
     gold_calibration_error: float | None = None
 

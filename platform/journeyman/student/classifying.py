@@ -50,7 +50,7 @@ class Classifying:
         self.work = flops.of_layers(self.module.base_model, self.module.config)
         self.row_ids = self._train.ids
         self.lengths = self._tokens.lengths
-        self.sizes = np.ones(len(self._train), np.int64)
+        self.sizes = self.n_learned = np.ones(len(self._train), np.int64)
         self._targets = self._train.logprobs
         if training.hard_labels:
             self._targets = losses.first_choices(self._targets)

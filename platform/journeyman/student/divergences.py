@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation", "uld"]
 Tail = Literal["bucket", "renormalised"]
 
 _NONE = -1e4  # log of an outcome that is not there: its probability is 0, and no gradient is nan
@@ -55,6 +55,13 @@ class Objective:
     temperature: softens the outcomes' probabilities on both sides, the bucket's as one of them (how
     a tail spreads within itself is not in the record); with a record of the whole vocabulary this
     is the usual temperature (Hinton et al. 2015). A student equal to its teacher has loss 0.
+
+    uld: Universal Logit Distillation (Boizard et al. 2024), for vocabularies that differ: the sum
+    over ranks of |p - q|, both sorted, the shorter one filled up with zeros. Of a record of the k
+    likeliest tokens: the k first ranks, and all others as one outcome, the teacher's tail less the
+    student's. That is never above the sum over all ranks, at most twice the smaller of the two
+    tails below it (|Σp - Σq| ≤ Σ|p - q| ≤ Σp + Σq), and equal to it with a record of the whole
+    vocabulary. Neither temperature nor ``tail`` go with it.
     """
 
     divergence: Divergence = "forward_kl"
@@ -71,13 +78,16 @@ def sparse_loss(
 ) -> torch.Tensor:
     """T² · the divergence at each position: float[n], natural logarithm.
 
-    student: float[n, k], log-probabilities at the teacher's entries, any number where there is
-    none; log_rest: float[n], log of the student's mass on all other tokens, -inf if there are none.
-    Raises ValueError for what true draws give no unbiased estimate of.
+    student: float[n, k], log-probabilities at the teacher's entries, with ``uld`` of the student's
+    own tokens of the same ranks; any number where there is none. log_rest: float[n], log of the
+    student's mass on all other tokens, -inf if there are none. Raises ValueError for what true
+    draws give no unbiased estimate of.
     """
     there = teacher.token_ids >= 0
     if teacher.sampled:
         return _of_draws(student, teacher, objective, there)
+    if objective.divergence == "uld":
+        return _of_ranks(student, log_rest, teacher, there)
     q = student.masked_fill(~there, _NONE)
     p = teacher.logprobs.to(student.dtype).clamp_min(_NONE).masked_fill(~there, _NONE)
     if objective.tail == "bucket":
@@ -110,6 +120,15 @@ def _of_draws(
     return (weight * (share - student.masked_fill(~there, 0.0))).sum(-1)
 
 
+def _of_ranks(
+    student: torch.Tensor, log_rest: torch.Tensor, teacher: SparseTeacher, there: torch.Tensor
+) -> torch.Tensor:
+    """Of sorted probabilities, rank by rank, and of what is behind the last one."""
+    p, q = teacher.logprobs.to(student.dtype).exp(), student.exp()
+    tails = teacher.log_tail_mass.to(student.dtype).exp() - log_rest.exp()
+    return (p - q).abs().masked_fill(~there, 0.0).sum(-1) + tails.abs()
+
+
 def _with(entries: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     import torch
 
@@ -130,6 +149,7 @@ def _divergence(p: torch.Tensor, q: torch.Tensor, objective: Objective) -> torch
             return _kl(p, _mixture(p, q, objective.skew))
         case "total_variation":
             return (p.exp() - q.exp()).abs().sum(-1) / 2
+    raise ValueError(f"{objective.divergence} is not of a distribution's outcomes")
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

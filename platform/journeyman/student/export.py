@@ -194,6 +194,7 @@ def _further(best: Evaluation) -> str:
     rows = [
         ("accuracy against gold labels", best.gold_accuracy),
         ("perplexity of the text's own tokens", best.perplexity),
+        ("texts written to the letter, greedily", best.exact_match),
         ("expected calibration error against the teacher", best.calibration_error),
         ("the same against gold labels", best.gold_calibration_error),
     ]

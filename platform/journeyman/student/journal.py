@@ -53,7 +53,7 @@ class Journal:
         self._loss = sum(self._losses) / len(self._losses)
         learner = self._lesson.learner
         lengths = learner.lengths[rows]
-        did = (len(rows), float(lengths.sum()), learner.work.of(lengths, learner.sizes[rows]))
+        did = (len(rows), float(lengths.sum()), learner.work.of(lengths, learner.n_learned[rows]))
         self._pace.add(*did)
         self._since_record.add(*did)
         self._show(step, evaluating=False)

@@ -33,6 +33,9 @@ class Measured:
     n_rows: int
     gold_accuracy: float | None = None  # over the rows that have gold
     perplexity: float | None = None  # of the text's own tokens
+    # Share of the texts of which a causal student's first choice is every token: those that it
+    # writes to the letter, greedily.
+    exact_match: float | None = None
     # A classifier's expected calibration error, 0 to 1, where the teacher's first choice is right,
     # and where gold is.
     calibration_error: float | None = None
@@ -65,6 +68,10 @@ class Learner(Protocol):
     @property
     def work(self) -> Work:
         """FLOP of a step on a row."""
+
+    @property
+    def n_learned(self) -> np.ndarray:
+        """int64[n]: tokens of each train row that are learned; of classifiers, 1."""
 
     @property
     def sizes(self) -> np.ndarray:

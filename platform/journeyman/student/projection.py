@@ -150,6 +150,8 @@ def _in_place(
     """Each position's loss, float[c], and weights · its gradient, float[c, v], in the logits' own
     memory."""
     of_text = objective.cross_entropy if teacher is not None else 1.0
+    if teacher is not None and objective.divergence == "uld":
+        teacher = _by_rank(teacher, logits)
     smoothing = objective.label_smoothing if of_text else 0.0
     known = (targets >= 0).to(logits.dtype)
     target = targets.clamp_min(0).unsqueeze(-1)
@@ -199,6 +201,24 @@ def _in_place(
         if smoothing:
             gradient.sub_((smoothing / gradient.shape[1] * scaled).unsqueeze(-1))
     return loss, gradient
+
+
+def _by_rank(teacher: SparseTeacher, logits: torch.Tensor) -> SparseTeacher:
+    """The teacher's sorted record, over the student's tokens of the same ranks.
+
+    Ranks that the student's vocabulary does not have are part of the tail: it gives them nothing.
+    """
+    k = min(teacher.token_ids.shape[1], logits.shape[1])
+    there = teacher.token_ids[:, :k] >= 0
+    tail = teacher.log_tail_mass
+    if k < teacher.token_ids.shape[1]:
+        tail = torch.logaddexp(tail, teacher.logprobs[:, k:].logsumexp(-1))
+    return SparseTeacher(
+        token_ids=torch.where(there, logits.topk(k).indices, -1),
+        logprobs=teacher.logprobs[:, :k],
+        log_tail_mass=tail,
+        sampled=teacher.sampled,
+    )
 
 
 def _softmax_in_place(logits: torch.Tensor) -> torch.Tensor:

@@ -23,3 +23,21 @@ def normalised(raw: np.ndarray, sizes: np.ndarray) -> np.ndarray:
             "look at the labels with journeyman labels stats."
         )
     return raw * (sizes.sum() / total)
+
+
+def of_tasks(
+    raw: np.ndarray, n_tokens: np.ndarray, reasoning: np.ndarray, reasoning_weight: float
+) -> np.ndarray:
+    """float64[n]: what each token of a row counts in Distilling step-by-step, whose loss is the
+    mean over the answers' tokens plus reasoning_weight times that over the reasonings' (Hsieh et
+    al. 2023, section 3.2): the weighted sum over all tokens of the split.
+
+    raw: float[n], of the rows, before ``normalised`` over their task; n_tokens: int64[n], learned;
+    reasoning: bool[n], True for the rows of the second task.
+    """
+    weights = np.empty(len(raw))
+    for task, share in ((~reasoning, 1.0), (reasoning, reasoning_weight)):
+        if task.any():
+            own = normalised(raw[task], n_tokens[task])
+            weights[task] = own * share / n_tokens[task].sum()
+    return weights

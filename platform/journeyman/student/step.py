@@ -36,6 +36,54 @@ def check(recipe: Recipe) -> None:
         )
 
 
+def check_vocabulary(recipe: Recipe, parent: Model, teacher: Model) -> str:
+    """Why the student's tokens are not the teacher's; empty where they are, or need not be.
+
+    Raises RecipeError where the recipe asks for what is only possible with the same ones.
+    """
+    from journeyman.student import vocabulary
+
+    training, model = recipe.training, recipe.learner().model
+    if recipe.learner().kind != "causal" or not isinstance(recipe.labels, Logits | Generate):
+        return ""
+    other = "the teacher is behind a URL, which gives no tokens"
+    if not recipe.teacher.url:
+        other = vocabulary.other_vocabulary(parent.path, teacher.path)
+    if training.on_policy:
+        _check_same_prompts(recipe, parent, teacher, other)
+    if not other or training.divergence == "uld":
+        return other
+    if isinstance(recipe.labels, Logits):
+        raise RecipeError(
+            f"student.model: {model} has another vocabulary than the teacher ({other}), so that it "
+            "cannot learn the teacher's distributions token by token; take a student of the "
+            "teacher's family, training.divergence: uld, which compares sorted probabilities, or "
+            "labels.kind: generate, which is learned as text then."
+        )
+    if training.divergence != "forward_kl":
+        raise RecipeError(
+            f"training.divergence: {training.divergence} compares distributions token by token, "
+            f"and student.model: {model} has another vocabulary than the teacher ({other}); leave "
+            "it out to learn the teacher's answers as text, or take uld, which compares sorted "
+            "probabilities."
+        )
+    return other
+
+
+def _check_same_prompts(recipe: Recipe, parent: Model, teacher: Model, other: str) -> None:
+    """On-policy rounds: what the student reads and writes is what the teacher scores."""
+    from journeyman.student import vocabulary
+
+    model, chat = recipe.learner().model, getattr(recipe.labels, "chat", False)
+    why = other or vocabulary.other_prompt(parent.path, teacher.path, chat=chat)
+    if why:
+        raise RecipeError(
+            f"training.on_policy: the teacher scores the student's own tokens, and student.model: "
+            f"{model} has others ({why}); take a student of the teacher's family, or leave "
+            "on_policy out."
+        )
+
+
 def train(
     recipe: Recipe,
     labels: str | Path,
@@ -93,17 +141,8 @@ def _causal(
     rows_dir: Path,
 ) -> Load:
     """Rows are written here, once, for all workers."""
-    from journeyman.student import token_rows
-    from journeyman.student.causal_learner import Causal
-
-    write_rows(recipe, labels, corpus_dir, parent, teacher, rows_dir, token_rows.SPLITS)
-    return partial(
-        Causal,
-        model_dir=parent.path,
-        student=recipe.learner(),
-        training=recipe.training,
-        rows_dir=rows_dir,
-    )
+    write_rows(recipe, labels, corpus_dir, parent, teacher, rows_dir)
+    return causal_load(recipe, parent, rows_dir)
 
 
 def write_rows(
@@ -113,35 +152,41 @@ def write_rows(
     parent: Model,
     teacher: Model,
     rows_dir: Path,
-    splits: Sequence[str],
+    splits: Sequence[str] = ("train", "calibrate"),
 ) -> None:
-    """Write the rows that a language model learns to rows_dir/SPLIT, unless all are there.
-
-    Raises RecipeError where the labels are distributions over another vocabulary.
-    """
-    from journeyman.student import token_rows, vocabulary
+    """A label dataset as tokens that the recipe's student learns, unless they are there."""
+    from journeyman.student import token_rows
     from journeyman.student.models import load_tokenizer
 
-    other = "the teacher is behind a URL, which gives no tokens"
-    if not recipe.teacher.url:
-        other = vocabulary.other_vocabulary(parent.path, teacher.path)
-    if other and isinstance(recipe.labels, Logits):
-        raise RecipeError(
-            f"student.model: {recipe.learner().model} has another vocabulary than the teacher "
-            f"({other}), so that it cannot learn the teacher's distributions; take a student of "
-            "the teacher's family, or labels.kind: generate, which is learned as text then."
-        )
+    other = check_vocabulary(recipe, parent, teacher)
+    aligns = recipe.training.divergence == "uld"
+    as_text = not isinstance(recipe.labels, Logits | Generate) or (bool(other) and not aligns)
+    own_tokens = as_text or aligns
     if all((rows_dir / split).exists() for split in splits):
         return
-    as_text = bool(other) or not isinstance(recipe.labels, Logits | Generate)
     token_rows.build(
         labels,
         corpus_dir,
         recipe.labels,
-        load_tokenizer(parent.path if as_text else teacher.path),
+        load_tokenizer(parent.path if own_tokens else teacher.path),
         recipe.learner().max_length,
         rows_dir,
         as_text=as_text,
         row_weight=recipe.training.row_weight,
+        reasonings=recipe.training.rationale_weight > 0,
+        teacher=load_tokenizer(teacher.path) if aligns else None,
         splits=splits,
+    )
+
+
+def causal_load(recipe: Recipe, parent: Model, rows_dir: Path) -> Load:
+    """What a worker calls for a language model that learns these rows."""
+    from journeyman.student.causal_learner import Causal
+
+    return partial(
+        Causal,
+        model_dir=parent.path,
+        student=recipe.learner(),
+        training=recipe.training,
+        rows_dir=rows_dir,
     )

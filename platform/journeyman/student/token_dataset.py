@@ -5,11 +5,12 @@ share the pages, and a dataset may be larger than memory. Knows arrays and files
 
     tokens.bin int32[total]   starts.npy int64[n + 1]   first.npy int64[n]   ids.json
     payloads.bin   payload_starts.npy int64[n + 1]   n_encoded.npy int64[n]   rows.json
-    weights.npy float64[n]
+    weights.npy float64[n]   reasoning.npy bool[n]   aligned.bin int32[learned tokens]
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from array import array
@@ -22,7 +23,7 @@ import numpy as np
 
 from journeyman import files
 from journeyman.errors import DataError
-from journeyman.labels.codec import Codec
+from journeyman.labels.codec import Codec, Distributions
 from journeyman.student.batches import TokenRows
 
 _MANIFEST = "rows.json"
@@ -42,7 +43,10 @@ class TokenRow:
     first: int  # 1 to t - 1
     payload: bytes | None = None
     n_encoded: int = 0  # positions in payload
+    # int[t - first] at least: each token's position in payload, -1 for none; default in order.
+    aligned: np.ndarray | None = None
     weight: float = 1.0  # before it is normalised over the split
+    reasoning: bool = False  # the reasoning behind the answer that is the row before it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +94,16 @@ class TokenDataset:
             self._first = np.load(folder / "first.npy")
             self._n_encoded = np.load(folder / "n_encoded.npy")
             self.weights = np.load(folder / "weights.npy")
+            self.reasoning = np.load(folder / "reasoning.npy")
             self._payload_starts = np.load(folder / "payload_starts.npy")
             self._payloads = _mapped(folder / "payloads.bin", np.uint8)
+            self._aligned = _mapped(folder / "aligned.bin", np.int32) if about["aligned"] else None
         except (OSError, ValueError, EOFError) as error:  # what numpy raises for half a file
             raise _cut_short(folder, str(error)) from error
         arrays = (
             (self._rows.starts, 1), (self._payload_starts, 1), (self._first, 0),
-            (self._n_encoded, 0), (self.weights, 0), (self.ids, 0),
+            (self._n_encoded, 0), (self.weights, 0), (self.reasoning, 0),
+            (self.ids, 0),
         )  # fmt: skip
         if any(len(held) != about["rows"] + more for held, more in arrays):
             raise _cut_short(folder, f"its files do not all hold {about['rows']} rows")
@@ -109,13 +116,31 @@ class TokenDataset:
         # Once: over all rows, they would be most of a batch's cost.
         self._lengths = self._rows.lengths
         self._n_learned = self._lengths - self._first
+        if self._aligned is not None:
+            self._aligned_starts = _sums(self._n_learned)
+            if len(self._aligned) != self._aligned_starts[-1]:
+                raise _cut_short(folder, f"{len(self._aligned)} tokens are aligned")
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
+    def other_tokens(self) -> bool:
+        """Whether the distributions are over the tokens of another vocabulary."""
+        return self._aligned is not None
+
+    @property
     def sampled(self) -> bool:
         return self._codec is not None and self._codec.name == "sampled"
+
+    @property
+    def examples(self) -> np.ndarray:
+        """int64[e + 1]: where each labeled text's rows begin; a reasoning is of the same text as
+        the answer in front of it."""
+        if not self.reasoning.any():
+            return np.arange(len(self) + 1)
+        changes = [a != b for a, b in itertools.pairwise(self.ids)]
+        return np.concatenate([[0], np.flatnonzero(changes) + 1, [len(self)]])
 
     @property
     def lengths(self) -> np.ndarray:
@@ -162,13 +187,26 @@ class TokenDataset:
                 decoded = self._codec.decode(data, int(self._n_encoded[row]))
             except DataError as error:
                 raise DataError(f"the labels of row {self.ids[row]}: {error}") from error
-            parts.append((decoded.token_ids[:n], decoded.logprobs[:n], decoded.log_tail_mass[:n]))
+            parts.append(self._placed(decoded, row, n))
         widest = max(ids.shape[1] for ids, _, _ in parts)
         return (
             np.concatenate([_wide(ids, widest, -1) for ids, _, _ in parts]).astype(np.int64),
             np.concatenate([_wide(values, widest, -np.inf) for _, values, _ in parts]),
             np.concatenate([tail for _, _, tail in parts]),
         )
+
+    def _placed(
+        self, decoded: Distributions, row: int, n: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A row's distributions, one for each learned token: of no token where it has none."""
+        if self._aligned is None:
+            return decoded.token_ids[:n], decoded.logprobs[:n], decoded.log_tail_mass[:n]
+        at = self._aligned[slice(*self._aligned_starts[row : row + 2])]
+        none = at < 0
+        token_ids, logprobs = decoded.token_ids[at], decoded.logprobs[at]
+        tail = decoded.log_tail_mass[at]
+        token_ids[none], logprobs[none], tail[none] = -1, -np.inf, 0.0
+        return token_ids, logprobs, tail
 
 
 def _mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
@@ -248,10 +286,11 @@ def _write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
     """Row by row: what is held in memory are ids and numbers of rows."""
     ids: list[str] = []
     lengths, first, n_encoded, sizes = (array("q") for _ in range(4))
-    weights = array("d")
+    weights, reasoning = array("d"), array("b")
     with (
         (folder / "tokens.bin").open("wb") as tokens,
         (folder / "payloads.bin").open("wb") as payloads,
+        (folder / "aligned.bin").open("wb") as aligned,
     ):
         for row in rows:
             ids.append(row.id)
@@ -259,19 +298,25 @@ def _write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
             first.append(row.first)
             n_encoded.append(row.n_encoded)
             weights.append(row.weight)
+            reasoning.append(row.reasoning)
             sizes.append(len(row.payload or b""))
             tokens.write(np.asarray(row.tokens, np.int32).tobytes())
             payloads.write(row.payload or b"")
+            if row.aligned is not None:
+                n_learned = len(row.tokens) - row.first
+                aligned.write(np.asarray(row.aligned[:n_learned], np.int32).tobytes())
+        has_aligned = aligned.tell() > 0
     np.save(folder / "starts.npy", _sums(lengths))
     np.save(folder / "payload_starts.npy", _sums(sizes))
     np.save(folder / "first.npy", np.asarray(first, np.int64))
     np.save(folder / "n_encoded.npy", np.asarray(n_encoded, np.int64))
     np.save(folder / "weights.npy", np.asarray(weights, np.float64))
+    np.save(folder / "reasoning.npy", np.asarray(reasoning, bool))
     files.write_json(folder / "ids.json", {"ids": ids})
     about = codec and {"name": codec.name, "vocab_size": codec.vocab_size, "k": codec.k}
-    files.write_json(folder / _MANIFEST, {"rows": len(ids), "codec": about})
+    files.write_json(folder / _MANIFEST, {"rows": len(ids), "codec": about, "aligned": has_aligned})
     return len(ids)
 
 
-def _sums(sizes: array[int]) -> np.ndarray:
+def _sums(sizes: array[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(sizes, np.int64))])

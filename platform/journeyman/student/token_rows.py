@@ -1,8 +1,10 @@
 """A label dataset and its corpus to rows of tokens that a language model learns.
 
 ``logits`` and ``generate``: the teacher's tokens with its distributions, behind the context that it
-read. Text alone, in the student's own tokens, where it has another tokenizer than the teacher, and
-for ``rationales``: two rows for each, Distilling step-by-step (Hsieh et al. 2023).
+read; or, where the student has another tokenizer, its own tokens, with the distribution of the
+teacher's token that begins at the same place. Text alone, in the student's own tokens, where no
+distributions are asked for, and for ``rationales``: two rows for each, Distilling step-by-step
+(Hsieh et al. 2023).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from journeyman.labels.codec import Codec
 from journeyman.labels.rows import columns_of
 from journeyman.labels.store import LabelStore
 from journeyman.recipe import Generate, Labels, Logits, Rationales, RowWeight
-from journeyman.student import token_dataset
+from journeyman.student import alignment, token_dataset
 from journeyman.student.learner import no_rows
 from journeyman.student.token_dataset import TokenRow
 from journeyman.teacher.answers import ContextOverflow
@@ -47,29 +49,32 @@ def build(
     *,
     as_text: bool,
     row_weight: RowWeight = "none",
+    reasonings: bool = True,
+    teacher: PreTrainedTokenizerBase | None = None,
     splits: Sequence[str] = SPLITS,
 ) -> dict[str, int]:
     """Write the rows of each split to ``folder``/SPLIT; how many there are, how many were cut, and
     how many left out: those with nothing to learn, and those whose cut prompt is not found again.
 
-    tokenizer: the teacher's; with as_text (no distributions) the student's. row_weight: what
-    becomes their ``weight``, of all rows of a labeled text alike. Rows of more than
-    max_length tokens lose the beginning of their context first, then the end of their text.
-    Raises DataError where a split is empty, or the dataset damaged or made of another corpus or
-    prompt.
+    tokenizer: the teacher's; with as_text (no distributions) the student's, and so with
+    ``teacher``, whose distributions are aligned with the student's tokens then. row_weight: what
+    becomes their ``weight``, of all rows of a labeled text alike. reasonings: of ``rationales``,
+    whether there are rows of them, each behind its answer's. Rows of more than max_length tokens
+    lose the beginning of their context first, then the end of their text. Raises DataError where a
+    split is empty, or the dataset damaged or made of another corpus or prompt.
     """
     manifest = dataset.finished_manifest(LabelStore(labels_dir))
     identity = manifest["identity"]
     dataset.check_corpus(labels_dir, identity, corpus_dir)
     recorded = dataset.codec_of(manifest)
     codec = None if as_text else recorded
-    make = _maker(labels, tokenizer, codec, identity.get("max_model_len"))
+    make = _maker(labels, tokenizer, codec, identity.get("max_model_len"), reasonings, teacher)
 
     def weighted(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow | None]:
         weight = confidence.of_record(row, row_weight, recorded)
         return [one and dataclasses.replace(one, weight=weight) for one in make(row, columns)]
 
-    counts = {"cut": 0, "left_out": 0}
+    counts = {"cut": 0, "left_out": 0, "aligned": 0, "encoded": 0}
     for split in splits:
 
         def fitting(split: str = split) -> Iterator[TokenRow]:
@@ -79,11 +84,20 @@ def build(
                     counts["left_out"] += 1
                     continue
                 counts["cut"] += fitted is not row
+                if fitted.aligned is not None:
+                    counts["encoded"] += fitted.n_encoded
+                    counts["aligned"] += int((fitted.aligned >= 0).sum())
                 yield fitted
 
         counts[split] = token_dataset.write(folder / split, fitting(), codec)
         if not counts[split]:
             raise no_rows(split)
+        if teacher is not None and counts["aligned"] <= counts[split] < counts["encoded"]:
+            raise DataError(  # only where texts begin, or not even there
+                f"{labels_dir}: no token of the student begins where one of the teacher's does: "
+                "its tokenizer changes the text (to lower case, say); take another student, or "
+                "labels.kind: generate without training.divergence: uld, which is learned as text."
+            )
     return counts
 
 
@@ -104,11 +118,20 @@ def _rows(
 
 
 def _maker(
-    labels: Labels, tokenizer: PreTrainedTokenizerBase, codec: Codec | None, context: int | None
+    labels: Labels,
+    tokenizer: PreTrainedTokenizerBase,
+    codec: Codec | None,
+    context: int | None,
+    reasonings: bool,
+    teacher: PreTrainedTokenizerBase | None,
 ) -> Rows:
     """context: the teacher's, in tokens, where the dataset names it."""
     encoder = Encoder(tokenizer, max_tokens=2**31, overflow="truncate_left")
     match labels:
+        case Logits() if codec is not None and teacher is not None:
+            return _of_logits_aligned(labels, encoder, codec, teacher)
+        case Generate() if codec is not None and teacher is not None:
+            return _of_answers_aligned(labels, encoder, codec, teacher)
         case Logits() if codec is not None:
             return _of_logits(labels, encoder, codec)
         case Generate() if codec is not None:
@@ -116,20 +139,78 @@ def _maker(
         case Generate():
             return _of_answers_as_text(labels, encoder)
         case Rationales():
-            return _of_rationales(labels, encoder)
+            return _of_rationales(labels, encoder, reasonings)
     raise DataError(f"labels of kind {labels.kind} hold no tokens to learn.")
 
 
 def _of_logits(labels: Logits, encoder: Encoder, codec: Codec) -> Rows:
-    context = Prompting(labels.context, where="labels.context")
+    context = prompting(labels)
 
     def make(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow]:
-        before = encoder.raw(context.render(columns).segments, begin=True)
+        before = _prompt(context, columns, encoder)
         target = codec.unpack_ids(row["token_ids"])
         _check_prompt(row, len(before) + len(target))
         return [_recorded(row, before, target, first=max(1, len(before)))]
 
     return make
+
+
+def _prompt(prompt: Prompting, columns: dict[str, Any], encoder: Encoder) -> list[int]:
+    rendered = prompt.render(columns, tokenizer=encoder.tokenizer)
+    return encoder.raw(rendered.segments, begin=rendered.messages is None)
+
+
+def _of_logits_aligned(
+    labels: Logits, encoder: Encoder, codec: Codec, teacher: PreTrainedTokenizerBase
+) -> Rows:
+    context, target = prompting(labels), Prompting(labels.target, where="labels.target")
+
+    def make(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow | None]:
+        if row["truncated"]:
+            return [None]  # where it was cut is a matter of the teacher's tokens
+        before = _prompt(context, columns, encoder)
+        if labels.tokens:
+            said = teacher.decode(codec.unpack_ids(row["token_ids"]), skip_special_tokens=True)
+            after = encoder.raw([(said, True)])
+        else:
+            after = encoder.raw(target.render(columns).segments)
+        return [_aligned(row, encoder, before, after, codec, teacher)]
+
+    return make
+
+
+def _of_answers_aligned(
+    labels: Generate, encoder: Encoder, codec: Codec, teacher: PreTrainedTokenizerBase
+) -> Rows:
+    as_text = _of_answers_as_text(labels, encoder)
+
+    def make(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow | None]:
+        (one,) = as_text(row, columns)
+        assert one is not None
+        before, after = one.tokens[: one.first].tolist(), one.tokens[one.first :].tolist()
+        return [_aligned(row, encoder, before, after, codec, teacher)]
+
+    return make
+
+
+def _aligned(
+    row: dict[str, Any],
+    encoder: Encoder,
+    before: Sequence[int],
+    after: Sequence[int],
+    codec: Codec,
+    teacher: PreTrainedTokenizerBase,
+) -> TokenRow:
+    """The student's tokens, each with the teacher's distribution from the same place on."""
+    theirs = codec.unpack_ids(row["token_ids"]).tolist()
+    at = alignment.aligned(encoder.tokenizer, after, teacher, theirs)
+    n_without = len(theirs) - row["n_positions"]  # the first one, where nothing is in front of it
+    at = np.where(at >= n_without, at - n_without, -1)
+    first = max(1, len(before))
+    return TokenRow(
+        id=row["id"], tokens=np.asarray([*before, *after], np.int32), first=first,
+        payload=row["logprobs"], n_encoded=row["n_positions"], aligned=at[first - len(before) :],
+    )  # fmt: skip
 
 
 def _of_answers(labels: Generate, encoder: Encoder, codec: Codec, context: int | None) -> Rows:
@@ -141,10 +222,10 @@ def _of_answers(labels: Generate, encoder: Encoder, codec: Codec, context: int |
                 f"row {row['id']} has no tokens: it comes from a teacher behind a URL; label it "
                 "with a teacher that runs here, or take a student with a tokenizer of its own."
             )
-        rendered = asked.render(columns, tokenizer=encoder.tokenizer)
-        before = encoder.raw(rendered.segments, begin=rendered.messages is None)
+        before = _prompt(asked, columns, encoder)
         if row["truncated"]:
             room = context - labels.max_tokens if context else row["n_prompt_tokens"]
+            rendered = asked.render(columns, tokenizer=encoder.tokenizer)
             before = _cut_as_then(rendered, Encoder(encoder.tokenizer, room, labels.overflow))
             if len(before) != row["n_prompt_tokens"]:
                 return [None]
@@ -191,35 +272,45 @@ def _of_answers_as_text(labels: Generate, encoder: Encoder) -> Rows:
 
     def make(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow]:
         rendered = asked.render(columns, tokenizer=encoder.tokenizer)
-        return [_text(row["id"], encoder, rendered, row["output"])]
+        return [_text(row, encoder, rendered, row["output"], ends=_ended(row))]
 
     return make
 
 
-def _of_rationales(labels: Rationales, encoder: Encoder) -> Rows:
+def _of_rationales(labels: Rationales, encoder: Encoder, reasonings: bool) -> Rows:
     # A prefix is part of the user's message: in front of a chat template's own begin token the
     # model would not be where it was trained.
-    asked = {
-        column: prompting(labels.model_copy(update={"prompt": prefix + labels.prompt}))
-        for column, prefix in (("answer", _ANSWER), ("reasoning", _REASONING))
-    }
+    answer, reasoning = (
+        prompting(labels.model_copy(update={"prompt": prefix + labels.prompt}))
+        for prefix in (_ANSWER, _REASONING)
+    )
 
     def make(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow]:
-        return [
-            _text(row["id"], encoder, p.render(columns, tokenizer=encoder.tokenizer), row[column])
-            for column, p in asked.items()
-        ]
+        asked = answer.render(columns, tokenizer=encoder.tokenizer)
+        rows = [_text(row, encoder, asked, row["answer"], ends=True)]
+        if reasonings:
+            asked = reasoning.render(columns, tokenizer=encoder.tokenizer)
+            one = _text(row, encoder, asked, row["reasoning"], ends=_ended(row))
+            rows.append(dataclasses.replace(one, reasoning=True))
+        return rows
 
     return make
 
 
-def _text(row_id: str, encoder: Encoder, prompt: Rendered, answer: str) -> TokenRow:
-    """Prompt and answer in the student's tokens, and the token that ends a text."""
+def _ended(row: dict[str, Any]) -> bool:
+    """Whether the teacher came to an end, or was cut off at labels.max_tokens."""
+    return bool(row["finish_reason"] != "length")
+
+
+def _text(
+    row: dict[str, Any], encoder: Encoder, prompt: Rendered, answer: str, *, ends: bool
+) -> TokenRow:
+    """Prompt and answer in the student's tokens; and the one that ends a text, where it ends."""
     before = encoder.raw(prompt.segments, begin=prompt.messages is None)
     end = encoder.tokenizer.eos_token_id
-    after = encoder.raw([(answer, True)]) + ([] if end is None else [end])
+    after = encoder.raw([(answer, True)]) + ([end] if ends and end is not None else [])
     tokens = np.asarray([*before, *after], np.int32)
-    return TokenRow(id=row_id, tokens=tokens, first=max(1, len(before)))
+    return TokenRow(id=row["id"], tokens=tokens, first=max(1, len(before)))
 
 
 def _fitted(row: TokenRow, max_length: int) -> TokenRow:

@@ -1,4 +1,4 @@
-"""Whether a student's tokens are its teacher's."""
+"""Whether a student's tokens are its teacher's, and whether both read the same prompt."""
 
 from __future__ import annotations
 
@@ -25,4 +25,17 @@ def other_vocabulary(student: Path, teacher: Path) -> str:
     token, number = theirs[-1]
     if number >= n_outputs:
         return f"{token!r} is {number}, and the student's model ends at {n_outputs - 1}"
+    return ""
+
+
+def other_prompt(student: Path, teacher: Path, *, chat: bool) -> str:
+    """Why the student would read a prompt otherwise than the teacher; empty if it would not.
+
+    For tokenizers of one vocabulary. chat: whether prompts are chats.
+    """
+    ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
+    if chat and ours.chat_template != theirs.chat_template:
+        return "its chat template is not the teacher's"
+    if ours.encode("") != theirs.encode(""):
+        return f"it begins texts with {ours.encode('')}, and the teacher with {theirs.encode('')}"
     return ""

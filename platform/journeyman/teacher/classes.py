@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from journeyman.errors import RecipeError
-from journeyman.recipe import Classes
+from journeyman.recipe import Classes, Logits
 from journeyman.teacher.answers import ClassLabels, EmptyTarget
 from journeyman.teacher.prompting import Encoder, Prompting
 from journeyman.teacher.tasks import Scorer
@@ -146,9 +146,14 @@ class RemoteClassTask:
 
 
 def prompting(labels: Any) -> Prompting:
-    """The prompt of a labels section that has one."""
+    """The prompt of a labels section: of ``logits``, the context."""
+    context = isinstance(labels, Logits)
     return Prompting(
-        labels.prompt, chat=labels.chat, system=labels.system, examples=labels.examples
+        labels.context if context else labels.prompt,
+        chat=labels.chat,
+        system=labels.system,
+        examples=labels.examples,
+        where="labels.context" if context else "labels.prompt",
     )
 
 

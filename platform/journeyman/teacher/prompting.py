@@ -141,6 +141,15 @@ class Encoder:
         """The same for a text that stands behind ``reserve`` tokens of something else."""
         return self._fit(segments, False, reserve)
 
+    def fit_ids(self, ids: Sequence[int], reserve: int) -> tuple[list[int], bool]:
+        """The same for a text that is token ids already."""
+        limit = self.max_tokens - reserve
+        if len(ids) <= limit:
+            return list(ids), False
+        if not self._overflow.startswith("truncate") or limit < 1:
+            raise ContextOverflow(len(ids), limit)
+        return list(ids[-limit:] if self._overflow == "truncate_left" else ids[:limit]), True
+
     def _fit(
         self, segments: Sequence[Segment], begin: bool, reserve: int
     ) -> tuple[list[int], bool]:

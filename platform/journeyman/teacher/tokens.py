@@ -38,15 +38,20 @@ class LogitTask:
     def __init__(self, labels: Logits, engine: Scorer) -> None:
         self._engine = engine
         self._entries = entries(labels)
-        self._context = Prompting(labels.context, where="labels.context")
+        self._context = prompting(labels)
+        self._tokens = labels.tokens
         self._target = Prompting(labels.target, where="labels.target")
         self._encoder = Encoder(engine.tokenizer, engine.max_model_len - 1, labels.overflow)
 
     async def run(self, row: Mapping[str, Any], seed: int = 0) -> LogitLabels:
-        context = self._encoder.raw(self._context.render(row).segments, begin=True)
-        target, truncated = self._encoder.fit_target(
-            self._target.render(row).segments, reserve=len(context)
-        )
+        rendered = self._context.render(row, tokenizer=self._encoder.tokenizer)
+        context = self._encoder.raw(rendered.segments, begin=rendered.messages is None)
+        if self._tokens:
+            target, truncated = self._encoder.fit_ids(row[self._tokens], reserve=len(context))
+        else:
+            target, truncated = self._encoder.fit_target(
+                self._target.render(row).segments, reserve=len(context)
+            )
         start = max(1, len(context))
         ids = context + target
         if len(ids) <= start:

@@ -44,8 +44,8 @@ def test_students_stand_side_by_side_with_a_plot(
     plot = tmp_path / "plots" / "students.svg"
     assert cli.main(["compare", *map(str, runs), "--plot", str(plot)]) == 0
     heads, first, second, *rest = capsys.readouterr().out.splitlines()
-    assert heads.split()[:7] == ["run", "MB", "agreement", "accuracy", "KL", "perplexity", "rows/s"]
-    assert first.split()[2:7] == ["0.800", "0.500", "0.250", "-", "123"]
+    assert heads.split()[2:8] == ["agreement", "accuracy", "KL", "perplexity", "exact", "rows/s"]
+    assert first.split()[2:8] == ["0.800", "0.500", "0.250", "-", "-", "123"]
     assert second.split()[:3] == ["large", "8", "0.900"]
     assert any("different labels" in line for line in rest)
     svg = plot.read_text()

@@ -81,6 +81,45 @@ def make_tiny_llama(
     return folder
 
 
+def make_tiny_bytes_llama(folder: Path) -> Path:
+    """A random Llama whose tokens are byte pairs: another tokenizer than ``make_tiny_llama``'s."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, special_tokens=["<end>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator([" ".join(f"w{i} is the" for i in range(45))], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=128, pad_token_id=0, eos_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bytes_llama(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = make_tiny_bytes_llama(tmp_path_factory.mktemp("bytes") / "tiny")
+    return Model(
+        reference="test/tiny-bytes",
+        path=folder,
+        weights_digest="v" * 64,
+        tokenizer_digest="b" * 64,
+        size_bytes=1,
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = make_tiny_llama(tmp_path_factory.mktemp("llama") / "tiny")

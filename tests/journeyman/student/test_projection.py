@@ -346,3 +346,71 @@ def test_without_gradients_it_is_the_same_loss(case: Case) -> None:
             *case.inputs(), teacher, case.targets, case.weights, objective, chunk=4
         )
     torch.testing.assert_close(each, expected.detach(), rtol=1e-5, atol=1e-9)
+
+
+def sorted_distance(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """float64[N]: of all ranks, the shorter vocabulary filled up with zeros (Boizard et al.
+    2024)."""
+    widest = max(p.shape[1], q.shape[1])
+    p, q = (
+        torch.nn.functional.pad(x.sort(-1, descending=True).values, (0, widest - x.shape[1]))
+        for x in (p, q)
+    )
+    return (p - q).abs().sum(-1)
+
+
+ULD = Objective(divergence="uld", cross_entropy=0.4)
+
+
+@pytest.mark.parametrize("vocabulary", [V - 8, V, V + 9])
+@pytest.mark.parametrize("chunk", [1, 4, None])
+def test_sorted_probabilities_of_whole_records_are_the_dense_ones(
+    case: Case, vocabulary: int, chunk: int | None
+) -> None:
+    random = torch.Generator().manual_seed(vocabulary)
+    dense = 2 * torch.randn(N, vocabulary, generator=random, dtype=torch.float64)
+    teacher = sparse(dense.log_softmax(-1), vocabulary)
+    ours, theirs = case.inputs(), case.inputs()
+    total, each = projected_loss(*ours, teacher, case.targets, case.weights, ULD, chunk=chunk)
+    total.backward()
+    logprobs = (theirs[0] @ theirs[1].T + theirs[2]).log_softmax(-1)
+    text = torch.nn.functional.nll_loss(logprobs, case.targets, ignore_index=-1, reduction="none")
+    expected = 0.6 * sorted_distance(dense.softmax(-1), logprobs.exp()) + 0.4 * text
+    (expected * case.weights).sum().backward()
+    torch.testing.assert_close(each, expected.detach(), rtol=1e-5, atol=1e-9)
+    for ours_one, theirs_one in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(ours_one.grad, theirs_one.grad, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("k", [1, 3, 12, V + 5])
+def test_likeliest_tokens_bound_the_distance_of_all_ranks(case: Case, k: int) -> None:
+    random = torch.Generator().manual_seed(k)
+    dense = torch.randn(N, V + 9, generator=random, dtype=torch.float64).softmax(-1)
+    record = sparse(dense.log(), k)
+    objective = Objective(divergence="uld", cross_entropy=1e-12)
+    _, found = projected_loss(*case.inputs(), record, case.targets, case.weights, objective)
+    q = (case.hidden @ case.weight.T + case.bias).softmax(-1)
+    whole = sorted_distance(dense, q)
+    tails = torch.minimum(
+        record.log_tail_mass.exp(), 1 - q.sort(-1, descending=True).values[:, :k].sum(-1)
+    )
+    assert (found <= whole + 1e-9).all() and (found >= whole - 2 * tails - 1e-9).all()
+
+
+def test_positions_that_are_not_aligned_teach_their_text_alone(case: Case) -> None:
+    teacher = sparse(case.teacher, 5)
+    teacher.token_ids[3], teacher.logprobs[3], teacher.log_tail_mass[3] = -1, -torch.inf, 0.0
+    ours, theirs = case.inputs(), case.inputs()
+    only = torch.zeros_like(case.weights)
+    only[3] = 1
+    projected_loss(*ours, teacher, case.targets, only, ULD)[0].backward()
+    logits = theirs[0] @ theirs[1].T + theirs[2]
+    (0.4 * torch.nn.functional.cross_entropy(logits[3], case.targets[3])).backward()
+    for ours_one, theirs_one in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(ours_one.grad, theirs_one.grad, rtol=1e-5, atol=1e-12)
+
+
+def test_true_draws_are_not_sorted_probabilities(case: Case) -> None:
+    teacher = dataclasses.replace(sparse(case.teacher, 5), sampled=True)
+    with pytest.raises(ValueError, match="forward KL at temperature 1"):
+        projected_loss(*case.inputs(), teacher, case.targets, case.weights, ULD)

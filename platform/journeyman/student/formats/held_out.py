@@ -166,7 +166,8 @@ class HeldOutTokens:
     def __init__(self, folder: Path, student_dir: Path) -> None:
         """folder: a split as ``token_rows.build`` wrote it."""
         self._rows = TokenDataset(folder)
-        self._chosen = _some(len(self._rows))
+        answers = np.flatnonzero(~self._rows.reasoning)  # as in training, which they stand beside
+        self._chosen = answers[_some(len(answers))]
         self._pad_id = models.load_tokenizer(student_dir).pad_token_id or 0
 
     def __len__(self) -> int:
@@ -191,7 +192,7 @@ class HeldOutTokens:
         targets = torch.from_numpy(batch.targets)
         nll = -logprobs.gather(1, targets[:, None]).double().sum().item()
         first = logprobs.argmax(-1)
-        if batch.token_ids is None or batch.logprobs is None:
+        if batch.token_ids is None or batch.logprobs is None or self._rows.other_tokens:
             return np.array([len(targets), (first == targets).sum().item(), nll, nll])
         assert batch.log_tail_mass is not None
         teacher = SparseTeacher(

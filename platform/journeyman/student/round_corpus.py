@@ -1,0 +1,108 @@
+"""The corpora of an on-policy round: the train prompts that fall to it, and what the student wrote
+behind them. Both are read as any other corpus."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from journeyman import corpus, files
+from journeyman.errors import DataError
+from journeyman.labels import dataset
+from journeyman.labels.store import LabelStore
+from journeyman.recipe import SPLITS, digest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TOKENS = "student_tokens"  # column of what the student wrote: a list of token ids
+
+
+def taken(n: int, number: int, share: float) -> np.ndarray:
+    """int64[m]: which of n prompts fall to round ``number``: one share behind the other, and from
+    the beginning again once all have been taken."""
+    size = max(1, round(share * n))
+    return (number * size + np.arange(size)) % n
+
+
+def write_prompts(
+    corpus_dir: Path, folder: Path, number: int, share: float, rows_per_shard: int
+) -> int:
+    """The round's rows of the train split; how many. Raises DataError where there are none.
+
+    In the order of their ids, which are digests, and so in no order at all.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    names = [shard["name"] for shard in corpus.read_manifest(corpus_dir)["shards"]]
+    every = pa.concat_tables([corpus.read_shard(corpus_dir / name) for name in names])
+    train = every.filter(pc.equal(every["split"], "train")).sort_by("id")
+    if not len(train):
+        raise DataError(f"{corpus_dir}: there are no train rows, and on-policy rounds need some.")
+    some = train.take(taken(len(train), number, share))
+    parts = (some.slice(i, rows_per_shard) for i in range(0, len(some), rows_per_shard))
+    return _write(folder, ((f"part-{i:05d}.parquet", part) for i, part in enumerate(parts)))
+
+
+def write_written(prompts: Path, answers: Path, folder: Path) -> int:
+    """The prompts' rows with what the student wrote (``TOKENS``); how many.
+
+    Left out are empty answers, and those to a prompt that was cut to fit. Raises DataError where
+    none is left.
+    """
+    codec = dataset.codec_of(dataset.finished_manifest(LabelStore(answers)))
+    assert codec is not None  # answers are of kind generate
+
+    def shards() -> Iterator[tuple[str, pa.Table]]:
+        import pyarrow as pa
+
+        for name, table in dataset.shards(answers):
+            asked = {r["id"]: r for r in corpus.read_shard(prompts / name).to_pylist()}
+            rows = []
+            for said in table.select(["id", "token_ids", "truncated"]).to_pylist():
+                ids = codec.unpack_ids(said["token_ids"]).tolist()
+                if ids and not said["truncated"]:
+                    row = asked[said["id"]]
+                    meta = json.loads(row["meta"] or "{}") | {TOKENS: ids}
+                    rows.append(row | {"meta": json.dumps(meta, ensure_ascii=False)})
+            if rows:
+                yield name, pa.Table.from_pylist(rows, schema=corpus.schema())
+
+    n_rows = _write(folder, shards())
+    if not n_rows:
+        raise DataError(
+            f"{answers}: the student wrote nothing behind any prompt; train it longer before it "
+            "learns from its own answers, or raise training.on_policy.temperature."
+        )
+    return n_rows
+
+
+def _write(folder: Path, shards: Iterable[tuple[str, pa.Table]]) -> int:
+    """A corpus, whole or not at all; how many rows."""
+    import pyarrow.parquet as pq
+
+    named, n_rows = [], 0
+    splits = dict.fromkeys(SPLITS, 0)
+    with files.replaced_directory(folder) as fresh:
+        for name, table in shards:
+            pq.write_table(table, fresh / name, compression="zstd")
+            sha256 = files.file_digest(fresh / name)
+            named.append({"name": name, "rows": len(table), "sha256": sha256})
+            n_rows += len(table)
+            splits["train"] += len(table)
+        files.write_json(
+            fresh / "manifest.json",
+            {
+                "schema": corpus.SCHEMA_VERSION,
+                "digest": digest([(s["name"], s["sha256"]) for s in named]),
+                "rows": n_rows,
+                "splits": splits,
+                "shards": named,
+            },
+        )
+    return n_rows

@@ -172,7 +172,7 @@ class Run(RunFolder):
                     *given,
                     inputs=inputs,
                     labels_digest=labels["digest"],
-                    on_progress=lambda progress: line.show(f"train     {progress}"),
+                    on_progress=lambda progress: line.show(progress.text()),
                 )
         return files.read_json(folder / _STUDENT_MANIFEST), True
 

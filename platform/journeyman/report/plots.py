@@ -10,7 +10,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import (
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+    StrMethodFormatter,
+)
 
 from journeyman.certify.bundle import Guarantee
 from journeyman.certify.curve import CostQualityCurve, CurvePoint
@@ -98,7 +104,9 @@ def size_agreement(students: Sequence[ComparedStudent], own: str = "") -> str:
         axes = fig.add_subplot()
         if max(sizes) > _FAR_APART * min(sizes):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())  # its powers of ten are math text
         else:
             axes.set_xlim(0, 1.15 * max(sizes))
         for student, size in zip(students, sizes, strict=True):

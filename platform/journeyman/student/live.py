@@ -32,9 +32,15 @@ class TrainProgress:
     evaluating: bool = False
     stopped_early: bool = False
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Two lines for a person: how far, and how good and fast."""
+        to_go = f"{duration(self.eta_s)} to go"
+        if self.stopped_early:
+            to_go = "stopped early"
+        elif self.evaluating:
+            to_go += ", evaluating"
         measured = "".join(
-            f", {name} {value:{form}}"
+            f"{name} {value:{form}}, "
             for name, value, form in (
                 ("agreement", self.agreement, ".3f"),
                 ("ECE", self.calibration_error, ".3f"),
@@ -45,14 +51,9 @@ class TrainProgress:
         speed = f"{self.rows_per_s:,.0f} rows/s, {self.tokens_per_s:,.0f} tokens/s"
         if self.mfu is not None:
             speed += f", MFU {self.mfu:.0%}"
-        to_go = f"{duration(self.eta_s)} to go"
-        if self.stopped_early:
-            to_go = "stopped early"
-        elif self.evaluating:
-            to_go += ", evaluating"
         return (
-            f"epoch {self.epoch}/{self.epochs}, step {self.step}/{self.total_steps}, loss "
-            f"{self.loss:.3f}{measured}, {speed}, {to_go}"
+            f"train     epoch {self.epoch}/{self.epochs}, step {self.step:,}/{self.total_steps:,}, "
+            f"loss {self.loss:.3f}, {to_go}\n          {measured}{speed}"
         )
 
 

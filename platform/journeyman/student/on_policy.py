@@ -102,7 +102,7 @@ class _Rounds:
                     folder,
                     inputs=inputs,
                     labels_digest=self._labels_digest,
-                    on_progress=lambda progress: self._show(f"train     {progress}"),
+                    on_progress=lambda progress: self._show(progress.text()),
                 )
         return models.resolve(str(folder))
 
@@ -202,7 +202,7 @@ class _Rounds:
             trained,
             inputs=inputs,
             labels_digest=dataset.finished_manifest(LabelStore(folder / "scores"))["digest"],
-            on_progress=lambda progress: self._show(f"{doing}, {progress}"),
+            on_progress=lambda progress: self._show(f"{doing}\n{progress.text()}"),
         )
 
     def _training(self) -> Training:

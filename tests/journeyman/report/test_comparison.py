@@ -49,6 +49,7 @@ def test_students_stand_side_by_side_with_a_plot(
     assert second.split()[:3] == ["large", "8", "0.900"]
     assert any("different labels" in line for line in rest)
     svg = plot.read_text()
+    assert "math" not in svg  # sizes far apart: a log axis, in plain numbers
     assert svg.startswith("<svg") and {"small", "large"} <= set(re.findall(r">(\w+)<", svg))
     assert not (runs[0] / "comparison.json").exists()
 

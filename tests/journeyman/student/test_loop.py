@@ -110,7 +110,7 @@ def test_progress_reaches_the_driver(
 ) -> None:
     assert progress[-1].step == progress[-1].total_steps == N_STEPS
     assert progress[-1].agreement == pytest.approx(trained.evaluations[-1].agreement)
-    assert "epoch 10/10, step 90/90, loss" in str(progress[-1])
+    assert "epoch 10/10, step 90/90, loss" in progress[-1].text()
 
 
 def test_export_needs_nothing_of_ours(trained: loop.TrainResult, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_run_that_gets_no_better_stops_on_all_workers_and_stays_stopped(
         patch.setattr(export, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train()
-    assert progress[-1].stopped_early and str(progress[-1]).endswith("stopped early")
+    assert progress[-1].stopped_early and ", stopped early\n" in progress[-1].text()
     work = tmp_path / ".student-work-patient"
     before = (work / "training.jsonl").read_bytes()
     task = Task(

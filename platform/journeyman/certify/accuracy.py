@@ -44,6 +44,7 @@ from journeyman.certify.certificate import (
     check_target,
     rows_needed,
 )
+from journeyman.certify.sequences import FAVOURED_SHARE, candidates, leading, start_in_last_run
 from journeyman.certify.thresholds import (
     ESCALATE_EVERYTHING,
     ThresholdTable,
@@ -53,8 +54,6 @@ from journeyman.errors import DataError
 from journeyman.probabilities import FloatArray
 
 _NUISANCE_SHARE = 0.1
-_CANDIDATES = 50
-_FAVOURED_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -122,17 +121,18 @@ def design_against_gold(
             "that split some, or certify agreement."
         )
     scale = n_certify / table.n
-    wanted = np.linspace(0, 1, _CANDIDATES + 1)[1:]
-    at = np.unique(np.searchsorted(table.n_accepted / table.n, wanted).clip(1))
+    at = candidates(table)
     n_losses = np.ceil(worse[at] * scale)
     n_gains = np.minimum(np.floor(better[at] * scale), n_certify - n_losses)
-    start, passed = _start(n_losses, n_gains, n_certify, alpha, delta)
+    gamma = _NUISANCE_SHARE * delta
+    p_values = _chance_of_as_few(n_losses, n_gains, n_certify, alpha, gamma)
+    start, passed = start_in_last_run(p_values, delta - gamma)
     net = float(table.n_accepted[at[start + passed - 1]] / table.n) if passed else 0.0
     n_harmless = int((np.ceil(worse * scale) <= allowed_errors(n_certify, alpha, delta)).sum())
     harm = float(table.n_accepted[n_harmless - 1] / table.n) if n_harmless else 0.0
     return GoldDesign(
         thresholds=table.threshold[at[start:]],
-        net_share=_FAVOURED_SHARE if net >= harm else 1 - _FAVOURED_SHARE,
+        net_share=FAVOURED_SHARE if net >= harm else 1 - FAVOURED_SHARE,
         coverage=max(net, harm),
     )
 
@@ -182,26 +182,6 @@ def certify_accuracy(
     )
 
 
-def _start(
-    n_losses: FloatArray, n_gains: FloatArray, n: int, alpha: float, delta: float
-) -> tuple[int, int]:
-    """Where to begin among candidates, ever looser, and how many pass from there, by forecast.
-
-    Of the last run of candidates that pass, the one with the most evidence.
-    """
-    gamma = _NUISANCE_SHARE * delta
-    chance = _chance_of_as_few(n_losses, n_gains, n, alpha, gamma)
-    passing = np.flatnonzero(chance <= delta - gamma)
-    if not len(passing):
-        return 0, 0
-    end = int(passing[-1])
-    failing = np.flatnonzero(chance[:end] > delta - gamma)
-    first = int(failing[-1]) + 1 if len(failing) else 0
-    run = chance[first : end + 1]
-    start = end - int(np.argmin(run[::-1]))
-    return start, end + 1 - start
-
-
 def _last_of_sequence(
     table: ThresholdTable,
     worse: FloatArray,
@@ -215,7 +195,7 @@ def _last_of_sequence(
     Between two scores of these rows the calibrate row's own score stands: it is what was tested.
     """
     at = np.array([table.index_at(threshold) for threshold in thresholds], dtype=np.int64)
-    passed = _leading(drop_passes(worse[at], better[at], table.n, alpha, level))
+    passed = leading(drop_passes(worse[at], better[at], table.n, alpha, level))
     return float(thresholds[passed - 1]) if passed else ESCALATE_EVERYTHING
 
 
@@ -233,22 +213,17 @@ def _tables(
     return table, table.n_errors.astype(np.float64), table.accepted_sum(loss_of_row < 0)
 
 
-def _leading(passes: npt.NDArray[np.bool_]) -> int:
-    """How many pass before the first that does not."""
-    return len(passes) if passes.all() else int(np.argmin(passes))
-
-
 def _most_losses(n_gains: int, n: int, alpha: float, delta: float) -> int:
     """The most losses that would have passed beside so many gains; -1 if not even none."""
     # With more losses than these the observed drop itself is above alpha.
     n_losses = np.arange(min(math.ceil(n_gains + alpha * n), n - n_gains) + 1)
-    return _leading(drop_passes(n_losses, n_gains, n, alpha, delta)) - 1
+    return leading(drop_passes(n_losses, n_gains, n, alpha, delta)) - 1
 
 
 def _why_nothing_is_answered(table: ThresholdTable, alpha: float, delta: float) -> str:
     target = f"A drop in accuracy of at most {alpha:g} at confidence {1 - delta:g}"
     # What the losses alone need, at their smaller share of delta.
-    needed = rows_needed(alpha, (1 - _FAVOURED_SHARE) * delta)
+    needed = rows_needed(alpha, (1 - FAVOURED_SHARE) * delta)
     if table.n < needed:
         return (
             f"{target} takes up to {needed} certify rows with gold where student and teacher are "

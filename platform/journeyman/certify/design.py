@@ -5,17 +5,15 @@ Owns the forecast of certified coverage and the choice of the confidence score b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from journeyman.certify.certificate import GuaranteeKind, allowed_errors
+from journeyman.certify.certificate import allowed_errors
 from journeyman.certify.metrics import area_under_risk_coverage
 from journeyman.certify.scores import ScoreName
-from journeyman.certify.selective import selective_walk
 from journeyman.certify.thresholds import threshold_table
 from journeyman.errors import DataError, RecipeError
 from journeyman.probabilities import FloatArray
@@ -37,14 +35,9 @@ class ScoreChoice:
 
 
 def forecast_coverage(
-    scores: npt.ArrayLike,
-    differs: npt.ArrayLike,
-    alpha: float,
-    delta: float,
-    n_certify: int,
-    kind: GuaranteeKind = "system_agreement",
+    scores: npt.ArrayLike, differs: npt.ArrayLike, alpha: float, delta: float, n_certify: int
 ) -> float:
-    """The coverage that n_certify rows would be certified to, if they were like these.
+    """The coverage that n_certify rows would be certified to, by system agreement, if like these.
 
     The counts of these rows are scaled to n_certify before the rule is applied, so that 200
     `calibrate` rows can speak for 500 `certify` rows.
@@ -55,19 +48,12 @@ def forecast_coverage(
         alpha: target.
         delta: allowed chance of a broken promise.
         n_certify: rows that the certificate will have.
-        kind: system or selective agreement.
     """
     table = threshold_table(scores, differs)
     if not table.n:
         raise DataError("There are no calibrate rows to forecast from. Give that split some.")
-    scale = n_certify / table.n
-    scaled_errors = np.ceil(table.n_errors * scale)
-    if kind == "system_agreement":
-        passing = scaled_errors <= allowed_errors(n_certify, alpha, delta)
-    else:
-        walk = selective_walk(n_certify, alpha, delta)
-        passing = walk.passing(np.floor(table.n_accepted * scale), scaled_errors)
-    accepted = table.n_accepted[passing]
+    scaled_errors = np.ceil(table.n_errors * (n_certify / table.n))
+    accepted = table.n_accepted[scaled_errors <= allowed_errors(n_certify, alpha, delta)]
     return float(accepted[-1] / table.n) if len(accepted) else 0.0
 
 
@@ -94,13 +80,3 @@ def choose_score(
         key=lambda name: (coverages[name], -area_under_risk_coverage(scores[name], costs)),
     )
     return ScoreChoice(name=best, coverage=coverages[best], coverages=coverages)
-
-
-def walk_start(coverage_forecast: float, n_certify: int, alpha: float) -> int:
-    """Agreements from which the selective walk looks, from the forecast on `calibrate` rows.
-
-    At 0.6 of the forecast the longer prefixes gain 1 to 3 points of coverage (CASCADE.md). Worth it
-    from about as many `calibrate` rows as `certify` rows: with 200 for 1,000 the forecast, the
-    best of many noisy prefixes, is too high too often, and nothing is gained.
-    """
-    return math.floor(0.6 * coverage_forecast * n_certify * (1 - alpha))

@@ -13,13 +13,10 @@ import numpy.typing as npt
 
 from journeyman.certify.accuracy import certify_accuracy, design_against_gold
 from journeyman.certify.certificate import Certificate, GuaranteeKind, certify_system_agreement
-from journeyman.certify.design import forecast_coverage, walk_start
-from journeyman.certify.selective import certify_selective_agreement
+from journeyman.certify.design import forecast_coverage
+from journeyman.certify.selective import certify_selective_agreement, design_selective
 from journeyman.errors import DataError
 from journeyman.probabilities import FloatArray, IntArray
-
-# On fewer calibrate rows the forecast is too rough to narrow the selective walk by.
-_MIN_FORECAST_ROWS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,7 +84,10 @@ def forecast(
         n_gold = int(certify_rows.has_gold.sum())
         rows = outcomes.against_gold(scores)
         return design_against_gold(*rows, n_gold, alpha, delta).coverage
-    return forecast_coverage(scores, outcomes.differs, alpha, delta, len(certify_rows), kind)
+    if kind == "selective_agreement":
+        n = len(certify_rows)
+        return design_selective(scores, outcomes.differs, n, alpha, delta).coverage
+    return forecast_coverage(scores, outcomes.differs, alpha, delta, len(certify_rows))
 
 
 def certify_kind(
@@ -106,8 +106,7 @@ def certify_kind(
         of_calibrate = calibrate.outcomes.against_gold(calibrate.scores)
         design = design_against_gold(*of_calibrate, len(rows[0]), alpha, delta)
         return certify_accuracy(*rows, alpha, delta, design)
-    n_calibrate, n = len(calibrate.outcomes), len(outcomes)
-    start = 0
-    if n_calibrate >= _MIN_FORECAST_ROWS:
-        start = walk_start(forecast(kind, calibrate, outcomes, alpha, delta), n, alpha)
-    return certify_selective_agreement(scores, outcomes.differs, alpha, delta, start)
+    known = calibrate.scores, calibrate.outcomes.differs
+    # A class without calibrate rows of its own is certified by the walk alone.
+    by_design = design_selective(*known, len(scores), alpha, delta) if len(known[0]) else None
+    return certify_selective_agreement(scores, outcomes.differs, alpha, delta, by_design)

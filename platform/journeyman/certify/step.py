@@ -103,9 +103,8 @@ def certify(
     started = time.monotonic()
     parts = {name: _scored(rows, name, scorer) for name in ("calibrate", "certify", "test")}
     settings, certified = recipe.certify, parts["certify"]
-    design = _design(settings, parts["calibrate"], certified.outcomes)
     ledger = _spend(settings, certified.rows.ids, student, out_dir)
-    confidence, certificates, of_classes = _certificates(settings, design, certified)
+    confidence, certificates, of_classes = decide(settings, parts["calibrate"], certified)
     scores = confidence.of(certified.logits)[1]
     served = certificates[0]
     curve = cost_quality_curve(scores, certified.differs, *(certified.right() or ()))
@@ -142,6 +141,16 @@ def certify(
         manifest = {"inputs": inputs, "bundle": bundle.bundle_id, "seconds": seconds}
         files.write_json(fresh / "manifest.json", {"step": "certify", **manifest})
     return bundle
+
+
+def decide(
+    settings: Certify, calibrate: ScoredRows, certified: ScoredRows
+) -> tuple[Confidence, tuple[Certificate, ...], tuple[Certificate, ...] | None]:
+    """How rows are scored, the certificates, the served one first, and those of each class, if any.
+
+    Whatever is chosen is chosen on calibrate rows; of certify rows only their number is seen by it.
+    """
+    return _certificates(settings, _design(settings, calibrate, certified.outcomes), certified)
 
 
 def read_test_logits(bundle_dir: Path) -> npt.NDArray[np.float32]:
@@ -223,7 +232,6 @@ def _candidate(
 def _certificates(
     settings: Certify, design: _Design, certified: ScoredRows
 ) -> tuple[Confidence, tuple[Certificate, ...], tuple[Certificate, ...] | None]:
-    """How rows are scored in the end, the certificates, the served one first, and the classes'."""
     confidence, outcomes = design.confidence, certified.outcomes
     scored = ScoredOutcomes(scores=confidence.of(certified.logits)[1], outcomes=outcomes)
     alpha, delta = settings.alpha, settings.delta

@@ -7,12 +7,13 @@ import pytest
 from scipy.special import softmax
 
 from journeyman.certify.certificate import certify_system_agreement
-from journeyman.certify.design import choose_score, forecast_coverage, walk_start
+from journeyman.certify.design import choose_score, forecast_coverage
 from journeyman.certify.ledger import LedgerEntry, delta_spent, rows_digest, spend
 from journeyman.certify.metrics import area_under_risk_coverage
 from journeyman.certify.recommendation import recommend
 from journeyman.certify.scores import SCORES, score
-from journeyman.certify.selective import certify_selective_agreement
+from journeyman.certify.selective import certify_selective_agreement, design_selective
+from journeyman.certify.sequences import leading, start_in_last_run, start_where_clear
 from journeyman.errors import DataError, RecipeError
 
 
@@ -24,23 +25,25 @@ def some_rows(n: int, seed: int = 16):
 
 def test_forecast_on_as_many_rows_is_the_certified_coverage():
     scores, differs = some_rows(400)
-    for kind, certify in [
-        ("system_agreement", certify_system_agreement),
-        ("selective_agreement", certify_selective_agreement),
-    ]:
-        got = forecast_coverage(scores, differs, 0.05, 0.1, 400, kind)
-        assert got == certify(scores, differs, 0.05, 0.1).coverage
+    got = forecast_coverage(scores, differs, 0.05, 0.1, 400)
+    assert got == certify_system_agreement(scores, differs, 0.05, 0.1).coverage
 
 
-@pytest.mark.parametrize("kind", ["system_agreement", "selective_agreement"])
-def test_forecast_from_few_rows_is_near_what_many_rows_certify(kind):
-    certify = {
-        "system_agreement": certify_system_agreement,
-        "selective_agreement": certify_selective_agreement,
-    }[kind]
-    forecasts = [forecast_coverage(*some_rows(200, s), 0.05, 0.1, 1000, kind) for s in range(20)]
-    certified = [certify(*some_rows(1000, 100 + s), 0.05, 0.1).coverage for s in range(20)]
+def test_forecast_from_few_rows_is_near_what_many_rows_certify():
+    forecasts = [forecast_coverage(*some_rows(200, s), 0.05, 0.1, 1000) for s in range(20)]
+    certified = [
+        certify_system_agreement(*some_rows(1000, 100 + s), 0.05, 0.1).coverage for s in range(20)
+    ]
     assert np.mean(forecasts) == pytest.approx(np.mean(certified), abs=0.08)
+
+
+def test_forecast_of_selective_agreement_is_near_what_many_rows_certify():
+    designs = [design_selective(*some_rows(400, s), 1000, 0.05, 0.1) for s in range(20)]
+    certified = [
+        certify_selective_agreement(*some_rows(1000, 100 + s), 0.05, 0.1, designs[s]).coverage
+        for s in range(20)
+    ]
+    assert np.mean([d.coverage for d in designs]) == pytest.approx(np.mean(certified), abs=0.1)
 
 
 def test_forecast_says_nothing_is_answered_where_no_rows_would_do():
@@ -87,9 +90,29 @@ def test_equal_forecasts_are_decided_by_the_area():
     assert got.name == "entropy"
 
 
-def test_start_of_the_walk_is_below_the_forecast():
-    assert walk_start(0.5, 1000, 0.1) == 270
-    assert walk_start(0.0, 1000, 0.1) == 0
+def test_sequence_starts_with_the_strictest_candidate_that_has_clear_evidence():
+    p_values = np.array([0.2, 0.05, 0.0009, 0.5, 0.0001, 0.05, 0.3, 0.9])
+    assert start_where_clear(p_values, 0.1) == (2, 4)
+    assert start_where_clear(p_values, 0.00001) == (0, 0)
+    assert start_where_clear(np.array([0.5, 0.05, 0.03, 0.03, 0.08]), 0.1) == (2, 3)
+
+
+def test_sequence_against_gold_starts_beyond_the_last_failure():
+    p_values = np.array([0.0, 0.5, 0.08, 0.009, 0.002, 0.05, 0.3, 0.9])
+    assert start_in_last_run(p_values, 0.1) == (4, 2)
+    assert start_in_last_run(p_values + 0.5, 0.1) == (0, 0)
+    assert start_in_last_run(np.zeros(4), 0.1) == (3, 1)  # the loosest among equals
+
+
+def test_a_sequence_ends_before_its_first_failure():
+    assert leading(np.array([True, True, False, True])) == 2
+    assert leading(np.array([True, True])) == 2
+
+
+def test_walk_is_narrowed_by_many_calibrate_rows_alone():
+    assert design_selective(*some_rows(999), 1000, 0.1, 0.1).min_agreements == 0
+    narrowed = design_selective(*some_rows(1000), 1000, 0.1, 0.1)
+    assert 300 < narrowed.min_agreements < 0.6 * 1000 * 0.9
 
 
 def test_nothing_to_pick_from_is_refused():

@@ -11,7 +11,9 @@ from scipy.stats import binom, binomtest
 
 from journeyman.certify.certificate import clopper_pearson_upper, rows_needed
 from journeyman.certify.selective import (
+    SelectiveDesign,
     certify_selective_agreement,
+    design_selective,
     passing_chance,
     selective_walk,
 )
@@ -64,12 +66,31 @@ def broken_promises(choose, chance, ties=False, n=N) -> int:
     return broken
 
 
-@pytest.mark.parametrize("min_agreements", [0, 120])
+# What calibrate rows may have said: any start of the walk, any sequence, any share of delta.
+EVERY_CELL = -np.arange(200.0, CELLS, 400.0)
+DESIGNS = {
+    "walk": None,
+    "walk from 120 agreements": (0.0, 120, EVERY_CELL),
+    "sequence": (0.9, 0, EVERY_CELL[15:]),
+    "half and half, and a sequence that leaps": (0.5, 0, EVERY_CELL[[40, 12, 30, 49, 20]]),
+}
+
+
+@pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("name", ADVERSARIES)
-def test_promise_is_kept_against_risk_curves_made_to_break_it(name, min_agreements):
+def test_promise_is_kept_against_risk_curves_made_to_break_it(name, design):
+    made = None
+    if DESIGNS[design] is not None:
+        share, min_agreements, thresholds = DESIGNS[design]
+        made = SelectiveDesign(
+            thresholds=thresholds,
+            sequence_share=share,
+            min_agreements=min_agreements,
+            coverage=0.0,
+        )
+
     def certified(scores, differs):
-        got = certify_selective_agreement(scores, differs, ALPHA, DELTA, min_agreements)
-        return got.threshold
+        return certify_selective_agreement(scores, differs, ALPHA, DELTA, made).threshold
 
     broken = broken_promises(certified, ADVERSARIES[name])
     assert binomtest(broken, DRAWS, DELTA, alternative="greater").pvalue > 0.01
@@ -82,6 +103,18 @@ def test_promise_is_kept_with_ties(name):
 
     broken = broken_promises(certified, ADVERSARIES[name], ties=True)
     assert binomtest(broken, DRAWS, DELTA, alternative="greater").pvalue > 0.01
+
+
+def test_sequence_from_calibrate_rows_answers_more_than_the_walk_alone():
+    rng = np.random.default_rng(13)
+    alone, both = [], []
+    for _ in range(100):
+        calibrate, certify = (rng.random(n) for n in (200, 500))
+        rows = [(-x, rng.random(len(x)) < 0.4 * x**2) for x in (calibrate, certify)]
+        design = design_selective(*rows[0], 500, ALPHA, DELTA)
+        alone.append(certify_selective_agreement(*rows[1], ALPHA, DELTA).coverage)
+        both.append(certify_selective_agreement(*rows[1], ALPHA, DELTA, design).coverage)
+    assert np.mean(both) > np.mean(alone) + 0.01
 
 
 def test_loosest_threshold_whose_bound_passes_breaks_the_promise():
@@ -156,13 +189,17 @@ def test_a_good_student_answers_most_requests_and_the_figures_are_those_of_the_r
 
 def test_a_start_from_calibrate_rows_certifies_more():
     rng = np.random.default_rng(14)
+    none = np.array([math.inf])  # a sequence of one threshold that nothing is above
+    from_120 = SelectiveDesign(
+        thresholds=none, sequence_share=0.0, min_agreements=120, coverage=0.0
+    )
     gains = []
     for _ in range(200):
         scores = rng.random(500)
         differs = rng.random(500) < 0.3 * (1 - scores) ** 2
         plain, started = (
-            certify_selective_agreement(scores, differs, 0.05, DELTA, start).coverage
-            for start in (0, 120)
+            certify_selective_agreement(scores, differs, 0.05, DELTA, design).coverage
+            for design in (None, from_120)
         )
         gains.append(started - plain)
     assert np.mean(gains) > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +177,18 @@ class Causal:
         sums = each.double().sum().item(), nll.double().sum().item()
         return np.array([len(nll), agreed, *sums, exact])
 
-    def save(self, folder: Path) -> None:
-        with models.quiet():
-            lora.merged(self.module.model).save_pretrained(folder)
-        self._tokenizer.save_pretrained(folder)
-        if matrices := lora.adapter(self.module.model):
-            torch.save(matrices, folder / LORA)
+    def snapshot(self) -> Callable[[Path], None]:
+        model, tokenizer = models.copy_on_cpu(self.module.model), self._tokenizer
+
+        def write(folder: Path) -> None:
+            matrices = lora.adapter(model)
+            with models.quiet():
+                lora.merged(model).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            if matrices:
+                torch.save(matrices, folder / LORA)
+
+        return write
 
 
 class _Projected(torch.nn.Module):

@@ -2,7 +2,7 @@
 
 Written by rank 0, read by all. Knows files and names, nothing of what a model is.
 
-    WORK/attempt                 who may write: the newest start of this run
+    WORK/attempt                 who may write: the newest start of this run, and of its workers
     WORK/training.jsonl          the curve, one record a line
     WORK/live.json               where the run stands, for the driver
     WORK/trackers/               what trackers have been told
@@ -93,6 +93,19 @@ class Checkpoints:
         write_bytes(work / "attempt", attempt.encode())
         return cls(work, attempt)
 
+    def restarted(self) -> Checkpoints:
+        """Become the one writer in place of earlier workers of the same driver.
+
+        A worker of a lost node may live on, too. Raises ClusterError if another driver has claimed
+        the folder since.
+        """
+        driver = self._attempt.partition(".")[0]
+        if self._owner().partition(".")[0] != driver:
+            raise self._taken_over()
+        mine = f"{driver}.{uuid.uuid4().hex}"
+        write_bytes(self._work / "attempt", mine.encode())
+        return Checkpoints(self._work, mine)
+
     @property
     def work(self) -> Path:
         return self._work
@@ -177,11 +190,22 @@ class Checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _must_own(self) -> None:
-        owner = (self._work / "attempt").read_text()
-        if owner != self._attempt:
+        if self._owner() != self._attempt:
+            raise self._taken_over()
+
+    def _owner(self) -> str:
+        try:
+            return (self._work / "attempt").read_text()
+        except FileNotFoundError as error:
             raise ClusterError(
-                f"{self._work}: another run of the same training has taken over; this one stops."
-            )
+                f"{self._work}: not on this node; the recipe's output must be a folder on a disk "
+                "that all nodes share."
+            ) from error
+
+    def _taken_over(self) -> ClusterError:
+        return ClusterError(
+            f"{self._work}: another run of the same training has taken over; this one stops."
+        )
 
 
 def _state(folder: Path) -> State | None:

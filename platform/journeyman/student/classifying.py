@@ -144,10 +144,15 @@ class Classifying:
             n_rows=len(gold),
         )
 
-    def save(self, folder: Path) -> None:
-        with models.quiet():
-            self.module.save_pretrained(folder)
-        self._tokenizer.save_pretrained(folder)
+    def snapshot(self) -> Callable[[Path], None]:
+        model, tokenizer = models.copy_on_cpu(self.module), self._tokenizer
+
+        def write(folder: Path) -> None:
+            with models.quiet():
+                model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+        return write
 
 
 def _split(rows: ClassRows, name: str) -> ClassRows:

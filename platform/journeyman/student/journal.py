@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from journeyman.student.checkpoint_writer import CheckpointWriter
 from journeyman.student.checkpoints import Evaluation, read_curve
 from journeyman.student.lesson import Lesson, Task
 from journeyman.student.live import WINDOW_S, Pace, TrainProgress
@@ -22,13 +25,17 @@ _SHOW_EVERY_S = 1.0
 class Journal:
     """Told of every step; decides what to write of it."""
 
-    def __init__(self, task: Task, lesson: Lesson, plan: Plan, peak_flops: float | None) -> None:
+    def __init__(
+        self, task: Task, lesson: Lesson, plan: Plan, n_workers: int, peak_flops: float | None
+    ) -> None:
         """peak_flops: FLOP/s of all workers' devices together, where it is known."""
         self.state = lesson.state
         self.metrics: dict[str, float] = {}  # of the newest evaluation, for Ray Train
         self._plan = plan
+        self._n_workers = n_workers
         self._lesson = lesson
         self._checkpoints = task.checkpoints
+        self._writer = CheckpointWriter(task.checkpoints)
         self._training = task.training
         self._peak_flops = peak_flops
         self._began = self._saved = time.monotonic()
@@ -48,7 +55,10 @@ class Journal:
         )
 
     def after_step(self, step: int, loss: float, rows: np.ndarray) -> None:
-        """step: done so far; loss: mean over the step's rows, int64[b], of all workers."""
+        """step: done so far; loss: mean over the step's rows, int64[b], of all workers.
+
+        Raises ClusterError, also for a checkpoint that was begun behind an earlier step."""
+        busy = self._writer.busy()
         self._losses.append(loss)
         self._loss = sum(self._losses) / len(self._losses)
         learner = self._lesson.learner
@@ -61,12 +71,14 @@ class Journal:
             return
         self._record_steps(step)
         # Only behind a record: what a resumed run records is then what it would have recorded.
-        if not self._plan.evaluates(step) and self._due():
+        if not self._plan.evaluates(step) and not busy and self._due():
             self._save(step)
             self._go_on()
 
     def evaluate(self, step: int) -> bool:
-        """Evaluate behind a step's record, and save what may be needed; whether training ends."""
+        """Evaluate behind a step's record, and save what may be needed; whether training ends.
+
+        If it does, the last checkpoint is whole. Raises DataError or ClusterError."""
         self._show(step, evaluating=True)
         began = time.monotonic()
         measured = self._lesson.learner.evaluate()
@@ -84,6 +96,8 @@ class Journal:
             self._record(kind="stopped", step=step, best_step=best.step)
         if best.step == step or stops or self._plan.ends_epoch(step) or self._due():
             self._save(step)
+        if self.state.finished:
+            self._writer.wait()
         self._show(step, evaluating=False, now=True)
         self._go_on()
         return stops
@@ -94,6 +108,8 @@ class Journal:
         self._since_record.go_on()
 
     def close(self) -> None:
+        """However training has ended; a checkpoint that was begun is made whole first."""
+        self._writer.settle()
         self._trackers.close(self.state.finished)
 
     def _due(self) -> bool:
@@ -109,6 +125,7 @@ class Journal:
             epoch=self._plan.epoch(step),
             loss=self._loss,
             learning_rate=self._lesson.schedule.get_last_lr()[0],
+            workers=self._n_workers,
             gradient_norm=self._gradient_norm(),
             rows_per_s=round(rates.rows_per_s, 1),
             tokens_per_s=round(rates.tokens_per_s, 1),
@@ -163,21 +180,34 @@ class Journal:
 
     def _save(self, step: int) -> None:
         self.state = dataclasses.replace(self.state, step=step, seconds=self._seconds())
-        self._checkpoints.save(self.state, self._write, _bytes_of(self._lesson))
+        self._writer.begin(self.state, self._snapshot, _bytes_of(self._lesson))
         self._saved = time.monotonic()
 
-    def _write(self, folder: Path) -> None:
+    def _snapshot(self) -> Callable[[Path], None]:
         import torch
 
-        lesson = self._lesson
-        lesson.learner.save(folder / "model")
-        torch.save(
-            {
-                "optimizer": lesson.optimizer.state_dict(),
-                "schedule": lesson.schedule.state_dict(),
-            },
-            folder / "optimizer.pt",
-        )
+        write_model = self._lesson.learner.snapshot()
+        tensors = {
+            "optimizer": _on_cpu(self._lesson.optimizer.state_dict()),
+            "schedule": self._lesson.schedule.state_dict(),
+        }
+
+        def write(folder: Path) -> None:
+            write_model(folder / "model")
+            torch.save(tensors, folder / "optimizer.pt")
+
+        return write
+
+
+def _on_cpu(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """A copy of an optimizer's state, its tensors in the host's memory."""
+    return {
+        "state": {
+            number: {name: value.to("cpu", copy=True) for name, value in of_one.items()}
+            for number, of_one in optimizer["state"].items()
+        },
+        "param_groups": copy.deepcopy(optimizer["param_groups"]),
+    }
 
 
 def _bytes_of(lesson: Lesson) -> int:

@@ -6,7 +6,7 @@ steps, ranks and checkpoints, and nothing of what a row is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -89,5 +89,6 @@ class Learner(Protocol):
     def evaluate(self) -> Measured:
         """The student on the held-out rows. Raises DataError where it says nothing any more."""
 
-    def save(self, folder: Path) -> None:
-        """A Hugging Face folder."""
+    def snapshot(self) -> Callable[[Path], None]:
+        """What writes the student, as it is now, as a Hugging Face folder; may be called in another
+        thread while this one trains on. Until it is dropped, a copy of the weights is in memory."""

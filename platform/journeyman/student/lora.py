@@ -5,7 +5,6 @@ Knows what they are added to, and how they come out of it; not what trains them.
 
 from __future__ import annotations
 
-import copy
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,13 +53,8 @@ def adapted(model: PreTrainedModel, student: Student, folder: Path) -> Any:
 
 
 def merged(model: Any) -> PreTrainedModel:
-    """The plain model, low-rank matrices added to its weights; ``model`` itself can train on.
-
-    With LoRA it is a copy; any other model is given back as it is.
-    """
-    if not is_adapted(model):
-        return model
-    return copy.deepcopy(model).merge_and_unload()
+    """The plain model, low-rank matrices added to its weights. ``model`` is used up by it."""
+    return model.merge_and_unload() if is_adapted(model) else model
 
 
 def adapter(model: Any) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ Always a standard class of ``transformers``, so that an exported folder needs no
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,17 @@ def load_tokenizer(folder: Path, max_length: int | None = None) -> Any:
     if max_length is not None:
         tokenizer.model_max_length = min(max_length, tokenizer.model_max_length)
     return tokenizer
+
+
+def copy_on_cpu(model: Any) -> Any:
+    """The model with a copy of its weights in the host's memory; shared weights stay shared."""
+    import torch
+
+    copies: dict[int, Any] = {id(b): b.to("cpu", copy=True) for b in model.buffers()}
+    for weight in model.parameters():
+        copied = weight.detach().to("cpu", copy=True)
+        copies[id(weight)] = torch.nn.Parameter(copied, requires_grad=weight.requires_grad)
+    return copy.deepcopy(model, copies)
 
 
 def parameter_groups(

@@ -8,12 +8,14 @@ raised, so that no rank waits for one that has left and Ray does not try again i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +29,8 @@ from journeyman.student.plan import Plan
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +78,11 @@ def run(task: Task) -> State | JourneymanError:
     """Train to the end from the newest checkpoint, or from the pretrained model."""
     place = _place()
     # Rank 0 looks, so that all start from the same checkpoint.
-    state = place.gather(task.checkpoints.latest() if place.leads else None)[0]
+    begun = _led(place, task.checkpoints.restarted)
+    if isinstance(begun, JourneymanError):
+        return begun
+    task = dataclasses.replace(task, checkpoints=begun)
+    state = place.gather(begun.latest() if place.leads else None)[0]
     if state and state.finished:  # a worker was lost behind its last checkpoint
         return state
     lesson, error = None, None
@@ -85,9 +93,20 @@ def run(task: Task) -> State | JourneymanError:
     errors = [e for e in place.gather(error) if e is not None]
     if errors or lesson is None:
         return errors[0]
+    began = lesson.state.step
+    cut = _led(place, lambda: task.checkpoints.start_curve(began))
+    return cut or _train(task, lesson, place)
+
+
+def _led(place: Place, do: Callable[[], T]) -> T | JourneymanError:
+    """What rank 0 gets from ``do``, or the error that it meets there; a meeting point."""
+    found: T | JourneymanError | None = None
     if place.leads:
-        task.checkpoints.start_curve(lesson.state.step)
-    return _train(task, lesson, place)
+        try:
+            found = do()
+        except JourneymanError as error:
+            found = error
+    return place.gather(found)[0]
 
 
 def _place() -> Place:
@@ -108,7 +127,9 @@ def _train(task: Task, lesson: Lesson, place: Place) -> State | JourneymanError:
     plan = Plan.of(task.training, lesson.state.total_steps)
     if not place.leads:
         return _steps(task, lesson, place, plan, None)
-    with contextlib.closing(Journal(task, lesson, plan, place.peak_flops)) as journal:
+    with contextlib.closing(
+        Journal(task, lesson, plan, place.world_size, place.peak_flops)
+    ) as journal:
         return _steps(task, lesson, place, plan, journal)
 
 
@@ -120,6 +141,7 @@ def _steps(
     training, begin = task.training, lesson.state
     per_epoch = plan.per_epoch
     parallel = _parallel(lesson.learner.module, place)
+    trouble: JourneymanError | None = None  # rank 0's with the disk, which the next step tells all
     for epoch in range(begin.step // per_epoch, training.epochs):
         order = batches.epoch_batches(
             lesson.learner.lengths, training.batch_size, seed=training.seed, epoch=epoch
@@ -128,14 +150,13 @@ def _steps(
         shares = [_share(batch, training, place) for batch in order[first % per_epoch :]]
         loaded = lesson.learner.batches(part for share in shares for part in share.parts)
         for step, share in enumerate(shares, first):
-            loss = _step(parallel, share, loaded, step, task, lesson, place)
-            if isinstance(loss, DataError):
+            loss = _step(parallel, share, loaded, step, task, lesson, place, trouble)
+            if isinstance(loss, JourneymanError):
                 return loss
-            if journal:
-                journal.after_step(step + 1, loss, share.batch)
+            trouble = _written_down(journal, step + 1, loss, share.batch)
             if plan.evaluates(step + 1):
-                ends = _evaluated(journal, step + 1, place)
-                if isinstance(ends, DataError):
+                ends = _led(place, partial(_evaluated, journal, step + 1, trouble))
+                if isinstance(ends, JourneymanError):
                     return ends
                 if ends:
                     return journal.state if journal else begin
@@ -144,14 +165,23 @@ def _steps(
     return journal.state if journal else begin
 
 
-def _evaluated(journal: Journal | None, step: int, place: Place) -> bool | DataError:
-    """Whether rank 0, which evaluates, says that training ends here; a meeting point."""
-    ends: bool | DataError = False
+def _written_down(
+    journal: Journal | None, step: int, loss: float, rows: np.ndarray
+) -> JourneymanError | None:
     try:
-        ends = journal is not None and journal.evaluate(step)
-    except DataError as error:
-        ends = error
-    return place.gather(ends)[0]
+        if journal:
+            journal.after_step(step, loss, rows)
+    except JourneymanError as error:
+        return error
+    return None
+
+
+def _evaluated(journal: Journal | None, step: int, trouble: JourneymanError | None) -> bool:
+    """Whether rank 0, which evaluates, says that training ends here."""
+    assert journal is not None
+    if trouble:
+        raise trouble
+    return journal.evaluate(step)
 
 
 def _parallel(module: Any, place: Place) -> Any:
@@ -184,7 +214,9 @@ def _share(batch: np.ndarray, training: Training, place: Place) -> _Share:
     mine = batches.shard(batch, place.rank, place.world_size)
     if not len(mine):
         return _Share(batch=batch, parts=[batch[:1]], weight=0.0)
-    parts = np.array_split(mine, min(training.accumulate, len(mine)))
+    # As large as they would be with all workers, however few there are.
+    most = batches.n_batches(training.batch_size, training.workers * training.accumulate)
+    parts = np.array_split(mine, batches.n_batches(len(mine), most))
     return _Share(batch=batch, parts=parts, weight=1.0)
 
 
@@ -196,8 +228,12 @@ def _step(
     task: Task,
     lesson: Lesson,
     place: Place,
-) -> float | DataError:
-    """One optimizer step; the mean loss over the global batch, or what is wrong with it."""
+    trouble: JourneymanError | None = None,
+) -> float | JourneymanError:
+    """One optimizer step; the mean loss over the global batch, or what is wrong with it.
+
+    trouble: a worker's, for which no step is taken and which all return.
+    """
     import torch
 
     # A seed a step, in place of saved generators: dropout after a resume, at any step, is what
@@ -214,7 +250,11 @@ def _step(
             (loss * factor).backward()
         row_losses.append(of_rows)
     found = torch.cat(row_losses)
-    mean = place.total(found.double().sum() * (share.weight / size)).item()
+    loss_sum = found.double().sum() * (share.weight / size)
+    told = torch.stack([loss_sum, torch.full_like(loss_sum, trouble is not None)])
+    mean, troubled = place.total(told).tolist()
+    if troubled:
+        return next(e for e in place.gather(trouble) if e is not None)
     if not math.isfinite(mean):
         bad = np.concatenate(share.parts)[~found.isfinite().cpu().numpy()]
         return _not_finite(mean, step, [i for part in place.gather(bad) for i in part], lesson)

@@ -99,7 +99,7 @@ def test_a_compiled_student_learns_the_same(
     for name, gradient in plain[1].items():
         torch.testing.assert_close(compiled[1][name], gradient, rtol=1e-3, atol=1e-5)
     learner = make(compile=True)(None, CPU)
-    learner.save(tmp_path / "model")
+    learner.snapshot()(tmp_path / "model")
     again = make()(tmp_path / "model", CPU)
     for name, value in learner.module.state_dict().items():
         torch.testing.assert_close(again.module.state_dict()[name], value, rtol=0, atol=0)

@@ -108,7 +108,7 @@ def test_low_rank_matrices_are_merged_in_a_checkpoint_and_go_on_from_it(
     write_token_rows(tmp_path / "rows", n_train=8, n_calibrate=2)
     first = learner(tiny_llama, None, tmp_path / "rows", lora={"rank": 4})
     before = one_step(first)
-    first.save(tmp_path / "saved")
+    first.snapshot()(tmp_path / "saved")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():

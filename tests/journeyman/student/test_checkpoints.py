@@ -103,3 +103,27 @@ def test_a_full_disk_is_named_by_the_curve(tmp_path: Path) -> None:
         checkpoints.start_curve(1)
         checkpoints.record(kind="steps", step=2)
         assert checkpoints.curve.read_text().count("\n") == 2
+
+
+def test_workers_that_start_again_void_what_lost_ones_write(tmp_path: Path) -> None:
+    driver = Checkpoints.claim(tmp_path)
+    lost = driver.restarted()
+    again = driver.restarted()
+    with pytest.raises(ClusterError, match="has taken over; this one stops"):
+        lost.record(kind="steps", step=1)
+    with pytest.raises(ClusterError, match="has taken over"):
+        lost.save(state(1), content(), bytes_of(8))
+    again.record(kind="steps", step=1)
+    another = Checkpoints.claim(tmp_path)
+    for before in (driver, again):  # a killed driver's workers, started again by Ray
+        with pytest.raises(ClusterError, match="has taken over"):
+            before.restarted()
+    another.restarted().save(state(1), content(), bytes_of(8))
+    assert another.latest() == state(1)
+
+
+def test_a_node_without_the_runs_folder_says_so(tmp_path: Path) -> None:
+    checkpoints = Checkpoints.claim(tmp_path / "work")
+    (tmp_path / "work").rename(tmp_path / "elsewhere")
+    with pytest.raises(ClusterError, match="must be a folder on a disk that all nodes share"):
+        checkpoints.restarted()

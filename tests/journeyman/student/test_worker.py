@@ -152,6 +152,23 @@ def test_two_workers_take_the_step_of_one(
             np.testing.assert_allclose(shared[name], expected, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("accumulate", "world_size", "parts"),
+    [(1, 4, [3]), (2, 4, [2, 1]), (1, 2, [3, 3]), (1, 1, [3, 3, 3, 3]), (2, 3, [2, 2])],
+)
+def test_fewer_workers_take_more_parts_of_the_same_size(
+    accumulate: int, world_size: int, parts: list[int]
+) -> None:
+    training = make_recipe(workers=4, batch_size=12, accumulate=accumulate).training
+    batch, shares = np.arange(12), []
+    for rank in range(world_size):
+        place = worker.Place(rank=rank, world_size=world_size, device=ALONE.device)
+        shares.append(worker._share(batch, training, place))
+    assert [len(part) for part in shares[0].parts] == parts
+    rows = np.concatenate([part for share in shares for part in share.parts])
+    assert sorted(rows) == batch.tolist()
+
+
 def of_classes(model: torch.nn.Module, learner: Classifying, rows: list[int]) -> list[torch.Tensor]:
     """Each row's loss, from the recipe's words."""
     known, tokens = class_rows(), learner._tokens

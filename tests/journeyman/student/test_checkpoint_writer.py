@@ -1,0 +1,189 @@
+"""Checkpoints that are written while training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from journeyman.errors import ClusterError
+from journeyman.models import Model
+from journeyman.student import batches, worker
+from journeyman.student.checkpoints import Checkpoints, State
+from journeyman.student.journal import Journal
+from journeyman.student.lesson import Lesson, Task, prepare
+from journeyman.student.plan import Plan
+
+from .test_worker import ALONE, classifying, model_of, writing
+
+
+class Gate:
+    """Holds checkpoints up between their snapshot and the disk; counts those that are there."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.open, self.reached = threading.Event(), threading.Event()
+        self.inside, self.most_inside, self.saved = 0, 0, []
+        save = Checkpoints.save
+
+        def held(checkpoints: Checkpoints, state: State, *rest: Any) -> None:
+            self.inside += 1
+            self.most_inside = max(self.most_inside, self.inside)
+            self.reached.set()
+            assert self.open.wait(30)
+            save(checkpoints, state, *rest)
+            self.saved.append(state.step)
+            self.inside -= 1
+
+        patch.setattr(Checkpoints, "save", held)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.open.set()
+
+
+class Steps:
+    """A training that is taken step by step, one worker."""
+
+    def __init__(self, kind: str, model: Path, work: Path) -> None:
+        make = {"classifier": classifying, "causal": writing}[kind]
+        recipe, load = make(model, workers=1, epochs=6, checkpoint_every_s=0)
+        self.task = Task(training=recipe.training, checkpoints=Checkpoints.claim(work), load=load)
+        self.lesson: Lesson = prepare(self.task, None, ALONE.device)
+        self.plan = Plan.of(recipe.training, self.lesson.state.total_steps)
+        self.journal = Journal(self.task, self.lesson, self.plan, 1, None)
+        self._parallel = worker._parallel(self.lesson.learner.module, ALONE)
+
+    def take(self, step: int) -> None:
+        learner, training = self.lesson.learner, self.task.training
+        order = batches.epoch_batches(
+            learner.lengths, training.batch_size, seed=0, epoch=self.plan.epoch(step) - 1
+        )
+        share = worker._share(order[(step - 1) % len(order)], training, ALONE)
+        loaded = learner.batches(iter(share.parts))
+        loss = worker._step(self._parallel, share, loaded, step - 1, self.task, self.lesson, ALONE)
+        assert isinstance(loss, float)
+        self.journal.after_step(step, loss, share.batch)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {n: p.detach().clone() for n, p in self.lesson.learner.module.named_parameters()}
+
+
+def on_disk(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["classifier", "causal"])
+def test_steps_go_on_while_a_checkpoint_is_written_of_what_was_there_when_it_began(
+    kind: str, gate: Gate, tiny_encoder: Model, tiny_llama: Model, tmp_path: Path
+) -> None:
+    steps = Steps(kind, model_of(kind, tiny_encoder, tiny_llama, tmp_path), tmp_path / "work")
+    steps.take(1)
+    then = steps.weights()
+    moments = steps.lesson.optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    assert gate.reached.wait(10)
+    steps.take(3)  # of two batches an epoch: the second of each is followed by an evaluation
+    assert gate.saved == [] and gate.inside == 1
+    gate.open.set()
+    steps.journal._writer.wait()
+    assert gate.saved[0] == 1 and gate.most_inside == 1
+    folder = steps.task.checkpoints.path(1)
+    saved = on_disk(folder)
+    assert saved
+    for name, value in saved.items():
+        prefix = "model." if kind == "causal" else ""
+        torch.testing.assert_close(value, then[prefix + name], rtol=0, atol=0)
+    of_one = torch.load(folder / "optimizer.pt")["optimizer"]["state"][0]
+    torch.testing.assert_close(of_one["exp_avg"], moments, rtol=0, atol=0)
+    now = steps.weights()
+    assert any(not value.equal(now[name]) for name, value in then.items())
+
+
+def test_never_two_at_a_time_and_the_end_waits_for_the_last(
+    gate: Gate, tiny_encoder: Model, tmp_path: Path
+) -> None:
+    steps = Steps("classifier", tiny_encoder.path, tmp_path)
+    last = steps.plan.total_steps
+    ended = threading.Event()
+
+    def train() -> None:
+        for step in range(1, last + 1):
+            steps.take(step)
+            if steps.plan.evaluates(step):
+                assert steps.journal.evaluate(step) is False
+        ended.set()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    assert gate.reached.wait(10) and not ended.wait(0.5)
+    gate.open.set()
+    thread.join(30)
+    assert ended.is_set() and gate.most_inside == 1 and gate.saved[-1] == last
+    latest = steps.task.checkpoints.latest()
+    assert latest is not None and latest.finished
+
+
+@contextmanager
+def disk_full(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    with patch.context() as inside:
+
+        def save(*_: object) -> None:
+            raise ClusterError("the disk is full")
+
+        inside.setattr(Checkpoints, "save", save)
+        yield
+
+
+def test_what_goes_wrong_in_writing_is_told_to_the_step_behind_it(
+    tiny_encoder: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps("classifier", tiny_encoder.path, tmp_path)
+    steps.take(1)
+    steps.journal._writer.wait()
+    with disk_full(monkeypatch):
+        steps.take(3)
+        until(lambda: steps.journal._writer._under_way.done())
+    with pytest.raises(ClusterError, match="the disk is full"):
+        steps.take(5)
+    latest = steps.task.checkpoints.latest()
+    assert latest is not None and latest.step == 1
+
+
+def until(true: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if true():
+            return
+        threading.Event().wait(0.01)
+    raise TimeoutError
+
+
+def test_what_goes_wrong_in_writing_the_last_one_is_told_by_the_evaluation(
+    tiny_encoder: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps("classifier", tiny_encoder.path, tmp_path)
+    steps.journal._checkpoint_every_s = 1000
+    last = steps.plan.total_steps
+    steps.take(last)
+    with disk_full(monkeypatch), pytest.raises(ClusterError, match="the disk is full"):
+        steps.journal.evaluate(last)
+
+
+def test_a_worker_takes_no_step_for_which_another_is_in_trouble(
+    tiny_encoder: Model, tmp_path: Path
+) -> None:
+    steps = Steps("classifier", tiny_encoder.path, tmp_path)
+    before, trouble = steps.weights(), ClusterError("the disk is full")
+    share = worker._share(np.array([0, 1]), steps.task.training, ALONE)
+    loaded = steps.lesson.learner.batches(iter(share.parts))
+    told = worker._step(steps._parallel, share, loaded, 0, steps.task, steps.lesson, ALONE, trouble)
+    assert told is trouble
+    assert all(value.equal(before[name]) for name, value in steps.weights().items())

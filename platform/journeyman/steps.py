@@ -184,8 +184,7 @@ class Run(RunFolder):
                 labels["filtered"]["inputs"],
                 self.base_student.identity,
                 self.recipe.learner().model_dump(mode="json"),
-                # Who watches a training does not change it.
-                training.model_dump(mode="json", exclude={"trackers"}),
+                training.decisive(),
             ]
         )
 

@@ -34,6 +34,7 @@ def test_wrong_type_says_where_and_what_was_got():
     [
         ("training.batch_size=33", "batch_size (33) must be a multiple of workers (2)"),
         ("labels.prompt=hello", "prompt must name {{ label }}"),
+        ("training.min_workers=3", "min_workers (3) must not exceed workers (2)"),
         ("corpus.columns.split=null", "split_map needs columns.split"),
         ("corpus.split_map={val: {test: 0.4}}", "split_map.val must add up to 1, got 0.4"),
         ("cluster.replicas={min: 3, max: 2}", "min (3) must not exceed max (2)"),

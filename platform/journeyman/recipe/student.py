@@ -121,6 +121,12 @@ class Training(Section):
     """How the student is trained: Ray Train, DDP."""
 
     workers: Count = Field(1, description="Data-parallel workers.")
+    min_workers: Count | None = Field(
+        None,
+        description="Workers with which a run begins, or goes on from its last checkpoint, where "
+        "the cluster has no room for all; it restarts with more as soon as it has. Rows of a step "
+        "and of a micro-batch stay the same. Default, as many as workers.",
+    )
     cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1.0, description="Ray CPUs a worker.")
     gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0.0, description="Ray GPUs a worker.")
     epochs: Count = Field(4, description="Passes over the train rows.")
@@ -253,6 +259,14 @@ class Training(Section):
         return self
 
     @model_validator(mode="after")
+    def _workers_are_ordered(self) -> Training:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"min_workers ({self.min_workers}) must not exceed workers ({self.workers})"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _uld_is_of_ranks(self) -> Training:
         if self.divergence != "uld":
             return self
@@ -272,3 +286,16 @@ class Training(Section):
                 f"batch_size ({self.batch_size}) must be a multiple of workers ({self.workers})"
             )
         return self
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what is learned, but for rounding and the draws of dropout.
+
+        The others may change between two starts of a run.
+        """
+        return self.model_dump(mode="json", exclude=_WHERE_AND_HOW)
+
+
+_WHERE_AND_HOW = {
+    "workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "accumulate",
+    "activation_checkpointing", "compile", "checkpoint_every_s", "max_failures", "trackers",
+}  # fmt: skip

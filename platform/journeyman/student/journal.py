@@ -172,6 +172,7 @@ class Journal:
             perplexity=last.perplexity if last else None,
             evaluating=evaluating,
             stopped_early=self.state.stopped_early,
+            missing_workers=self._training.workers - self._n_workers,
         )
         self._checkpoints.show(dataclasses.asdict(progress))
 

@@ -31,6 +31,7 @@ class TrainProgress:
     perplexity: float | None = None
     evaluating: bool = False
     stopped_early: bool = False
+    missing_workers: int = 0  # of those that the recipe asks for
 
     def text(self) -> str:
         """Two lines for a person: how far, and how good and fast."""
@@ -51,6 +52,8 @@ class TrainProgress:
         speed = f"{self.rows_per_s:,.0f} rows/s, {self.tokens_per_s:,.0f} tokens/s"
         if self.mfu is not None:
             speed += f", MFU {self.mfu:.0%}"
+        if self.missing_workers:
+            speed += f", {self.missing_workers} of its workers missing"
         return (
             f"train     epoch {self.epoch}/{self.epochs}, step {self.step:,}/{self.total_steps:,}, "
             f"loss {self.loss:.3f}, {to_go}\n          {measured}{speed}"

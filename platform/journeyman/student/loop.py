@@ -7,6 +7,7 @@ On a cluster that folder must be on storage that all nodes share.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from journeyman.errors import ClusterError, JourneymanError
-from journeyman.files import read_json
+from journeyman.files import disk_errors, read_json
 from journeyman.models import Model
 from journeyman.recipe import Recipe, Training
 from journeyman.student import export, worker
@@ -23,6 +24,7 @@ from journeyman.student.checkpoints import Checkpoints, Evaluation, State
 from journeyman.student.lesson import Load, Task
 from journeyman.student.live import TrainProgress
 
+RESIZE_INTERVAL_S = 60.0  # between two looks whether the cluster has room for more workers
 _POLL_S = 0.5
 
 
@@ -99,7 +101,8 @@ def _fit(task: Task, work: Path) -> State:
     trainer = TorchTrainer(
         lambda: worker.run(task),
         scaling_config=ScalingConfig(
-            num_workers=training.workers,
+            num_workers=_n_workers(training),
+            elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
             resources_per_worker=resources,
             use_gpu=training.gpus_per_worker > 0,
         ),
@@ -113,9 +116,14 @@ def _fit(task: Task, work: Path) -> State:
     try:
         outcome = trainer.fit().return_value
     except TrainingFailedError as error:
-        for failure in getattr(error, "worker_failures", {}).values():
-            if isinstance(failure, JourneymanError):  # a full disk, say
-                raise failure from error
+        for failure in (
+            *getattr(error, "worker_failures", {}).values(),
+            getattr(error, "controller_failure", None),
+        ):
+            # A full disk, say; of other OSErrors the last line below tells.
+            with contextlib.suppress(OSError), disk_errors(work):
+                if isinstance(failure, JourneymanError | OSError):
+                    raise failure from error
         raise ClusterError(
             f"{work}: training failed {training.max_failures + 1} times, the last time with "
             f"{str(error).strip().splitlines()[-1]}; mend that and start it again: it goes on from "
@@ -124,6 +132,12 @@ def _fit(task: Task, work: Path) -> State:
     if isinstance(outcome, JourneymanError):
         raise outcome
     return outcome
+
+
+def _n_workers(training: Training) -> int | tuple[int, int]:
+    """As Ray Train takes it: a range makes it resize the group, which restarts it."""
+    fewest = training.min_workers or training.workers
+    return training.workers if fewest == training.workers else (fewest, training.workers)
 
 
 def _result(out_dir: Path, state: State, training: Training, before: State | None) -> TrainResult:

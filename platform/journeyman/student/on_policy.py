@@ -122,7 +122,7 @@ class _Rounds:
     def _inputs(self, number: int, student: Model) -> str:
         """Digest of all that decides a round; of the settings, all but how many rounds follow."""
         settings = self.settings.model_dump(mode="json", exclude={"rounds"})
-        training = self._recipe.training.model_dump(mode="json", exclude={"on_policy", "trackers"})
+        training = self._recipe.training.model_copy(update={"on_policy": None}).decisive()
         learner = self._recipe.learner().model_dump(mode="json")
         asked, teacher = self._asked.asked(), self._teacher.identity
         return digest([number, student.weights_digest, student.tokenizer_digest, teacher, asked,

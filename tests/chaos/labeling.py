@@ -59,13 +59,13 @@ def engines(folder: Path) -> list[psutil.Process]:
     return processes(folder, "VLLM::EngineCore")
 
 
-def until(true: Callable[[], Any], seconds: float = _PATIENCE_S) -> Any:
+def until(true: Callable[[], Any], seconds: float = _PATIENCE_S, poll_s: float = 0.1) -> Any:
     """Wait for something, and return it."""
     deadline = time.monotonic() + seconds
     while not (result := true()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"not so within {seconds:g} s")
-        time.sleep(0.1)
+        time.sleep(poll_s)
     return result
 
 
@@ -73,6 +73,7 @@ class Cluster:
     """Several raylets on this machine, see nodes.py."""
 
     def __init__(self, n_nodes: int, env: dict[str, str]) -> None:
+        self._n_nodes = n_nodes
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("nodes.py")), str(n_nodes)],
             cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -89,8 +90,12 @@ class Cluster:
         raise RuntimeError(f"nodes.py ended with status {self._process.wait()}")
 
     def replace_dead_node(self) -> None:
+        self.have(self._n_nodes)
+
+    def have(self, n_nodes: int) -> None:
+        """Clear away what is left of killed nodes, then add nodes until there are so many."""
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write(f"{n_nodes}\n")
         self._process.stdin.flush()
         self._listen()
 
@@ -158,16 +163,16 @@ def replica_here(run: steps.Run, engine: Any = StandIn) -> Replica:
         return Replica(spec, lambda *_: None)
 
 
-class Labeling:
-    """``journeyman label`` in a process of its own, started again whenever it ends badly."""
+class Command:
+    """``journeyman`` in a process of its own, started again whenever it ends badly."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
-        self._command = [sys.executable, "-m", "journeyman.cli", "label", *arguments]
+        self._command = [sys.executable, "-m", "journeyman.cli", *arguments]
         self._folder = folder
         self._log = folder / "driver.log"
         self._stop = threading.Event()
-        self.statuses: list[int] = []  # with which drivers ended
-        self.driver = self._start()
+        self.statuses: list[int] = []  # with which it ended each time
+        self.process = self._start()
         self._keeper = threading.Thread(target=self._keep)
         self._keeper.start()
 
@@ -176,13 +181,13 @@ class Labeling:
         return self.statuses[-1:] == [0]
 
     def wait(self, seconds: float) -> None:
-        """Until a driver ends well."""
+        """Until it ends well."""
         self._keeper.join(seconds)
         assert self.done, f"not done within {seconds:g} s: {self.log()}"
 
     def stop(self) -> None:
         self._stop.set()
-        self.driver.kill()
+        self.process.kill()
         self._keeper.join()
 
     def log(self) -> str:
@@ -196,10 +201,10 @@ class Labeling:
 
     def _keep(self) -> None:
         while True:
-            self.statuses.append(self.driver.wait())
+            self.statuses.append(self.process.wait())
             if self.done or self._stop.is_set():
                 return
-            self.driver = self._start()
+            self.process = self._start()
 
 
 @dataclass
@@ -211,7 +216,7 @@ class Killer:
 
     folder: Path
     cluster: Cluster
-    labeling: Labeling
+    labeling: Command
     random: random.Random
     pause_s: tuple[float, float]
     ready: Callable[[], bool]
@@ -234,7 +239,7 @@ class Killer:
         gone = (ProcessLookupError, psutil.NoSuchProcess, IndexError, ValueError)
         with contextlib.suppress(*gone):
             pid = {
-                "driver": lambda: self.labeling.driver.pid,
+                "driver": lambda: self.labeling.process.pid,
                 "replica": self._replica,
                 "engine": lambda: self.random.choice(engines(self.folder)).pid,
                 "node": self._raylet,

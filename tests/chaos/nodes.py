@@ -3,10 +3,12 @@
     python nodes.py N
 
 A head without CPUs and N nodes of one CPU. Says, in a line of JSON, its address and the process
-ids of the nodes' raylets; then again whenever a line comes in, which means that a raylet has been
-killed: what is left of its node is cleared away, and another one added. Ends when its input does.
+ids of the nodes' raylets; then again whenever a line comes in: what is left of nodes whose raylets
+have been killed is cleared away, and nodes are added until there are as many as the line says. Ends
+when its input does.
 """
 
+import itertools
 import json
 import sys
 
@@ -30,12 +32,10 @@ def main() -> None:
             "_system_config": _HEALTH_CHECK,
         },
     )
-    for _ in range(int(sys.argv[1])):
-        cluster.add_node(num_cpus=1)
-    say(cluster)
-    for _ in sys.stdin:
+    for wanted in itertools.chain([sys.argv[1]], sys.stdin):
         for node in [node for node in cluster.worker_nodes if node.dead_processes()]:
             cluster.remove_node(node, allow_graceful=False)
+        while len(cluster.worker_nodes) < int(wanted):
             cluster.add_node(num_cpus=1)
         say(cluster)
     cluster.shutdown()

@@ -23,7 +23,7 @@ from journeyman.labels.store import LabelStore
 from journeyman.models import Model
 from tests.benchmarks import tiny_teacher
 from tests.chaos import labeling
-from tests.chaos.labeling import KINDS, Killer, Labeling, engines, until
+from tests.chaos.labeling import KINDS, Command, Killer, engines, until
 
 SEED = int(os.environ.get("JOURNEYMAN_CHAOS_SEED") or random.randrange(10**6))
 WITHOUT_ENGINE = {"JOURNEYMAN_TEST_ENGINE": "stand_in", "JOURNEYMAN_TEST_COMMIT_S": "0.2"}
@@ -122,7 +122,7 @@ def disturb(
     witness = Witness(folder / "disturbed")
     ready: Callable[[], bool] = witness.progress if wait_for_progress else lambda: True
     started = time.monotonic()
-    run = Labeling(folder, *arguments)
+    run = Command(folder, "label", *arguments)
     killer = Killer(folder, nodes, run, random.Random(SEED), pause_s, ready, witness.look_after)
     try:
         until(lambda: (folder / "disturbed" / "labels" / "commits").exists())

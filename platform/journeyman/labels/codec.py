@@ -9,7 +9,7 @@ own. Left to Parquet's zstd, which has one table for all of them, the planes tak
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -72,6 +72,19 @@ class Codec:
                 f"{self.name}: vocab_size {self.vocab_size} must lie in 1 to 2**31, and k {self.k} "
                 "in 1 to 65535."
             )
+
+    @classmethod
+    def described(cls, manifest: Mapping[str, Any]) -> Codec:
+        """The codec that ``describe`` gave; raises DataError for one of a newer version."""
+        name, layout = manifest["name"], manifest.get("layout", _LAYOUT)
+        if name not in get_args(CodecName) or layout != _LAYOUT:
+            raise DataError(
+                f"the labels are written in the codec {name}, layout {layout}, and this version of "
+                f"Journeyman reads {', '.join(get_args(CodecName))}, layout {_LAYOUT}; install the "
+                "version that wrote them, or label again."
+            )
+        entries = manifest["draws" if name == "sampled" else "k"]
+        return cls(name=name, vocab_size=manifest["vocab_size"], k=entries)
 
     def encode(self, token_ids: np.ndarray, logprobs: np.ndarray) -> bytes:
         """One row's payload; raises DataError for what is no distribution over the vocabulary.

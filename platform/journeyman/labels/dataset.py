@@ -74,11 +74,12 @@ def check_corpus(labels_dir: str | Path, identity: dict[str, Any], corpus_dir: P
 
 
 def codec_of(manifest: dict[str, Any]) -> Codec | None:
-    """What the dataset's distributions are written in; None where it has none."""
+    """What the dataset's distributions are written in; None where it has none.
+
+    Raises DataError for a codec of a newer version.
+    """
     codec = manifest.get("codec")
-    return codec and Codec(
-        name=codec["name"], vocab_size=codec["vocab_size"], k=codec.get("k") or codec["draws"]
-    )
+    return codec and Codec.described(codec)
 
 
 def read(where: str | Path, *, filtered: bool = False) -> pa.Table:

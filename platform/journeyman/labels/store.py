@@ -88,10 +88,14 @@ class LabelStore:
         if manifest is None:
             path = self.folder.path(_MANIFEST)
             raise DataError(f"{path}: not found; run the step that writes it first.")
-        if manifest.get("schema") != SCHEMA_VERSION:
+        written = manifest.get("schema")
+        if written != SCHEMA_VERSION:
+            mend = self._begin_another()
+            if isinstance(written, int) and written > SCHEMA_VERSION:
+                mend = "Install the version of Journeyman that wrote it."
             raise DataError(
-                f"{self.where}: a label dataset of schema {manifest.get('schema')}, this version "
-                f"reads {SCHEMA_VERSION}. {self._begin_another()}"
+                f"{self.where}: a label dataset of schema {written}, this version reads "
+                f"{SCHEMA_VERSION}. {mend}"
             )
         return manifest
 

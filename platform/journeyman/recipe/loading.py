@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from journeyman.errors import RecipeError
 from journeyman.recipe.base import Section, digest
@@ -32,7 +32,9 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run.")
     output: str = Field(
-        "runs", description="Folder in which the run's folder, called by its name, is made."
+        "runs",
+        description="Folder in which the run's folder, called by its name, is made; on a cluster "
+        "on a disk that all nodes share. Labels alone may lie behind a URL: labels.destination.",
     )
     corpus: Corpus
     teacher: Teacher
@@ -82,6 +84,16 @@ class Recipe(Section):
         if isinstance(labels, dict) and "kind" not in labels:
             return data | {"labels": {"kind": "classes", **labels}}
         return data
+
+    @field_validator("output")
+    @classmethod
+    def _output_is_a_folder(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(
+                f"a folder, and {value} is a URL: mount it as a disk that all nodes share; labels "
+                "alone may lie behind a URL, which labels.destination takes"
+            )
+        return value
 
     @model_validator(mode="after")
     def _ensemble_of_classes(self) -> Recipe:

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from journeyman.errors import RecipeError
+from journeyman.errors import DataError, RecipeError
 from journeyman.labels import dataset
+from journeyman.labels.store import LabelStore
 from journeyman.models import Model
 from journeyman.recipe import Generate, Logits, Recipe
 from journeyman.student import trackers
@@ -164,6 +165,7 @@ def write_rows(
     own_tokens = as_text or aligns
     if all((rows_dir / split).exists() for split in splits):
         return
+    _check_labels(labels, recipe, None if as_text else teacher)
     token_rows.build(
         labels,
         corpus_dir,
@@ -190,3 +192,21 @@ def causal_load(recipe: Recipe, parent: Model, rows_dir: Path) -> Load:
         training=recipe.training,
         rows_dir=rows_dir,
     )
+
+
+def _check_labels(labels: str | Path, recipe: Recipe, teacher: Model | None) -> None:
+    """Raises DataError for a dataset of another kind, or not in the tokens of ``teacher``."""
+    identity = dataset.finished_manifest(LabelStore(labels))["identity"]
+    if identity["kind"] != recipe.labels.kind:
+        raise DataError(
+            f"{labels} holds labels of kind {identity['kind']}, and labels.kind is "
+            f"{recipe.labels.kind}; set labels.kind: {identity['kind']}, or label again with "
+            "journeyman label --new."
+        )
+    recorded = identity["teacher"]
+    if teacher and recorded.get("tokenizer") != teacher.tokenizer_digest:
+        raise DataError(
+            f"{labels} is in the tokens of {recorded.get('model', 'another teacher')}, and "
+            f"teacher.model, {teacher.reference}, has another tokenizer; name the teacher that "
+            "labeled, or label again with journeyman label --new."
+        )

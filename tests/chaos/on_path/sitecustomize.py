@@ -6,6 +6,8 @@ JOURNEYMAN_TEST_ENGINE=stand_in       that module's engine in place of ours
 JOURNEYMAN_TEST_DEADLY=TEXT           a row with this text kills the engine core, each time
 JOURNEYMAN_TEST_FATAL=TEXT            a row with this text kills its replica, each time
 JOURNEYMAN_TEST_COMMIT_S=SECONDS      between a shard's files and its commit
+JOURNEYMAN_TEST_STEP_S=SECONDS        before each optimizer step of a training
+JOURNEYMAN_TEST_RESIZE_S=SECONDS      between two looks for room for more training workers
 """
 
 import importlib
@@ -33,6 +35,22 @@ def _change_store(module):
     module.LabelStore._create = create_later
 
 
+def _change_steps(module):
+    seconds = float(os.environ.get("JOURNEYMAN_TEST_STEP_S", "0"))
+    take = module._step
+
+    def take_later(*arguments):
+        time.sleep(seconds)
+        return take(*arguments)
+
+    module._step = take_later
+
+
+def _change_resizing(module):
+    if seconds := os.environ.get("JOURNEYMAN_TEST_RESIZE_S"):
+        module.RESIZE_INTERVAL_S = float(seconds)
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     """Lets a module load as it is, then changes it."""
 
@@ -40,6 +58,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         self._changes = {
             "journeyman.teacher.engine": _change_engine,
             "journeyman.labels.store": _change_store,
+            "journeyman.student.worker": _change_steps,
+            "journeyman.student.loop": _change_resizing,
         }
 
     def find_spec(self, fullname, path, target=None):

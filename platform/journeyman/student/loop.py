@@ -91,6 +91,7 @@ def work_folder(out_dir: Path, inputs: str) -> Path:
 
 def _fit(task: Task, work: Path) -> State:
     """Run the workers to the end; what rank 0 returned, or its error raised."""
+    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
@@ -128,6 +129,12 @@ def _fit(task: Task, work: Path) -> State:
             f"{work}: training failed {training.max_failures + 1} times, the last time with "
             f"{str(error).strip().splitlines()[-1]}; mend that and start it again: it goes on from "
             "its last checkpoint."
+        ) from error
+    except RayActorError as error:  # of Ray Train's own controller: workers' are above
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ClusterError(
+            f"{work}: Ray lost the training ({first}), as it does where memory runs out or a node "
+            "goes away; start it again: it goes on from its last checkpoint."
         ) from error
     if isinstance(outcome, JourneymanError):
         raise outcome

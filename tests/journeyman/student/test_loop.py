@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from journeyman.errors import DataError
+from journeyman.errors import ClusterError, DataError
 from journeyman.models import Model
 from journeyman.student import checkpoints, export, loop, worker
 from journeyman.student.lesson import Task, prepare
@@ -294,3 +294,21 @@ def test_empty_split_is_named(empty: str, tiny_encoder: Model, tmp_path: Path) -
     )
     with pytest.raises(DataError, match=f"has no {empty} rows"):
         prepare(task, None, torch.device("cpu"))
+
+
+def test_a_controller_that_ray_loses_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import RayActorError
+
+    class Lost:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def fit(self) -> None:
+            raise RayActorError(error_msg="The actor died unexpectedly.\nmore of it")
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Lost)
+    claimed = checkpoints.Checkpoints.claim(tmp_path / "work")
+    task = Task(training=RECIPE.training, checkpoints=claimed, load=None)
+    with pytest.raises(ClusterError, match=r"work: Ray lost the training \(The actor died"):
+        loop._fit(task, tmp_path / "work")

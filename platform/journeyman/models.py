@@ -88,12 +88,14 @@ def resolve(reference: str, revision: str | None = None, cache: Path | None = No
 def teacher(settings: Teacher, cache: Path | None = None) -> Model:
     """The model of a recipe's teacher, its LoRA adapter included; raises ModelError.
 
-    Behind a URL there is no folder: its digests are of the URL and the name alone.
+    Behind a URL, or where a column has its words, there is no folder: its digests are of the URL or
+    the column and the name alone.
     """
-    if settings.url:
-        name = hashlib.sha256(f"{settings.url} {settings.model}".encode()).hexdigest()
+    if settings.gives_text_alone:
+        where = settings.url or f"column {settings.column}"
+        name = hashlib.sha256(f"{where} {settings.model}".encode()).hexdigest()
         return Model(
-            reference=f"{settings.model} at {settings.url}",
+            reference=f"{settings.model} at {where}",
             path=Path(),
             weights_digest=name,
             tokenizer_digest=name,

@@ -164,6 +164,8 @@ def _speed(run: RunFolder) -> list[SummaryRow]:
 def _sizes(run: RunFolder) -> list[SummaryRow]:
     student = sum(f.stat().st_size for f in run.path("train").glob("*.safetensors"))
     teacher = run.teacher.size_bytes
+    if not teacher:  # behind a URL, or in a column
+        return [SummaryRow(group="weights", name="student", value=_megabytes(student))]
     note = f"{teacher / student:.1f} times smaller"
     return [
         SummaryRow(group="weights", name="teacher", value=_megabytes(teacher)),

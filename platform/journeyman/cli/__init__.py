@@ -224,7 +224,7 @@ def _recipe_check(options: argparse.Namespace) -> int:
     quality.check(loaded.labels, has_gold=bool(loaded.corpus.columns.label))
     urls = corpus.source_urls(loaded.corpus)
     teacher = None
-    if not loaded.teacher.url:
+    if not loaded.teacher.gives_text_alone:
         teacher = models.resolve(loaded.teacher.model, loaded.teacher.revision)
     student = loaded.student and models.resolve(loaded.student.model, loaded.student.revision)
     if student:

@@ -43,7 +43,7 @@ def finish(
         {
             "complete": True,
             "recipe": recipe.hash,
-            "versions": {"vllm": None if teacher.url else engine.version()},
+            "versions": {"vllm": None if teacher.gives_text_alone else engine.version()},
             "shards": [s["name"] for s in corpus_manifest["shards"]],
             "splits": corpus_manifest["splits"],
             "totals": totals,

@@ -285,7 +285,7 @@ class _Run:
         recipe, n_shards = self._spec.recipe, len(self._work)
         in_flight = recipe.labels.shards_in_flight
         low, high = recipe.cluster.replicas.min, recipe.cluster.replicas.max
-        if self._spec.teacher.url:
+        if self._spec.teacher.gives_text_alone:
             low = high = 1  # one event loop keeps an API busy, and its rate limit is one
         packed = min(_SHARDS_PER_BLOCK, max(1, n_shards // _PACKED))
         items = [{"work": json.dumps(dataclasses.asdict(work))} for work in self._work]
@@ -335,7 +335,7 @@ def _resources(recipe: Recipe, teacher: Teacher) -> dict[str, Any]:
     """
     settings = recipe.cluster
     n_gpus = teacher.tensor_parallel_size * teacher.pipeline_parallel_size
-    if teacher.url:
+    if teacher.gives_text_alone:
         return {"num_cpus": settings.cpus_per_replica}
     if n_gpus > 1 and teacher.engine_args.get("distributed_executor_backend") == "ray":
         return {"num_cpus": 0, "ray_remote_args_fn": _PlacementGroup(recipe, n_gpus)}

@@ -27,6 +27,7 @@ from journeyman.teacher import tasks
 from journeyman.teacher.engine import Engine
 from journeyman.teacher.remote import RemoteTeacher
 from journeyman.teacher.tokens import entries
+from journeyman.teacher.written import Written
 
 _REPORT_INTERVAL_S = 0.5
 _STARTS = 3  # of an engine, at most
@@ -133,6 +134,9 @@ class Replica:
             remote = RemoteTeacher(self._spec.teacher)
             await remote.start()
             self._backend, task = remote, tasks.remote(labels, remote)
+            max_num_seqs = self._spec.teacher.max_num_seqs
+        elif self._spec.teacher.column:
+            self._backend, task = Written(), tasks.written(labels, self._spec.teacher.column)
             max_num_seqs = self._spec.teacher.max_num_seqs
         else:
             engine = Engine(self._spec.teacher, self._spec.model, draws=_draws(labels))

@@ -102,6 +102,26 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _column_holds_answers(self) -> Recipe:
+        column, labels = self.teacher.column, self.labels
+        if column is None:
+            return self
+        if column not in self.corpus.columns.meta:
+            raise ValueError(
+                f"teacher.column: {column} is no column of corpus.columns.meta "
+                f"({', '.join(self.corpus.columns.meta) or 'which is empty'}); add it there"
+            )
+        written = isinstance(labels, Generate) or (
+            isinstance(labels, Rationales) and labels.samples == 1 and not labels.classes
+        )
+        if not written:
+            raise ValueError(
+                "teacher.column holds one text a row: labels.kind must be generate, or rationales "
+                "with samples: 1 and without classes"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gold_is_there(self) -> Recipe:
         if self.training.gold_weight and not self.corpus.columns.label:
             raise ValueError("training.gold_weight needs gold labels: set corpus.columns.label")
@@ -138,10 +158,10 @@ class Recipe(Section):
     def _distributions_fit_the_divergence(self) -> Recipe:
         labels, training = self.labels, self.training
         if training.divergence == "uld":
-            if not isinstance(labels, Logits | Generate) or self.teacher.url:
+            if not isinstance(labels, Logits | Generate) or self.teacher.gives_text_alone:
                 raise ValueError(
                     "training.divergence: uld needs the teacher's distributions: labels.kind: "
-                    "logits or generate, of a teacher that is not behind a URL"
+                    "logits or generate, of a teacher that is neither behind a URL nor a column"
                 )
             if labels.codec == "sampled":
                 raise ValueError(
@@ -159,10 +179,10 @@ class Recipe(Section):
                 "training.on_policy needs prompts that the student answers: labels.kind: generate, "
                 f"got {self.labels.kind}"
             )
-        if self.teacher.url:
+        if self.teacher.gives_text_alone:
             raise ValueError(
                 "training.on_policy needs the teacher's distributions over the student's tokens, "
-                "which a teacher behind a URL does not give"
+                "which a teacher behind a URL or in a column does not give"
             )
         context, longest = self.teacher.max_model_len, self.training.on_policy.max_tokens
         if context and longest >= context:
@@ -204,10 +224,10 @@ class Recipe(Section):
                 "training.row_weight: confidence needs the teacher's largest probabilities, which "
                 "true draws do not hold: take labels.codec: topk_fp16"
             )
-        if isinstance(labels, Generate) and self.teacher.url:
+        if isinstance(labels, Generate) and self.teacher.gives_text_alone:
             raise ValueError(
                 "training.row_weight: confidence needs the answer's probability, which a teacher "
-                "behind a URL does not give"
+                "behind a URL does not give, nor a column"
             )
         return self
 

@@ -61,6 +61,11 @@ class Teacher(Section):
         description="Base URL of an OpenAI-compatible API (https://host/v1) that serves the "
         "teacher, instead of an engine of our own.",
     )
+    column: str | None = Field(
+        None,
+        description="Column of corpus.columns.meta with what the teacher wrote behind each row, "
+        "elsewhere and before: generate and rationales without an engine. model is its name then.",
+    )
     api_key_env: str = Field(
         "OPENAI_API_KEY", description="url: environment variable that holds the API key, if any."
     )
@@ -75,6 +80,18 @@ class Teacher(Section):
         "with growing pauses, or as long as Retry-After says."
     )  # fmt: skip
     price: Price = Field(default_factory=Price, description="What it costs.")
+
+    @property
+    def gives_text_alone(self) -> bool:
+        """Whether it is not an engine of ours, and so has neither tokens nor distributions."""
+        return bool(self.url or self.column)
+
+    @model_validator(mode="after")
+    def _column_is_read(self) -> Teacher:
+        if self.column and (self.url or self.lora):
+            raise ValueError("column holds what was written before; url and lora are for teachers "
+                             "that still have to write")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _url_runs_no_engine(self) -> Teacher:

@@ -47,8 +47,8 @@ def check_vocabulary(recipe: Recipe, parent: Model, teacher: Model) -> str:
     training, model = recipe.training, recipe.learner().model
     if recipe.learner().kind != "causal" or not isinstance(recipe.labels, Logits | Generate):
         return ""
-    other = "the teacher is behind a URL, which gives no tokens"
-    if not recipe.teacher.url:
+    other = "the teacher is behind a URL or in a column, which gives no tokens"
+    if not recipe.teacher.gives_text_alone:
         other = vocabulary.other_vocabulary(parent.path, teacher.path)
     if training.on_policy:
         _check_same_prompts(recipe, parent, teacher, other)

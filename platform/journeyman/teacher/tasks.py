@@ -81,6 +81,17 @@ def remote(labels: Labels, teacher: RemoteTeacher) -> Task:
     return rationales.RationaleTask(labels, tokens.RemoteSpeaker(labels, teacher), None)
 
 
+def written(labels: Labels, column: str) -> Task:
+    """The same for a teacher whose words a column holds."""
+    from journeyman.teacher import rationales, tokens
+    from journeyman.teacher.written import WrittenSpeaker
+
+    if isinstance(labels, Generate):
+        return tokens.GenerateTask(labels, WrittenSpeaker(labels, column))
+    assert isinstance(labels, Rationales)  # the recipe sees to it
+    return rationales.RationaleTask(labels, WrittenSpeaker(labels, column), None)
+
+
 def check_remote(labels: Labels) -> None:
     """Raises RecipeError where an OpenAI-compatible API cannot give what is asked."""
     lacking = {

@@ -16,14 +16,12 @@ from scipy.stats import binom
 
 from journeyman.certify.accuracy import drop_passes
 from journeyman.certify.certificate import GuaranteeKind, allowed_errors, check_target
-from journeyman.certify.selective import selective_walk
+from journeyman.certify.sequences import FAVOURED_SHARE
 from journeyman.errors import RecipeError
 
 # Of a threshold's true risk, as shares of alpha: what a plan shows if no rate is named.
 EXPECTED_SHARES = (0.0, 0.25, 0.5, 0.75)
 _MOST_ROWS = 1_000_000
-# The selective walk takes a second at 5,000 rows, and grows with their square.
-_MOST_WALKED_ROWS = 20_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +70,9 @@ def plan_rows(
     check_target(alpha, delta)
     if not 0 < chance < 1:
         raise RecipeError(f"--chance is {chance:g}, expected a share between 0 and 1.")
-    most = _MOST_WALKED_ROWS if kind == "selective_agreement" else _MOST_ROWS
     n = None
     if expected.rate - expected.gains < alpha:
-        n = _fewest(
-            lambda rows: chance_to_certify(kind, alpha, delta, expected, rows), chance, most
-        )
+        n = _fewest(lambda rows: chance_to_certify(kind, alpha, delta, expected, rows), chance)
     share = expected.coverage if kind == "selective_agreement" else 1.0
     return PlannedRows(expected=expected, n=n, errors=(n or 0) * share * expected.rate)
 
@@ -90,20 +85,21 @@ def chance_to_certify(
         k_star = allowed_errors(n, alpha, delta)
         return float(bdtr(k_star, n, expected.rate)) if k_star >= 0 else 0.0
     if kind == "selective_agreement":
+        # By the sequence, begun where calibrate rows have clear evidence.
         accepted = math.floor(expected.coverage * n)
-        passes_from = selective_walk(n, alpha, delta).passes_from
-        k_star = int((passes_from <= accepted).sum()) - 1
+        k_star = allowed_errors(accepted, alpha, FAVOURED_SHARE * delta)
         return float(bdtr(k_star, accepted, expected.rate)) if k_star >= 0 else 0.0
     return _chance_against_gold(alpha, delta, expected, n)
 
 
 def _chance_against_gold(alpha: float, delta: float, expected: Expected, n: int) -> float:
-    """By the test of the drop at all of delta; the certificate has at least nine tenths of it."""
+    """By the test of the drop along its sequence, at nine tenths of delta."""
+    level = FAVOURED_SHARE * delta
     either = expected.rate + expected.gains
     middle, spread = n * either, math.sqrt(n * either * (1 - either))
     low, high = max(0, math.floor(middle - 6 * spread)), min(n, math.ceil(middle + 6 * spread))
     counts = np.arange(low, high + 1)
-    most_losses = _most_losses(counts, n, alpha, delta)
+    most_losses = _most_losses(counts, n, alpha, level)
     share = expected.rate / either if either else 0.0
     passing = np.where(most_losses >= 0, binom.cdf(most_losses, counts, share), 0.0)
     return float((binom.pmf(counts, n, either) * passing).sum())
@@ -119,13 +115,13 @@ def _most_losses(counts: np.ndarray, n: int, alpha: float, delta: float) -> np.n
     return np.asarray(low)
 
 
-def _fewest(chance_of: Callable[[int], float], chance: float, most: int) -> int | None:
+def _fewest(chance_of: Callable[[int], float], chance: float) -> int | None:
     """By doubling and halving; to 2% where it is large, as the chance is jagged in n anyway."""
     high = 8
     while chance_of(high) < chance:
-        if high >= most:
+        if high >= _MOST_ROWS:
             return None
-        high = min(2 * high, most)
+        high = min(2 * high, _MOST_ROWS)
     low = high // 2 if high > 8 else 0
     while high - low > (1 if high < 1000 else high // 50):
         middle = (low + high) // 2

@@ -7,7 +7,7 @@ from scipy.stats import binom, binomtest
 from journeyman.certify.accuracy import drop_passes
 from journeyman.certify.certificate import certify_system_agreement, rows_needed
 from journeyman.certify.planning import Expected, chance_to_certify, plan_rows
-from journeyman.certify.selective import certify_selective_agreement
+from journeyman.certify.selective import SelectiveDesign, certify_selective_agreement
 from journeyman.cli import main
 from journeyman.errors import RecipeError
 from tests.conftest import DEMO
@@ -43,7 +43,15 @@ def test_chance_is_that_of_simulated_certificates():
         assert abs(count / draws - chance) < 0.06
 
     certified("system_agreement", certify_system_agreement, 0.08, 0.9)
-    certified("selective_agreement", certify_selective_agreement, 0.06, 0.8)
+    # One candidate, so that the sequence is that one test.
+    alone = SelectiveDesign(
+        thresholds=np.array([0.5]), sequence_share=0.9, min_agreements=0, coverage=0.8
+    )
+
+    def by_sequence(scores, differs, alpha, delta):
+        return certify_selective_agreement(scores, differs, alpha, delta, alone)
+
+    certified("selective_agreement", by_sequence, 0.06, 0.8)
 
 
 def test_chance_against_gold_is_that_of_every_outcome():
@@ -51,7 +59,7 @@ def test_chance_against_gold_is_that_of_every_outcome():
     expected = 0.0
     for either in range(n + 1):
         losses = np.arange(either + 1)
-        passing = drop_passes(losses, either - losses, n, alpha, DELTA)
+        passing = drop_passes(losses, either - losses, n, alpha, 0.9 * DELTA)
         given = binom.pmf(losses, either, rate / (rate + gains))[passing].sum()
         expected += binom.pmf(either, n, rate + gains) * given
     got = chance_to_certify("accuracy", alpha, DELTA, Expected(rate=rate, gains=gains), n)

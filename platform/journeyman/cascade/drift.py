@@ -162,4 +162,4 @@ def population_stability(expected: npt.ArrayLike, observed: npt.ArrayLike) -> fl
 def _bets(kind: GuaranteeKind, alpha: float) -> FloatArray:
     """Halving sizes, float64[b], the largest half of what keeps every factor positive."""
     largest = 1 / (1 + alpha) if kind == "accuracy" else 1 / alpha
-    return largest * 0.5 ** np.arange(1, _BETS + 1)
+    return np.asarray(largest * 0.5 ** np.arange(1, _BETS + 1), dtype=np.float64)

@@ -93,6 +93,8 @@ class _ProjectedLoss(torch.autograd.Function):
             for part in _parts(hidden, weight, chunk):
                 logits = _logits(hidden[part], projection, bias)
                 some = teacher.take(part) if teacher is not None else None
+                if some is not None and objective.divergence == "uld":
+                    some = _by_rank(some, logits)
                 losses[part], gradient = _in_place(
                     logits,
                     some,
@@ -150,8 +152,6 @@ def _in_place(
     """Each position's loss, float[c], and weights · its gradient, float[c, v], in the logits' own
     memory."""
     of_text = objective.cross_entropy if teacher is not None else 1.0
-    if teacher is not None and objective.divergence == "uld":
-        teacher = _by_rank(teacher, logits)
     smoothing = objective.label_smoothing if of_text else 0.0
     known = (targets >= 0).to(logits.dtype)
     target = targets.clamp_min(0).unsqueeze(-1)

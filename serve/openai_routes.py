@@ -34,6 +34,10 @@ from serve.openai_schema import (
 )
 from serve.schema import headers_of, probabilities_of, promise_of
 
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **errors.DESCRIBED,
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},  # with stream: true
+}
 _MODELS: tuple[Asked, ...] = ("cascade", "student", "teacher")
 
 
@@ -47,7 +51,7 @@ def routes(live: Live) -> APIRouter:
         """The cascade, and each of its two models alone."""
         return ModelList(data=[ModelCard(id=name, created=since) for name in _MODELS])
 
-    @router.post("/v1/chat/completions", responses=errors.DESCRIBED)
+    @router.post("/v1/chat/completions", responses=_RESPONSES)
     async def chat(request: ChatRequest, response: Response) -> Chat:
         """Classify a user's message; the label is the assistant's answer."""
         texts = [request.messages[0].text]
@@ -74,7 +78,7 @@ def routes(live: Live) -> APIRouter:
         response.headers.update(headers)
         return body
 
-    @router.post("/v1/completions", responses=errors.DESCRIBED)
+    @router.post("/v1/completions", responses=_RESPONSES)
     async def completions(request: CompletionRequest, response: Response) -> Completion:
         """Classify one prompt or several; the labels are the completions."""
         served = live.served(request.texts)

@@ -16,14 +16,14 @@ MAX_TOP_LOGPROBS = 20  # OpenAI's
 class Part(BaseModel):
     """A piece of a message's content."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
     text: str
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["user"] = Field(
         description="The cascade is certified for one prompt, which has a place for a user's text "
@@ -46,7 +46,7 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -59,7 +59,7 @@ class _Common(BaseModel):
     are taken, as clients send them by default, and change nothing.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: Asked
     stream: bool = False

@@ -21,7 +21,7 @@ Text = Annotated[str, Field(max_length=MAX_CHARACTERS, pattern=r"\S")]
 class ClassifyRequest(BaseModel):
     """One text or several, and who shall answer."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)] = Field(
         description=f"The text, or up to {MAX_TEXTS} of them, of at most {MAX_CHARACTERS} "

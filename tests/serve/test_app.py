@@ -1,11 +1,16 @@
 """The cascade over HTTP, as a client meets it: real Ray Serve, real vLLM, tiny models."""
 
 import asyncio
+import html
 import os
+import re
+import shutil
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
+from urllib.parse import urlencode
 
 import httpx
 import numpy as np
@@ -211,6 +216,27 @@ def test_texts_stay_out_of_serves_logs(cascade: Running):
     session = Path("/tmp/ray/session_latest/logs/serve")
     logs = [f for f in session.rglob("*.log") if f"{secret}" in f.read_text(errors="replace")]
     assert not logs
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page_asks_the_cascade_and_shows_who_answered_and_why(cascade: Running):
+    for text, by in ((cascade.run.accepted[0], "student"), (cascade.run.escalated[0], "teacher")):
+        page = subprocess.run(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+             "--virtual-time-budget=20000", f"{cascade.url}/?{urlencode({'text': text})}"],
+            capture_output=True, text=True, timeout=120, check=True,
+        ).stdout  # fmt: skip
+        [result] = cascade.results(text)
+        assert html.escape(result["label"]) in page
+        assert re.search(rf'<span class="who {by}" id="who">{by}</span>', page), page[-3000:]
+        assert f"margin {result['confidence']:.3f}; it may answer above" in page
+        assert re.search(r'id="by-student">[1-9]', page)
+        assert "Promised: the student answers and differs" in page
 
 
 # The last one: the engine needs its time to come back.

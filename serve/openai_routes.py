@@ -36,7 +36,7 @@ from serve.schema import headers_of, probabilities_of, promise_of
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     **errors.DESCRIBED,
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},  # with stream: true
+    200: {"content": {"text/event-stream": {}}},  # with stream: true
 }
 _MODELS: tuple[Asked, ...] = ("cascade", "student", "teacher")
 

@@ -7,7 +7,7 @@ from scipy.stats import binomtest
 from journeyman.certify.certificate import certify_system_agreement
 from journeyman.certify.guarantees import Outcomes, ScoredOutcomes
 from journeyman.certify.per_class import certify_each_class
-from journeyman.certify.selective import certify_selective_agreement
+from journeyman.certify.selective import certify_selective_agreement, design_selective
 
 DELTA = 0.1
 
@@ -35,11 +35,16 @@ def certified(kind, rng, n=600, alpha=0.1):
     return certify_each_class(kind, rows, rows, 3, alpha, DELTA), answers, scores, differs
 
 
+def selective_alone(scores, differs, alpha, delta):
+    design = design_selective(scores, differs, len(scores), alpha, delta)
+    return certify_selective_agreement(scores, differs, alpha, delta, design)
+
+
 @pytest.mark.parametrize(
     ("kind", "alone", "alpha"),
     [
         ("system_agreement", certify_system_agreement, 0.1),
-        ("selective_agreement", certify_selective_agreement, 0.3),
+        ("selective_agreement", selective_alone, 0.3),
     ],
 )
 def test_each_class_is_certified_on_its_own_rows_at_its_share_of_delta(kind, alone, alpha):

@@ -162,10 +162,11 @@ def trust_or_escalate(draw: Draw) -> np.ndarray:
     """
     top = draw.pool.top
     costs = np.maximum(draw.pool.costs(draw.promise), 0)
-    table = threshold_table(top[draw.certify], costs[draw.certify] > 0)
+    rising = draw.certify[np.argsort(top[draw.certify])]
     grid = np.linspace(1, 0, 5000)
-    at = np.array([table.index_at(np.nextafter(threshold, -1)) for threshold in grid])
-    accepted, errors = table.n_accepted[at], table.n_errors[at]
+    below = np.searchsorted(top[rising], grid, side="left")
+    from_top = np.append(np.cumsum(costs[rising][::-1])[::-1], 0)
+    accepted, errors = len(rising) - below, from_top[below].astype(float)
     kept = accepted >= _LEAST_ROWS
     grid, accepted, errors = grid[kept], accepted[kept], errors[kept]
     passes = bdtr(errors, accepted, draw.alpha) <= draw.delta

@@ -186,6 +186,7 @@ def write_dataset(
     codec: Codec | None = None,
     log_prior: Sequence[float] | None = None,
     complete: bool = True,
+    teacher: Mapping[str, str] = TEACHER,
 ) -> LabelStore:
     """``run/corpus`` and ``run/labels``, from corpus rows and what became of each."""
     corpus_digest = write_corpus(run / "corpus", [[source for source, _ in s] for s in shards])
@@ -194,7 +195,7 @@ def write_dataset(
         {
             "kind": labels.kind,
             "labels": labels.asked(),
-            "teacher": TEACHER,
+            "teacher": dict(teacher),
             "dtype": "float32",
             "corpus": corpus_digest,
         }

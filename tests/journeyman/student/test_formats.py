@@ -91,7 +91,9 @@ def causal_run(folder: Path, llama: Path) -> RunFolder:
         ids = tokenizer.encode(text)
         probabilities = made.distributions(len(ids) - 1, seed=i)
         shard.append((made.row(text, "calibrate"), made.logits(ids, probabilities)))
-    store = made.write_dataset(run.directory, run.recipe.labels, [shard], codec=made.TOP3)
+    store = made.write_dataset(
+        run.directory, run.recipe.labels, [shard], codec=made.TOP3, teacher=run.teacher.identity
+    )
     causal.load(llama).save_pretrained(run.path("train"))
     tokenizer.save_pretrained(run.path("train"))
     return finished(run, store.manifest()["digest"])
@@ -168,6 +170,7 @@ def test_exports_are_checked_and_weighed_on_held_out_rows(
         assert copy["bytes"] == (done.path / onnx.FILE).stat().st_size
         assert copy["rows_per_s"] > 0 and float32["rows_per_s"] > 0
         card = (done.path / "README.md").read_text()
+        assert f"## This copy: {'int8' if to == 'int8' else 'onnx, f32'}\n" in card
         assert card.startswith("# tiny: a student") and f"{copy['agreement']:.4f}" in card
         assert AutoTokenizer.from_pretrained(done.path).encode("w5")
         if to == "onnx":

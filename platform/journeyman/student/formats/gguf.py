@@ -5,7 +5,9 @@ The one place that knows the package ``gguf``.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,7 +198,8 @@ def read(path: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    with models.quiet():
+    # Its bar of tensors is tqdm's own, which transformers' logging (5.23) does not know.
+    with models.quiet(), contextlib.redirect_stderr(io.StringIO()):
         return AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,

@@ -68,6 +68,11 @@ class Exported:
     compared: Compared
 
     @property
+    def name(self) -> str:
+        """Such as ``onnx, f32`` or ``int8``."""
+        return ", ".join(dict.fromkeys((self.format, self.precision)))
+
+    @property
     def sides(self) -> tuple[Side, Side]:
         """The baseline, and the copy."""
         found = self.compared
@@ -79,7 +84,7 @@ class Exported:
                 measured=found.student,
             ),
             Side(
-                name=f"{self.format}, {self.precision}",
+                name=self.name,
                 n_bytes=self.size_bytes,
                 rows_per_s=found.copy_rows_per_s,
                 measured=found.copy,
@@ -264,7 +269,7 @@ def _card(done: Exported) -> str:
     """What is added to the student's own card."""
     heads, *rows = done.table()
     lines = [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
-    return f"""## This copy: {done.format}, {done.precision}
+    return f"""## This copy: {done.name}
 
 Written by Journeyman {journeyman.__version__}. {done.difference()}
 

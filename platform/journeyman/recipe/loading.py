@@ -157,17 +157,25 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _distributions_fit_the_divergence(self) -> Recipe:
         labels, training = self.labels, self.training
+        plain = training.divergence == "forward_kl" and training.temperature == 1
+        drawn = isinstance(labels, Logits | Generate) and labels.codec == "sampled"
         if training.divergence == "uld":
             if not isinstance(labels, Logits | Generate) or self.teacher.gives_text_alone:
                 raise ValueError(
                     "training.divergence: uld needs the teacher's distributions: labels.kind: "
                     "logits or generate, of a teacher that is neither behind a URL nor a column"
                 )
-            if labels.codec == "sampled":
+            if drawn:
                 raise ValueError(
                     "training.divergence: uld compares the likeliest tokens, which true draws do "
                     "not hold: take labels.codec: topk_fp16"
                 )
+        elif self.student and drawn and not plain:
+            raise ValueError(
+                "labels.codec: sampled estimates forward_kl at temperature 1, and nothing else "
+                "without bias: set training.divergence and temperature so, or take labels.codec: "
+                "topk_fp16"
+            )
         return self
 
     @model_validator(mode="after")

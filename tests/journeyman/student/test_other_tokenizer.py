@@ -183,9 +183,15 @@ def test_a_tokenizer_that_changes_the_text_is_a_sentence(tmp_path: Path) -> None
         ({"cross_entropy": 0.0}, {}, "give cross_entropy a share between 0 and 1, got 0"),
         ({"temperature": 2.0}, {}, "goes with temperature: 1 and tail: bucket"),
         ({}, {"codec": "sampled"}, "take labels.codec: topk_fp16"),
+        ({"divergence": "jsd"}, {"codec": "sampled"}, "estimates forward_kl at temperature 1"),
+        (
+            {"divergence": "forward_kl", "temperature": 2.0},
+            {"codec": "sampled"},
+            "estimates forward_kl at temperature 1",
+        ),
     ],
 )
-def test_what_cannot_be_sorted_is_refused(
+def test_what_the_record_cannot_give_is_refused(
     training: dict[str, object], labels: dict[str, object], why: str
 ) -> None:
     with pytest.raises(RecipeError, match=why):

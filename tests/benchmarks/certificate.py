@@ -4,7 +4,8 @@
     .venv/bin/python tests/benchmarks/certificate.py                     # 1,000 resplits, minutes
     .venv/bin/python tests/benchmarks/certificate.py --run runs/demo     # on your own run
 
-Pools are the demo's held-out rows (tests/benchmarks/demo_scores.npz) and synthetic ones: a good
+Pools are 800 rows that the student of a demo run with 400 labels did not learn from
+(tests/benchmarks/demo_scores.npz, written by --run RUN --write FILE), and synthetic ones: a good
 student, one that is far too sure of itself, and one whose confidence says nothing, with a risk just
 above the target. Each resplit draws calibrate and certify rows from the whole pool, with
 replacement, and the pool is the truth: half-and-half resplits would inflate the broken shares

@@ -46,7 +46,9 @@ def at_the_root() -> None:
 def ray_cluster() -> Iterator[None]:
     import ray
 
-    cluster.connect(recipe.Cluster())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RAY_ADDRESS", "local")  # never one that someone else runs here, and ends
+        cluster.connect(recipe.Cluster())
     yield
     ray.shutdown()
 

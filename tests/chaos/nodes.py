@@ -10,8 +10,12 @@ when its input does.
 
 import itertools
 import json
+import os
 import sys
+import tempfile
+import time
 
+from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
 # Ray takes 15 s by default to call a node dead that does not answer.
@@ -24,6 +28,13 @@ _HEALTH_CHECK = {
 
 
 def main() -> None:
+    # Its address is written there, and `ray.init` of anyone who names none would join it.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        os.environ["RAY_TMPDIR"] = folder
+        run()
+
+
+def run() -> None:
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -33,12 +44,19 @@ def main() -> None:
         },
     )
     for wanted in itertools.chain([sys.argv[1]], sys.stdin):
-        for node in [node for node in cluster.worker_nodes if node.dead_processes()]:
+        # No more than there are: then one has been killed, and may take a while to die.
+        while not (dead := dead_nodes(cluster)) and len(cluster.worker_nodes) >= int(wanted):
+            time.sleep(0.05)
+        for node in dead:
             cluster.remove_node(node, allow_graceful=False)
         while len(cluster.worker_nodes) < int(wanted):
             cluster.add_node(num_cpus=1)
         say(cluster)
     cluster.shutdown()
+
+
+def dead_nodes(cluster: Cluster) -> list[Node]:
+    return [node for node in cluster.worker_nodes if node.dead_processes()]
 
 
 def say(cluster: Cluster) -> None:

@@ -158,7 +158,7 @@ class Disturbed:
                 workers in (None, newest[0]["workers"])
             )  # fmt: skip
 
-        until(reached, 120, 0.01)
+        until(reached, 240, 0.01)
 
     def kill(self, kind: str) -> int:
         """SIGKILL one; returns the step that was the newest then."""

@@ -30,11 +30,9 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize("student", ["causal", pytest.param("classifier", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "killed",
-    ["driver", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("worker", "node"))],
-)
+@pytest.mark.slow  # a killed driver of a classifier is in student/test_loop.py, which is not
+@pytest.mark.parametrize("student", ["causal", "classifier"])
+@pytest.mark.parametrize("killed", ["driver", "worker", "node"])
 def test_a_training_that_is_killed_in_mid_epoch_ends_with_the_same_student(
     tmp_path: Path, killed: str, student: str
 ):

@@ -76,7 +76,7 @@ def test_bf16_is_float32_but_for_its_rounding(
     ("kind", "more"),
     [
         ("classifier", {}),
-        ("causal", {}),
+        pytest.param("causal", {}, marks=pytest.mark.slow),
         pytest.param("causal", {"activation_checkpointing": True}, marks=pytest.mark.slow),
     ],
 )

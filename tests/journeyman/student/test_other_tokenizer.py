@@ -53,6 +53,7 @@ def trained(
     return result, run / "student"
 
 
+@pytest.mark.slow
 def test_answers_are_learned_as_text_of_its_own(
     ray_cluster: None, tiny_llama: Model, bytes_llama: Model, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 
@@ -18,6 +19,9 @@ from journeyman.labels.replica import Counts, Replica, ReplicaSpec
 from journeyman.labels.store import LabelStore
 from journeyman.models import Model
 from journeyman.recipe import Recipe
+
+hypothesis.settings.register_profile("journeyman", deadline=None)  # no test asserts on wall time
+hypothesis.settings.load_profile("journeyman")
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "jobs" / "recipes" / "demo.yaml"

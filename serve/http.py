@@ -81,7 +81,7 @@ def api(live: Live, unready: Callable[[], str | None], keyring: Keyring | None =
     @app.get("/v1/bundle")
     async def show_bundle() -> dict[str, Any]:
         """The policy bundle, without its cost-quality curve."""
-        return bundle_card(live.served([]).bundle)
+        return bundle_card(live.bundle)
 
     @app.get("/v1/figures")
     async def show_figures() -> dict[str, Any]:

@@ -76,6 +76,11 @@ class Live:
         self._tasks: set[asyncio.Task[None]] = set()
         self.failure: str | None = None  # why what was asked for last does not answer
 
+    @property
+    def bundle(self) -> PolicyBundle:
+        """The one that answers; a candidate's stands in the figures."""
+        return self._main.bundle
+
     def served(self, texts: Sequence[str]) -> Served:
         """Who answers this request."""
         if self._candidate is None or self._tried is None or not self._chosen(texts):
@@ -89,7 +94,7 @@ class Live:
         """Of what answers, of what is tried, and what went wrong with a change."""
         tried = self._candidate
         return {
-            "bundle": self._main.bundle.bundle_id,
+            "bundle": self.bundle.bundle_id,
             **self._main.figures(),
             "candidate": None
             if tried is None or self._tried is None

@@ -135,6 +135,7 @@ def test_a_canary_answers_its_share_and_a_text_stays_with_one():
         by = [now(live, text) for text in texts]
         assert binomtest(by.count("b"), 2000, 0.2).pvalue > 0.001
         assert [now(live, text) for text in texts] == by
+        assert live.bundle.bundle_id == "a"
         assert live.figures()["candidate"] == {
             "bundle": "b", "mode": "canary", "share": 0.2, "of": "b",
         }  # fmt: skip

@@ -39,7 +39,8 @@ class Seen:
     """One text of the traffic, as it is kept.
 
     split: ``certify`` of audited texts, ``train`` of escalated ones; propensity: the probability
-    with which a text like this one gets into its split; received_at: seconds since 1970.
+    with which a text like this one gets into its split; answered_by: student, teacher, or nobody
+    where the request was refused; received_at: seconds since 1970.
     """
 
     text: str
@@ -79,6 +80,29 @@ def worth_keeping(
         )
         for i, (text, decision) in enumerate(zip(texts, decisions, strict=True))
         if audited[i] or i in escalated
+    ]
+
+
+def unanswered(
+    texts: Sequence[str], audited: Sequence[bool], audit_rate: float, bundle: str, now: float
+) -> list[Seen]:
+    """Audits of a request that was refused: without them those of bad times would be missing, and
+    the sample were fair no more. Who would have answered is not known."""
+    return [
+        Seen(
+            text=text,
+            split="certify",
+            escalated=False,
+            propensity=audit_rate,
+            label="",
+            answered_by="nobody",
+            confidence=None,
+            probabilities=[],
+            bundle=bundle,
+            received_at=now,
+        )
+        for text, is_audited in zip(texts, audited, strict=True)
+        if is_audited
     ]
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from journeyman.cascade.answering import Answers, Asked
-from journeyman.cascade.feedback import Journal, worth_keeping
+from journeyman.cascade.feedback import Journal, unanswered, worth_keeping
+from journeyman.cascade.refusals import DeadlinePassed, Overloaded, TeacherUnavailable
 
 
 class Answering(Protocol):
@@ -39,7 +40,12 @@ class Recording:
         if asked != "cascade":
             return await self._cascade.answer(texts, asked)
         audited = [self._coin.random() < self._audit_rate for _ in texts]  # before all else
-        answers = await self._cascade.answer(texts, asked)
+        try:
+            answers = await self._cascade.answer(texts, asked)
+        except (Overloaded, TeacherUnavailable, DeadlinePassed):
+            now = time.time()
+            self._journal.add(unanswered(texts, audited, self._audit_rate, self._bundle, now))
+            raise
         by_teacher = {i for i, d in enumerate(answers.decisions) if d.answered_by == "teacher"}
         self._journal.add(
             worth_keeping(

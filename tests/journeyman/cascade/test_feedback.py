@@ -20,6 +20,7 @@ from journeyman.cascade.answering import Answers
 from journeyman.cascade.feedback import Journal, Seen, worth_keeping
 from journeyman.cascade.policy import Decision
 from journeyman.cascade.recording import Recording
+from journeyman.cascade.refusals import TeacherUnavailable
 from journeyman.errors import ClusterError
 from journeyman.labels.folder import Folder
 
@@ -201,3 +202,23 @@ def test_traffic_is_recorded_with_the_audits_rate_and_all_that_was_escalated(tmp
         dict.fromkeys("abc", True)
     )
     assert {(row["split"], row["propensity"]) for row in rows} == {("train", 0.8), ("certify", 0.2)}
+
+
+def test_audits_of_requests_that_were_refused_are_kept_too(tmp_path: Path):
+    class Refusing:
+        async def answer(self, texts: list[str], asked: str = "cascade") -> Answers:
+            raise TeacherUnavailable("away")
+
+    journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=10**6, roll_s=600)
+    recording = Recording(Refusing(), journal, 0.5, "b", random.Random(0))
+
+    async def ask() -> None:
+        for _ in range(100):
+            with pytest.raises(TeacherUnavailable):
+                await recording.answer(["a", "b"])
+
+    asyncio.run(ask())
+    journal.close()
+    rows = read(tmp_path)
+    assert 60 < len(rows) < 140
+    assert {(row["split"], row["answered_by"]) for row in rows} == {("certify", "nobody")}

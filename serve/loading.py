@@ -10,11 +10,10 @@ from journeyman import files, models, recipe
 from journeyman.cascade import fitting
 from journeyman.certify import bundle as bundles
 from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify.step import RECIPE_FILE
 from journeyman.errors import BundleMismatch, DataError, RecipeError
 from journeyman.models import Model
 from journeyman.prompts import Prompt
-
-RECIPE_FILE = "recipe.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,12 @@ def routes(live: Live) -> APIRouter:
     router = APIRouter()
     since = int(time.time())
 
+    async def ask(
+        texts: list[str], request: ChatRequest | CompletionRequest
+    ) -> tuple[PolicyBundle, Answers]:
+        served = live.served(texts)
+        return served.bundle, await served.answering.answer(texts, request.model)
+
     @router.get("/v1/models")
     async def models() -> ModelList:
         """The cascade, and each of its two models alone."""
@@ -54,10 +60,7 @@ def routes(live: Live) -> APIRouter:
     @router.post("/v1/chat/completions", responses=_RESPONSES)
     async def chat(request: ChatRequest, response: Response) -> Chat:
         """Classify a user's message; the label is the assistant's answer."""
-        texts = [request.messages[0].text]
-        served = live.served(texts)
-        bundle = served.bundle
-        answers = await served.answering.answer(texts, request.model)
+        bundle, answers = await ask([request.messages[0].text], request)
         decision = answers.decisions[0]
         text = request.cut(decision.label)
         top = request.top_logprobs or 0
@@ -72,18 +75,15 @@ def routes(live: Live) -> APIRouter:
             system_fingerprint=bundle.bundle_id,
             journeyman=_note(answers, bundle, request.model),
         )
-        headers = headers_of(answers, bundle, request.model)
+        response.headers.update(headers_of(answers, bundle, request.model))
         if request.stream:
-            return _streamed(_chat_chunks(body, _with_usage(request)), headers)  # type: ignore[return-value]
-        response.headers.update(headers)
+            return _streamed(_chat_chunks(body, _with_usage(request)), response)  # type: ignore[return-value]
         return body
 
     @router.post("/v1/completions", responses=_RESPONSES)
     async def completions(request: CompletionRequest, response: Response) -> Completion:
         """Classify one prompt or several; the labels are the completions."""
-        served = live.served(request.texts)
-        bundle = served.bundle
-        answers = await served.answering.answer(request.texts, request.model)
+        bundle, answers = await ask(request.texts, request)
         body = Completion(
             id=f"cmpl-{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -103,10 +103,9 @@ def routes(live: Live) -> APIRouter:
             system_fingerprint=bundle.bundle_id,
             journeyman=_note(answers, bundle, request.model),
         )
-        headers = headers_of(answers, bundle, request.model)
+        response.headers.update(headers_of(answers, bundle, request.model))
         if request.stream:
-            return _streamed(_text_chunks(body, _with_usage(request)), headers)  # type: ignore[return-value]
-        response.headers.update(headers)
+            return _streamed(_text_chunks(body, _with_usage(request)), response)  # type: ignore[return-value]
         return body
 
     return router
@@ -157,15 +156,17 @@ def _with_usage(request: ChatRequest | CompletionRequest) -> bool:
     return bool(request.stream_options and request.stream_options.include_usage)
 
 
-def _streamed(chunks: list[dict[str, Any]], headers: Mapping[str, str]) -> StreamingResponse:
-    """Server-sent events, as OpenAI sends them."""
+def _streamed(chunks: list[dict[str, Any]], response: Response) -> StreamingResponse:
+    """Server-sent events, as OpenAI sends them, with the headers of the response they replace."""
 
     async def events() -> AsyncIterator[str]:
         for chunk in chunks:
             yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
         yield "data: [DONE]\n\n"
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers=dict(headers))
+    return StreamingResponse(
+        events(), media_type="text/event-stream", headers=dict(response.headers)
+    )
 
 
 def _chat_chunks(chat: Chat, with_usage: bool) -> list[dict[str, Any]]:

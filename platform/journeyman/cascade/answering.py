@@ -61,8 +61,8 @@ class Answers:
     """
 
     decisions: tuple[Decision, ...]
-    teacher_prompt_tokens: int
-    teacher_output_tokens: int
+    teacher_prompt_tokens: int = 0
+    teacher_output_tokens: int = 0
     void: frozenset[int] = frozenset()
 
 
@@ -93,17 +93,18 @@ class Cascade:
         async with self._before(deadline):
             decisions = await self._student.submit(texts)
         if asked == "student":
-            return _answers(student_answers(decisions))
+            return Answers(decisions=tuple(student_answers(decisions)))
         escalated = {i: d.student for i, d in enumerate(decisions) if isinstance(d, Escalation)}
         accepted = {i: d for i, d in enumerate(decisions) if isinstance(d, Decision)}
         if not escalated:
-            return _answers([accepted[i] for i in range(len(texts))])
+            return Answers(decisions=tuple(accepted[i] for i in range(len(texts))))
         try:
             return await self._with_teacher(texts, dict(escalated), accepted, deadline)
         except (Overloaded, TeacherUnavailable, DeadlinePassed):
             if self._settings.when_teacher_fails != "degrade":
                 raise
-            return _answers(student_answers(decisions), void=frozenset(escalated))
+            students = tuple(student_answers(decisions))
+            return Answers(decisions=students, void=frozenset(escalated))
 
     async def _with_teacher(
         self,
@@ -125,7 +126,11 @@ class Cascade:
             decisions[i] = self._policy.teacher_decision(label.class_logprobs, confidence)
             read += label.n_prompt_tokens
             written += label.n_output_tokens
-        return _answers([decisions[i] for i in range(len(texts))], read, written)
+        return Answers(
+            decisions=tuple(decisions[i] for i in range(len(texts))),
+            teacher_prompt_tokens=read,
+            teacher_output_tokens=written,
+        )
 
     async def _labels(
         self, texts: Sequence[str], deadline: float
@@ -194,17 +199,3 @@ async def _within(seconds: float, of_s: float, whose: str) -> AsyncIterator[None
             yield
     except TimeoutError as error:
         raise DeadlinePassed(f"no answer within {of_s:g} s, the deadline of {whose}.") from error
-
-
-def _answers(
-    decisions: Sequence[Decision],
-    prompt_tokens: int = 0,
-    output_tokens: int = 0,
-    void: frozenset[int] = frozenset(),
-) -> Answers:
-    return Answers(
-        decisions=tuple(decisions),
-        teacher_prompt_tokens=prompt_tokens,
-        teacher_output_tokens=output_tokens,
-        void=void,
-    )

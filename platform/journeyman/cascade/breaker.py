@@ -58,7 +58,3 @@ class Breaker:
 
     def abandoned(self) -> None:
         self._probe_since = None
-
-    def open_until(self, moment: float) -> None:
-        """Another replica found the teacher failing: stay open at least so long."""
-        self._open_until = max(moment, self._open_until or moment)

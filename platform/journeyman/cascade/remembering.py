@@ -32,11 +32,7 @@ class Remembering:
         found = [self._recall(key) for key in keys]
         missing = [i for i, decision in enumerate(found) if decision is None]
         if not missing:
-            return Answers(
-                decisions=tuple(d for d in found if d),
-                teacher_prompt_tokens=0,
-                teacher_output_tokens=0,
-            )
+            return Answers(decisions=tuple(d for d in found if d))
         try:
             fresh = await self._inner.answer([texts[i] for i in missing])
         except TextRefused as refusal:

@@ -17,6 +17,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 CODE := $(foreach folder,platform/journeyman jobs serve,$(if $(wildcard $(folder)/*.py),$(folder)))
 ARGS ?=
+RECIPE ?= demo
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3)
 
 help:  ## show this list
@@ -25,8 +26,8 @@ help:  ## show this list
 setup: $(INSTALLED)  ## make .venv with the pinned packages and journeyman itself (LOCK=requirements/cpu.txt chooses)
 	@echo "Ready: .venv has the packages of $(LOCK) and journeyman"
 
-demo: $(INSTALLED)  ## distil, certify and serve the demo's small models on this machine (ARGS= is passed on)
-	@.venv/bin/journeyman run jobs/recipes/demo.yaml $(ARGS)
+demo: $(INSTALLED)  ## distil, certify and serve small models on this machine (RECIPE=policy: another of jobs/recipes/)
+	@.venv/bin/journeyman run jobs/recipes/$(RECIPE).yaml $(ARGS)
 
 test: $(INSTALLED)  ## run the tests but those marked slow (ARGS= goes to pytest)
 	@.venv/bin/python -m pytest -m "not slow" $(ARGS)

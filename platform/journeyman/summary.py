@@ -20,6 +20,7 @@ from journeyman.labels.dataset import ClassRows
 from journeyman.labels.store import LabelStore
 from journeyman.report import comparison
 from journeyman.report.data import ReportData, SummaryRow, TestRows
+from journeyman.report.detection import detections
 from journeyman.report.measure import Measured, measure
 from journeyman.report.verdict import percent, served_guarantee, share
 from journeyman.run_folder import RunFolder
@@ -38,7 +39,8 @@ def report_data(run: RunFolder) -> ReportData:
         labels=rows.labels,
         label_histogram=corpus.read_manifest(run.path("prepare"))["labels"],
         teacher_histogram={label: answers[label] for label in rows.labels},
-        summary=summary(run, measure(test), bundle, rows),
+        summary=summary(run, test, bundle),
+        positive=run.recipe.report.positive,
         training=files.read_json_lines(run.path("train") / "training.jsonl"),
         bundle=bundle,
         test=test,
@@ -46,12 +48,12 @@ def report_data(run: RunFolder) -> ReportData:
     )
 
 
-def summary(
-    run: RunFolder, measured: Measured, bundle: PolicyBundle, rows: ClassRows
-) -> list[SummaryRow]:
+def summary(run: RunFolder, test: TestRows, bundle: PolicyBundle) -> list[SummaryRow]:
     """The closing table: quality on test rows, the promise, speed, sizes, and what it took."""
+    measured = measure(test)
     return [
-        *_quality(measured, rows),
+        *_quality(measured, test),
+        *_detection(test, bundle.label_names, run.recipe.report.positive),
         *_promise(measured, bundle),
         *_speed(run),
         *_sizes(run),
@@ -98,12 +100,11 @@ def _test_rows(rows: ClassRows, bundle_dir: Path, bundle: PolicyBundle) -> TestR
     )
 
 
-def _quality(measured: Measured, rows: ClassRows) -> list[SummaryRow]:
+def _quality(measured: Measured, test: TestRows) -> list[SummaryRow]:
     agreement = 1 - measured.n_differs / measured.n
     lines = [("student agrees with teacher", f"{agreement:.3f}", "answering everything")]
     if gold := measured.gold:
-        known = rows.split("test").gold
-        majority = np.bincount(known[known >= 0]).max() / gold.n
+        majority = np.bincount(test.gold[test.has_gold]).max() / gold.n
         lines = [
             ("teacher accuracy", f"{gold.teacher / gold.n:.3f}", f"majority class {majority:.3f}"),
             ("student accuracy", f"{gold.student / gold.n:.3f}", ""),
@@ -112,6 +113,20 @@ def _quality(measured: Measured, rows: ClassRows) -> list[SummaryRow]:
         ]
     group = f"quality, {measured.n:,} test rows"
     return [SummaryRow(group=group, name=n, value=v, note=note) for n, v, note in lines]
+
+
+def _detection(test: TestRows, labels: Sequence[str], positive: str | None) -> list[SummaryRow]:
+    if positive is None:
+        return []
+    return [
+        SummaryRow(
+            group=f"finding {positive}, {found.there:,} of the test rows",
+            name=f"{found.who} precision, recall",
+            value=f"{found.precision:.3f}, {found.recall:.3f}",
+            note=f"balanced accuracy {found.balanced_accuracy:.3f}",
+        )
+        for found in detections(test, list(labels).index(positive))
+    ]
 
 
 def _promise(measured: Measured, bundle: PolicyBundle) -> list[SummaryRow]:

@@ -133,7 +133,10 @@ def _labels(manifest: Mapping[str, Any]) -> str:
             blocks.append(f"{name}:\n\n{_fenced(text)}\n")
     classes = asked.pop("classes", None)
     if classes:
-        rows = [[f"`{label}`", words] for label, words in dict(classes).items()]
+        rows = [
+            [f"`{label}`", words if isinstance(words, str) else "; ".join(words)]
+            for label, words in dict(classes).items()
+        ]
         blocks.append("Classes, in the order of `class_logprobs`:\n\n"
                       + _table(["label", "words"], rows))  # fmt: skip
     facts = {

@@ -62,7 +62,7 @@ def complete(store: LabelStore, recipe: Recipe) -> dict[str, Any]:
     # An ensemble's teachers had their priors corrected one by one.
     corrected = manifest["log_prior"] is not None or "members" in manifest["identity"]
     if isinstance(labels, Classes) and labels.prior_correction == "batch" and not corrected:
-        store.finish({"log_prior": _log_prior(store)})
+        store.finish({"log_prior": _log_prior(store, labels)})
     manifest = store.finish(quality.apply(store, store.manifest(), recipe))
     store.compact()
     store.remove_orphans()
@@ -70,7 +70,7 @@ def complete(store: LabelStore, recipe: Recipe) -> dict[str, Any]:
     return manifest
 
 
-def _log_prior(store: LabelStore) -> list[float]:
+def _log_prior(store: LabelStore, labels: Classes) -> list[float]:
     import pyarrow.compute as pc
 
     table = dataset.read(store.where, filtered=True)
@@ -81,7 +81,9 @@ def _log_prior(store: LabelStore) -> list[float]:
             "labels.prior_correction: none, or give corpus.splits some train rows."
         )
     rows = np.array(train["class_logprobs"].to_pylist())
-    return [float(v) for v in prior.fit_log_prior(rows)]
+    known = labels.class_shares
+    shares = None if known is None else np.array([known[label] for label in labels.classes])
+    return [float(v) for v in prior.fit_log_prior(rows, shares)]
 
 
 def _check(commit: Commit | None, shard: dict[str, Any], store: LabelStore) -> None:

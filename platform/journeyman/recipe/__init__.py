@@ -18,6 +18,7 @@ from journeyman.recipe.labels import (
     TokenLabels,
 )
 from journeyman.recipe.loading import Recipe, load, parse
+from journeyman.recipe.report import Report
 from journeyman.recipe.serving import Breaker, Cascade, Certify, Feedback
 from journeyman.recipe.student import Lora, OnPolicy, RowWeight, Student, Training
 from journeyman.recipe.teacher import Price, Teacher
@@ -42,6 +43,7 @@ __all__ = [
     "Price",
     "Rationales",
     "Recipe",
+    "Report",
     "RowWeight",
     "Section",
     "Split",

@@ -97,6 +97,9 @@ _NOT_ASKED = {
 _LATER: dict[str, Any] = {"chat": False, "system": None, "examples": (), "tokens": None}
 
 
+_SHARES = "class_shares"
+
+
 class _Chat(Section):
     chat: bool = Field(
         False,
@@ -240,9 +243,10 @@ class Classes(_Asked):
     """The teacher's distribution over label words."""
 
     kind: Literal["classes"] = "classes"
-    classes: dict[str, str] = Field(
+    classes: dict[str, str | tuple[str, ...]] = Field(
         min_length=2,
-        description="Label (as in the gold column) to the words that name it in the prompt.",
+        description="Label (as in the gold column) to the words that name it in the prompt; with "
+        "channel scoring also a list of wordings, of which the label is an even mixture.",
     )
     scoring: Literal["direct", "verbalizer", "channel"] = Field(
         "direct",
@@ -259,18 +263,60 @@ class Classes(_Asked):
         description="batch: divide by the mean class probability over train rows (Batch "
         "Calibration, Zhou et al. 2024).",
     )
+    class_shares: dict[str, Annotated[float, Field(gt=0, lt=1)]] | None = Field(
+        None,
+        description="How often each label is known to occur, where not all are as frequent: the "
+        "correction then makes the teacher's mean probabilities over train rows these shares.",
+    )
 
     def templates(self) -> dict[str, str]:
         return {"labels.prompt": self.prompt, "labels.target": self.target}
+
+    def wordings(self) -> tuple[tuple[str, ...], ...]:
+        """The words of each label, one wording or several."""
+        return tuple((w,) if isinstance(w, str) else w for w in self.classes.values())
+
+    def one_wording(self) -> dict[str, str]:
+        """Label to its words, for scorings that take one wording of each."""
+        return {label: words[0] for label, words in zip(self.classes, self.wordings(), strict=True)}
+
+    def asked(self) -> dict[str, Any]:
+        # Datasets that were made before there was this setting are the same without it.
+        asked = super().asked()
+        return asked if self.class_shares else {k: v for k, v in asked.items() if k != _SHARES}
 
     @model_validator(mode="after")
     def _prompt_fits_scoring(self) -> Classes:
         if self.scoring == "channel" and "label" not in self.prompt:
             raise ValueError("prompt must name {{ label }} when scoring is channel")
-        if self.scoring != "channel" and len(set(self.classes.values())) < len(self.classes):
+        for label, words in zip(self.classes, self.wordings(), strict=True):
+            if not words:
+                raise ValueError(f"classes.{label} is an empty list; give it one wording at least")
+            if self.scoring != "channel" and len(words) > 1:
+                raise ValueError(
+                    f"classes.{label} has {len(words)} wordings, and scoring: {self.scoring} takes "
+                    "one; scoring: channel takes several"
+                )
+        if self.scoring != "channel" and len(set(self.wordings())) < len(self.classes):
             raise ValueError("classes must have label words that differ from one another")
         if self.scoring == "channel" and self.chat:
             raise ValueError("chat does not go with scoring: channel; write the turns into prompt")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_are_of_the_classes(self) -> Classes:
+        if self.class_shares is None:
+            return self
+        if set(self.class_shares) != set(self.classes):
+            raise ValueError(
+                f"class_shares must name each label of classes ({', '.join(self.classes)}), got "
+                f"{', '.join(self.class_shares)}"
+            )
+        total = sum(self.class_shares.values())
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"class_shares must add up to 1, got {total:g}")
+        if self.prior_correction == "none":
+            raise ValueError("class_shares goes with prior_correction: batch")
         return self
 
 

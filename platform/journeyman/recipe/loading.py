@@ -15,6 +15,7 @@ from journeyman.recipe.base import Section, digest
 from journeyman.recipe.cluster import Cluster
 from journeyman.recipe.corpus import Corpus
 from journeyman.recipe.labels import Classes, Generate, Labels, Logits, Rationales
+from journeyman.recipe.report import Report
 from journeyman.recipe.serving import Cascade, Certify
 from journeyman.recipe.student import Student, Training
 from journeyman.recipe.teacher import Teacher
@@ -51,6 +52,7 @@ class Recipe(Section):
     certify: Certify = Field(default_factory=Certify)
     cascade: Cascade = Field(default_factory=Cascade)
     cluster: Cluster = Field(default_factory=Cluster)
+    report: Report = Field(default_factory=Report)
 
     @property
     def run_dir(self) -> Path:
@@ -152,6 +154,17 @@ class Recipe(Section):
                 near = difflib.get_close_matches(label, self.labels.classes, n=1)
                 hint = f"did you mean {near[0]}" if near else "labels.classes has them"
                 raise ValueError(f"training.class_weight.{label} is no label; {hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _positive_is_a_label(self) -> Recipe:
+        positive = self.report.positive
+        known = self.labels.classes if isinstance(self.labels, Classes) else {}
+        if positive is not None and positive not in known:
+            raise ValueError(
+                f"report.positive: {positive} is no label; labels.classes has "
+                f"{', '.join(known) or 'none'}"
+            )
         return self
 
     @model_validator(mode="after")

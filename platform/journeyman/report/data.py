@@ -109,6 +109,7 @@ class ReportData:
             `kind: evaluation` with `step` and what `student.learner.Measured` has.
         bundle: the policy bundle that the run certified.
         test: the rows that nothing was fitted, chosen or certified on.
+        positive: the label that the job is about finding, if any.
         compared: students of several runs, this one's among them; empty if none were compared.
     """
 
@@ -122,6 +123,7 @@ class ReportData:
     training: Sequence[TrainingRecord]
     bundle: PolicyBundle
     test: TestRows
+    positive: str | None = None
     compared: Sequence[ComparedStudent] = ()
 
     @property

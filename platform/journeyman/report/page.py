@@ -16,6 +16,7 @@ from markupsafe import Markup
 from journeyman import files
 from journeyman.report import examples, figures, style, tables
 from journeyman.report.data import ReportData, SummaryRow
+from journeyman.report.detection import Detection, detections
 from journeyman.report.figures import Figure
 from journeyman.report.measure import measure
 from journeyman.report.verdict import served_guarantee, verdict
@@ -72,6 +73,7 @@ def _words_and_tables(data: ReportData) -> dict[str, Any]:
     return {
         "verdict": verdict(measured, data.bundle),
         "accuracies": tables.accuracies(measured),
+        "detection": tables.detection(_detections(data), data.positive),
         "guarantees": tables.guarantees(data.bundle, curve, gold_curve),
         "class_guarantees": tables.class_guarantees(data.bundle),
         "cost_table": tables.cost_quality(curve, gold_curve, served_guarantee(data.bundle)),
@@ -87,6 +89,10 @@ def _words_and_tables(data: ReportData) -> dict[str, Any]:
         ],
         "example_groups": examples.pick(data.test, data.labels),
     }
+
+
+def _detections(data: ReportData) -> tuple[Detection, ...]:
+    return detections(data.test, data.labels.index(data.positive)) if data.positive else ()
 
 
 def _grouped(summary: Sequence[SummaryRow]) -> list[tuple[str, list[SummaryRow]]]:

@@ -15,6 +15,7 @@ from journeyman.certify.thresholds import read_threshold
 from journeyman.probabilities import expected_calibration_error
 from journeyman.report.comparison import ComparedStudent
 from journeyman.report.data import IntArray, TestRows, TrainingRecord
+from journeyman.report.detection import Detection
 from journeyman.report.measure import Measured
 from journeyman.report.plots import RELIABILITY_BINS
 from journeyman.report.verdict import percent
@@ -59,6 +60,26 @@ def accuracies(measured: Measured) -> Table | None:
                 ("student alone", gold.student, 0.0),
                 ("cascade", gold.cascade, escalated),
             )
+        ),
+    )
+
+
+def detection(found: Sequence[Detection], positive: str | None) -> Table | None:
+    """Precision and recall of one label; None where the job is about none."""
+    if not found or positive is None:
+        return None
+    return Table(
+        caption=f"Finding {positive}, which {found[0].there:,} test rows are by gold; exact 95% "
+        "intervals. Balanced accuracy is the mean over labels of the share answered right.",
+        columns=("who answers", "precision", "interval", "recall", "interval", "balanced accuracy"),
+        rows=tuple(
+            (
+                one.who,
+                *_rate_and_interval(one.found, one.said),
+                *_rate_and_interval(one.found, one.there),
+                f"{one.balanced_accuracy:.1%}",
+            )
+            for one in found
         ),
     )
 
@@ -330,6 +351,10 @@ def _interval(count: int, n: int) -> str:
     """Exact two-sided 95% interval (Clopper and Pearson)."""
     low = 1 - clopper_pearson_upper(n - count, n, 0.025)
     return f"{low:.1%} to {clopper_pearson_upper(count, n, 0.025):.1%}"
+
+
+def _rate_and_interval(count: int, n: int) -> tuple[str, str]:
+    return (f"{count / n:.1%}", _interval(count, n)) if n else (NOTHING, NOTHING)
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> str:

@@ -28,7 +28,7 @@ class ClassTask:
     def __init__(self, labels: Classes, engine: Scorer) -> None:
         """Raises RecipeError where label words do not fit the scoring."""
         self.labels = tuple(labels.classes)
-        self._words = tuple(labels.classes.values())
+        self._wordings = labels.wordings()
         self._engine = engine
         self._prompting = prompting(labels)
         self._target = Prompting(labels.target, where="labels.target")
@@ -40,14 +40,13 @@ class ClassTask:
             "channel": self._channel,
         }[labels.scoring]
         self._channeled = labels.scoring == "channel"
-        one_each = labels.scoring != "direct"
-        self.requests_per_row = (
-            len(self.labels) if one_each else -(-len(self.labels) // _ROW_REQUESTS_PER_LABELS)
-        )
+        n_words = sum(map(len, self._wordings))
+        asked_at_once = _ROW_REQUESTS_PER_LABELS if labels.scoring == "direct" else 1
+        self.requests_per_row = -(-n_words // asked_at_once)
         if labels.scoring == "direct":
-            self._word_ids = _single_tokens(engine.tokenizer, labels.classes)
+            self._word_ids = _single_tokens(engine.tokenizer, labels.one_wording())
         elif labels.scoring == "verbalizer":
-            self._phrases = phrases(engine.tokenizer, labels.classes)
+            self._phrases = phrases(engine.tokenizer, labels.one_wording())
 
     async def run(self, row: Mapping[str, Any], seed: int = 0) -> ClassLabels:
         return await self._score(row)
@@ -88,11 +87,12 @@ class ClassTask:
 
     async def _channel(self, row: Mapping[str, Any]) -> ClassLabels:
         """P(label | text) under a uniform prior, from log P(text | label) (Min et al. 2022)."""
-        prompts = [self._channel_prompt(row, words) for words in self._words]
+        prompts = [self._channel_prompt(row, words) for own in self._wordings for words in own]
         scores = await asyncio.gather(
             *(self._engine.score_target(ids, start) for ids, start, _ in prompts)
         )
         loglik = np.array([score.logprobs.sum(dtype=np.float64) for score in scores])
+        loglik = mixtures(loglik, [len(own) for own in self._wordings])
         return ClassLabels(
             class_logprobs=normalised(loglik)[0],
             label_mass=None,
@@ -124,7 +124,7 @@ class RemoteClassTask:
 
     def __init__(self, labels: Classes, teacher: RemoteTeacher) -> None:
         self.labels = tuple(labels.classes)
-        self._words = tuple(labels.classes.values())
+        self._words = tuple(labels.one_wording().values())
         self._prompting = prompting(labels)
         self._teacher = teacher
 
@@ -166,6 +166,15 @@ async def score_phrases(
     )
     loglik = np.array([score.logprobs.sum(dtype=np.float64) for score in scores])
     return loglik, sum(score.n_cached_tokens for score in scores)
+
+
+def mixtures(loglik: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """float64[c]: log of each label's mean likelihood over its wordings.
+
+    loglik: float64[sum(sizes)], the wordings of each label one behind the other.
+    """
+    ends = np.cumsum(sizes)[:-1]
+    return np.array([np.logaddexp.reduce(own) - np.log(len(own)) for own in np.split(loglik, ends)])
 
 
 def normalised(loglik: np.ndarray) -> tuple[np.ndarray, float]:

@@ -78,6 +78,22 @@ def test_channel_scores_equal_a_float32_forward_pass(replica: Replica, reference
     assert got.label_mass is None
 
 
+def test_several_wordings_of_a_label_are_an_even_mixture(replica: Replica, reference):
+    tokenizer = reference[1]
+    wordings = {"a": ["their money", "general knowledge", "anything"], "b": "cooking"}
+    target = plain(tokenizer, TEXTS[0])
+
+    def likelihood(words: str) -> float:
+        context = tokenizer.encode(f"About {words}:\n", add_special_tokens=False)
+        return sequence_logprob(reference, context, target)
+
+    a = torch.tensor([likelihood(words) for words in wordings["a"]]).double()
+    expected = log_softmax([a.logsumexp(0).item() - np.log(3), likelihood("cooking")])
+    labels = classes(replica, classes=wordings, prompt="About {{ label }}:\n")
+    got = run(replica, labels, TEXTS[0])
+    np.testing.assert_allclose(got.class_logprobs, expected, atol=ATOL)
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_direct_scores_equal_a_full_softmax_restricted_to_the_label_words(
     replica: Replica, reference, text: str

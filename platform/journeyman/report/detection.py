@@ -1,0 +1,63 @@
+"""How well one label is found: precision and recall of teacher, student and cascade, by gold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from journeyman.report.data import BoolArray, TestRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detection:
+    """Rows with gold, by who answers.
+
+    Attributes:
+        who: teacher, student or cascade.
+        found: rows of the label that are answered so.
+        said: rows that are answered so.
+        there: rows of the label.
+        balanced_accuracy: mean over the labels that gold has of the share answered right.
+    """
+
+    who: str
+    found: int
+    said: int
+    there: int
+    balanced_accuracy: float
+
+    @property
+    def precision(self) -> float:
+        """0 where nothing is said to be of the label."""
+        return self.found / max(self.said, 1)
+
+    @property
+    def recall(self) -> float:
+        """0 where no row is of the label."""
+        return self.found / max(self.there, 1)
+
+
+def detections(rows: TestRows, positive: int) -> tuple[Detection, ...]:
+    """Of the label with this number; none where no test row has gold."""
+    known = rows.has_gold
+    if not known.any():
+        return ()
+    cascade = np.where(rows.accepted, rows.student_answer, rows.teacher_answer)
+    answers = {"teacher": rows.teacher_answer, "student": rows.student_answer, "cascade": cascade}
+    is_there = (rows.gold == positive) & known
+    return tuple(
+        Detection(
+            who=who,
+            found=int(((answer == positive) & is_there).sum()),
+            said=int(((answer == positive) & known).sum()),
+            there=int(is_there.sum()),
+            balanced_accuracy=_balanced_accuracy(rows, answer == rows.gold),
+        )
+        for who, answer in answers.items()
+    )
+
+
+def _balanced_accuracy(rows: TestRows, right: BoolArray) -> float:
+    labels = np.unique(rows.gold[rows.has_gold])
+    return float(np.mean([right[rows.gold == label].mean() for label in labels]))

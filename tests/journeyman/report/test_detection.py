@@ -1,0 +1,44 @@
+"""Precision and recall, counted by hand."""
+
+import numpy as np
+
+from journeyman.report.data import TestRows
+from journeyman.report.detection import detections
+from journeyman.report.page import render
+from tests.journeyman.report.synthetic import report_data
+
+HAM, SPAM = 0, 1
+# gold, teacher's answer, student's answer, whether the student answers
+ROWS = [
+    (SPAM, SPAM, SPAM, True), (SPAM, SPAM, HAM, True), (SPAM, HAM, SPAM, False),
+    (HAM, SPAM, HAM, True), (HAM, HAM, HAM, False), (HAM, HAM, SPAM, True),
+    (-1, SPAM, SPAM, True),
+]  # fmt: skip
+
+
+def made_rows():
+    gold, teacher, student, accepted = (np.array(column) for column in zip(*ROWS, strict=True))
+    return TestRows(
+        ids=[str(i) for i in range(len(ROWS))],
+        texts=["a text"] * len(ROWS),
+        gold=gold,
+        teacher=np.eye(2)[teacher],
+        student=np.eye(2)[student],
+        confidence=accepted.astype(float),
+        accepted=accepted.astype(bool),
+    )
+
+
+def test_each_answerer_has_its_own_counts_over_rows_with_gold():
+    teacher, student, cascade = detections(made_rows(), SPAM)
+    assert (teacher.found, teacher.said, teacher.there) == (2, 3, 3)
+    assert (teacher.precision, teacher.recall) == (2 / 3, 2 / 3)
+    assert (student.found, student.said) == (2, 3)
+    assert (cascade.found, cascade.said, cascade.recall) == (1, 2, 1 / 3)
+    np.testing.assert_allclose(cascade.balanced_accuracy, (1 / 3 + 2 / 3) / 2)
+
+
+def test_the_page_shows_them_where_the_recipe_names_a_label():
+    html, _ = render(report_data(positive="travel"))
+    assert "Finding travel, which" in html
+    assert "Finding" not in render(report_data())[0]

@@ -79,7 +79,9 @@ def build(bundle_dir: Path) -> Application:
     )
     spec = IngressSpec(loaded=loaded, keys=_keys(cascade.api_keys))
     settings = loaded.recipe
-    teacher = teacher_deployment.bind(settings.teacher, settings.classes(), loaded.teacher)
+    teacher = teacher_deployment.bind(
+        settings.teacher, settings.classes(), loaded.bundle.columns, loaded.teacher
+    )
     return ingress.bind(spec, teacher)
 
 

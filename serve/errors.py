@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from journeyman.cascade.refusals import (
+    ColumnsRefused,
     DeadlinePassed,
     Overloaded,
     Refusal,
@@ -25,14 +26,17 @@ from serve.schema import MAX_TEXTS, ErrorAnswer, ErrorBody
 # Status, type, code and headers of each refusal. The OpenAI client sends 5xx again twice unless
 # x-should-retry forbids it; a deadline that passed would only pass again, under more load.
 _REFUSALS: dict[type[Refusal], tuple[int, str, str, dict[str, str]]] = {
+    ColumnsRefused: (422, "invalid_request_error", "wrong_columns", {}),
     TextRefused: (400, "invalid_request_error", "text_refused", {}),
     Overloaded: (503, "overloaded", "teacher_queue_full", {}),
     TeacherUnavailable: (503, "unavailable", "teacher_unavailable", {}),
     DeadlinePassed: (504, "timeout", "deadline_passed", {"x-should-retry": "false"}),
 }
+_OF_ANOTHER_BRANCH = ("string_type", "list_type", "dict_type")
 TOO_LARGE = ("invalid_request_error", "body_too_large")
 DESCRIBED: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The request is wrong, or a text is too long."},
+    422: {"model": ErrorAnswer, "description": "The bundle needs other columns."},
     503: {"model": ErrorAnswer, "description": "The teacher is away, or too much waits for it."},
     504: {"model": ErrorAnswer, "description": "Not answered within the deadline."},
 }
@@ -78,10 +82,10 @@ def response(
 
 def _sentence(error: RequestValidationError, known: tuple[str, ...]) -> str:
     """What is wrong, without what was sent."""
-    # pydantic tells of both branches of `input`, a text or a list; the one meant says more than
-    # that the other's type is wrong.
+    # pydantic tells of each branch of `input`, a text, an object or a list; the one meant says more
+    # than that another's type is wrong.
     problems = error.errors()
-    kinds = [p for p in problems if p["type"] not in ("string_type", "list_type")] or problems
+    kinds = [p for p in problems if p["type"] not in _OF_ANOTHER_BRANCH] or problems
     return "; ".join(dict.fromkeys(_words(problem, known) for problem in kinds)) + "."
 
 
@@ -97,8 +101,9 @@ def _words(problem: Mapping[str, Any], known: tuple[str, ...]) -> str:
         return f"unknown field {where}; known are {', '.join(known)}"
     if kind == "string_pattern_mismatch":
         return f"{where} is blank"
-    if kind in ("string_type", "list_type") and location[0] in ("input", "prompt"):
-        return f"{location[0]} must be a text, or a list of 1 to {MAX_TEXTS} texts"
+    if kind in _OF_ANOTHER_BRANCH and location[0] in ("input", "prompt"):
+        columns = " (or objects of the bundle's columns)" if location[0] == "input" else ""
+        return f"{location[0]} must be a text, or a list of 1 to {MAX_TEXTS} texts{columns}"
     return f"{where}: {said[0].lower()}{said[1:]}"
 
 

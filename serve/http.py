@@ -53,9 +53,10 @@ def api(live: Live, unready: Callable[[], str | None], keyring: Keyring | None =
     @app.post("/v1/classify", responses=errors.DESCRIBED)
     async def classify(request: ClassifyRequest, response: Response) -> ClassifyAnswer:
         """Classify one text, or several at once."""
-        served = live.served(request.texts)
+        texts = request.texts(live.bundle.columns)
+        served = live.served(texts)
         bundle = served.bundle
-        answers = await served.answering.answer(request.texts, request.model)
+        answers = await served.answering.answer(texts, request.model)
         response.headers.update(headers_of(answers, bundle, request.model))
         return ClassifyAnswer(
             id=f"classify-{uuid.uuid4().hex}",
@@ -101,7 +102,9 @@ def _document(app: FastAPI) -> None:
     schema = app.openapi()
     for operations in schema["paths"].values():
         for operation in operations.values():
-            operation["responses"].pop("422", None)
+            responses = operation["responses"]
+            if responses.get("422", {}).get("description") == "Validation Error":
+                del responses["422"]
     for name in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(name, None)
 

@@ -22,9 +22,11 @@ from journeyman.cascade.policy import Decision, Escalation, Policy
 from journeyman.cascade.recording import Answering, Recording
 from journeyman.cascade.refusals import TeacherUnavailable
 from journeyman.cascade.remembering import Remembering
+from journeyman.columns import unpacked
 from journeyman.errors import BundleMismatch
 from journeyman.labels.folder import Folder
 from journeyman.recipe import Feedback, digest
+from journeyman.student.inputs import Inputs
 from journeyman.student.models import Classifier
 from journeyman.teacher.answers import ClassLabels
 from serve import loading
@@ -135,10 +137,11 @@ class Ingress:
     def _served(self, loaded: Loaded, student: Classifier) -> Served:
         """Everything that answers by one bundle, started."""
         bundle, settings = loaded.bundle, loaded.recipe.cascade
-        policy = Policy.from_bundle(bundle)
+        policy, inputs = Policy.from_bundle(bundle), Inputs(loaded.recipe.learner())
 
         def decide(texts: Sequence[str]) -> list[Decision | Escalation]:
-            return policy.decide_batch(student.logits(texts, _ROWS_A_PASS))
+            rows = inputs.all(unpacked(text, bundle.columns) for text in texts)
+            return policy.decide_batch(student.logits(rows, _ROWS_A_PASS))
 
         batcher = Batcher(decide, settings.max_batch_size)
         cascade = Cascade(policy, batcher, self._teacher, settings)

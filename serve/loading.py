@@ -13,7 +13,6 @@ from journeyman.certify.bundle import PolicyBundle
 from journeyman.certify.step import RECIPE_FILE
 from journeyman.errors import BundleMismatch, DataError, RecipeError
 from journeyman.models import Model
-from journeyman.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +30,6 @@ def load(bundle_dir: Path) -> Loaded:
     bundle = bundles.load(bundle_dir)
     settings = recipe_of(bundle_dir)
     labels = settings.classes()
-    _check_prompt(labels)
     student = models.resolve(str(_student_folder(bundle.student, bundle_dir)))
     if settings.teacher.url or settings.ensemble:
         raise RecipeError(
@@ -57,7 +55,13 @@ def recipe_of(bundle_dir: Path) -> recipe.Recipe:
 
 def check_same_teacher(bundle: PolicyBundle, running: PolicyBundle) -> None:
     """Raises BundleMismatch unless the teacher that runs for one can answer for the other."""
-    asked = ("teacher_digest", "teacher_tokenizer_digest", "prompt_digest", "label_names")
+    asked = (
+        "teacher_digest",
+        "teacher_tokenizer_digest",
+        "prompt_digest",
+        "label_names",
+        "columns",
+    )
     differing = [name for name in asked if getattr(bundle, name) != getattr(running, name)]
     if differing:
         raise BundleMismatch(
@@ -70,14 +74,3 @@ def _student_folder(reference: str, bundle_dir: Path) -> Path:
     """Where the student was when it was certified, else beside the bundle, which may have moved."""
     certified = Path(reference)
     return certified if certified.is_dir() else bundle_dir.resolve().parent / "student"
-
-
-def _check_prompt(labels: recipe.Classes) -> None:
-    """A request carries a text and no further columns."""
-    for name, template in labels.templates().items():
-        prompt = Prompt(template, name)
-        if others := sorted(prompt.variables - {"text", "label"}):
-            raise RecipeError(
-                f"{name} names {', '.join(others)}, and a request to the cascade has only "
-                "text; a recipe with such a template cannot be served yet."
-            )

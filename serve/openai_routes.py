@@ -17,6 +17,7 @@ from fastapi.responses import StreamingResponse
 
 from journeyman.cascade.answering import Answers, Asked
 from journeyman.cascade.policy import Decision
+from journeyman.cascade.refusals import ColumnsRefused
 from journeyman.certify.bundle import PolicyBundle
 from serve import errors
 from serve.live import Live
@@ -49,6 +50,11 @@ def routes(live: Live) -> APIRouter:
     async def ask(
         texts: list[str], request: ChatRequest | CompletionRequest
     ) -> tuple[PolicyBundle, Answers]:
+        if live.bundle.columns != ("text",):
+            raise ColumnsRefused(
+                f"this cascade classifies rows of {', '.join(live.bundle.columns)}, which a prompt "
+                "has no place for; ask /v1/classify."
+            )
         served = live.served(texts)
         return served.bundle, await served.answering.answer(texts, request.model)
 

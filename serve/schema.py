@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from journeyman.cascade.answering import Answers, Asked
 from journeyman.cascade.policy import AnsweredBy, Decision
+from journeyman.cascade.refusals import ColumnsRefused
 from journeyman.certify.bundle import PolicyBundle
 from journeyman.certify.certificate import GuaranteeKind
+from journeyman.columns import packed
+from journeyman.errors import DataError
 
 MAX_TEXTS = 256
 MAX_CHARACTERS = 32_768
 
 # As in a corpus, whose rows without text are malformed.
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS, pattern=r"\S")]
+Columns = Annotated[
+    dict[str, Annotated[str, Field(max_length=MAX_CHARACTERS)]], Field(min_length=1, max_length=64)
+]
 
 
 class ClassifyRequest(BaseModel):
@@ -23,9 +30,12 @@ class ClassifyRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)] = Field(
+    input: (
+        Text | Columns | Annotated[list[Text | Columns], Field(min_length=1, max_length=MAX_TEXTS)]
+    ) = Field(
         description=f"The text, or up to {MAX_TEXTS} of them, of at most {MAX_CHARACTERS} "
-        "characters each.",
+        "characters each. Where the bundle needs further columns (`columns` of GET /v1/bundle), an "
+        "object of them in place of each text.",
         examples=["please book me a flight to berlin"],
     )
     model: Asked = Field(
@@ -34,9 +44,17 @@ class ClassifyRequest(BaseModel):
         "teacher: that one alone, without any guarantee.",
     )
 
-    @property
-    def texts(self) -> list[str]:
-        return [self.input] if isinstance(self.input, str) else self.input
+    def texts(self, columns: Sequence[str]) -> list[str]:
+        """As a cascade takes them; columns: the bundle's. Raises ColumnsRefused."""
+        rows = self.input if isinstance(self.input, list) else [self.input]
+        return [_packed(place, row, columns) for place, row in enumerate(rows)]
+
+
+def _packed(place: int, row: str | dict[str, str], columns: Sequence[str]) -> str:
+    try:
+        return packed(row, columns)
+    except DataError as error:
+        raise ColumnsRefused(f"text {place}: {error}") from error
 
 
 class Result(BaseModel):

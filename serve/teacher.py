@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from journeyman.cascade.answering import Unlabeled
+from journeyman.columns import unpacked
 from journeyman.errors import ModelError
 from journeyman.models import Model
 from journeyman.recipe import Classes
@@ -21,7 +22,6 @@ from journeyman.recipe import Teacher as TeacherSettings
 from journeyman.teacher.answers import ClassLabels, RowError
 from journeyman.teacher.classes import ClassTask
 from journeyman.teacher.engine import Engine, EngineDied
-from journeyman.teacher.tasks import row_values
 
 T = TypeVar("T")
 
@@ -39,8 +39,11 @@ class Unavailable:
 class Teacher:
     """Answers ``label`` and ``unready`` by handle."""
 
-    def __init__(self, settings: TeacherSettings, labels: Classes, model: Model) -> None:
-        """Starts the engine; raises ModelError or RecipeError."""
+    def __init__(
+        self, settings: TeacherSettings, labels: Classes, columns: Sequence[str], model: Model
+    ) -> None:
+        """Starts the engine; raises ModelError or RecipeError. columns: the bundle's."""
+        self._columns = columns
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True).start()
         self._engine = Engine(settings, model)
@@ -83,7 +86,7 @@ class Teacher:
 
     async def _label_one(self, text: str) -> ClassLabels | Unlabeled:
         try:
-            return await self._task.run(row_values(text, {}))
+            return await self._task.run(unpacked(text, self._columns))
         except RowError as error:
             return Unlabeled(reason=str(error))
 

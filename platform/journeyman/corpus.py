@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from journeyman import files, near_duplicates, sources
+from journeyman.columns import TEXT, unpacked
 from journeyman.errors import DataError
 from journeyman.prompts import Prompt
 from journeyman.recipe import SPLITS, Classes, Corpus, Recipe, digest
@@ -38,8 +39,10 @@ class _Entry:
     text: str
     split: str
     meta: dict[str, Any]
+    group: str | None = None
     gold: Counter[str] = field(default_factory=Counter)
     count: int = 0
+    elsewhere: bool = False  # a duplicate of another group's row that is in another split
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class _Tally:
     filtered: int = 0  # by corpus.where
     unmapped: int = 0  # of a split that corpus.split_map or corpus.feedback leaves out
     duplicates: int = 0
+    straddling: int = 0  # rows that stand in groups of several splits
     conflicts: int = 0  # distinct rows whose duplicates disagree on the gold label
 
 
@@ -100,10 +104,10 @@ def _feedback_urls(corpus: Corpus) -> list[str]:
 
 def id_columns(recipe: Recipe) -> list[str]:
     """Columns that the templates name, in a fixed order: what tells one row from another."""
-    prompts = [Prompt(source, where) for where, source in recipe.labels.templates().items()]
+    prompts = [Prompt(source, where) for where, source in recipe.templates().items()]
     columns = ["text", *recipe.corpus.columns.meta]
     for prompt in prompts:
-        prompt.check([*columns, "label"])
+        prompt.check([*columns, "label"] if prompt.where.startswith("labels.") else columns)
     named = frozenset().union(*(p.variables for p in prompts)) - {"label"}
     return sorted(named | {"text"})
 
@@ -148,6 +152,7 @@ def prepare(recipe: Recipe, out_dir: Path) -> dict[str, Any]:
             "without_split": tally.unmapped,
             "duplicates": tally.duplicates,
             "near_duplicates": len(repeats),
+            "in_several_groups": tally.straddling,
             "conflicting_gold": tally.conflicts,
             "over_limit": len(entries) - len(chosen),
             "malformed": {
@@ -204,12 +209,16 @@ def _distinct(recipe: Recipe, urls: Sequence[str], tally: _Tally) -> dict[str, _
         entry = entries.setdefault(row_id, fresh)
         if entry is not fresh:
             tally.duplicates += 1
+            entry.elsewhere |= entry.group != fresh.group and entry.split != fresh.split
             # A row that stands in two splits is kept out of the one nearer to training.
             entry.split = max(entry.split, fresh.split, key=SPLITS.index)
         entry.count += 1
         if gold is not None:
             entry.gold[str(gold)] += 1
-    return entries
+    # Neither group may lie in two splits, so that such a row can be in none.
+    whole = {row_id: entry for row_id, entry in entries.items() if not entry.elsewhere}
+    tally.straddling = len(entries) - len(whole)
+    return whole
 
 
 _Found = Iterator[tuple[str, _Entry, Any]]  # a row's id, the row, its gold label
@@ -221,6 +230,7 @@ def _source_rows(
     columns = corpus.columns
     wanted = [columns.text, *(c for c in (columns.label, columns.split, columns.group) if c)]
     wanted += [c for c in (*columns.meta, *corpus.where) if c not in wanted]
+    group_splits: dict[str, str] = {}
     for row, where in _clean_rows(corpus, urls, wanted, tally):
         if any(str(row.get(c)) not in values for c, values in corpus.where.items()):
             tally.filtered += 1
@@ -233,24 +243,28 @@ def _source_rows(
             tally.unmapped += 1
             continue
         gold = row.get(columns.label) if columns.label else None
-        yield row_id, _Entry(text=text, split=split, meta=meta), gold
+        group = str(row.get(columns.group)) if columns.group else None
+        if group is not None and group_splits.setdefault(group, split) != split:
+            raise DataError(
+                f"{where}: the group {group!r} of column {columns.group} is in the splits "
+                f"{group_splits[group]} and {split} by column {columns.split}; leave "
+                "corpus.columns.split out, so that groups are dealt whole, or mend the file."
+            )
+        yield row_id, _Entry(text=text, split=split, meta=meta, group=group), gold
 
 
 def _feedback_rows(
     corpus: Corpus, urls: Sequence[str], named: Sequence[str], tally: _Tally
 ) -> _Found:
     """What a cascade escalated, to train on, and what it audited, held out."""
-    if urls and (others := sorted(set(named) - {"text"})):
-        raise DataError(
-            f"corpus.feedback: a cascade is asked with texts alone, but the recipe's templates "
-            f"name {', '.join(others)}."
-        )
     plain = Corpus(sources=corpus.sources, format="parquet")
     for row, _ in _clean_rows(plain, urls, ["text", "split"], tally):
-        row_id = digest([row["text"]])
+        values = unpacked(row["text"], named)
+        row_id = digest([values[c] for c in named])
         audited = row["split"] != "train"
         split = _draw(corpus.feedback_shares, row_id) if audited else "train"
-        yield row_id, _Entry(text=row["text"], split=split, meta={}), None
+        meta = {name: value for name, value in values.items() if name != TEXT}
+        yield row_id, _Entry(text=values[TEXT], split=split, meta=meta), None
 
 
 def _near_duplicates(recipe: Recipe, entries: dict[str, _Entry]) -> list[_Repeat]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from journeyman import cluster, corpus, files, models
+from journeyman import cluster, corpus, files, models, traffic
 from journeyman.errors import JourneymanError, RecipeError
 from journeyman.labels import dataset, ensemble, pipeline
 from journeyman.labels.cost import Estimate
@@ -221,8 +221,6 @@ class Run(RunFolder):
         return files.read_json(folder / MANIFEST), True
 
     def _measure(self) -> tuple[dict[str, Any], bool]:
-        from journeyman import traffic
-
         folder = self.path("measure")
         bundle = files.read_json(self.path("certify") / MANIFEST)["bundle"]
         inputs = digest([bundle, self.recipe.cascade.model_dump(mode="json")])
@@ -237,7 +235,7 @@ class Run(RunFolder):
             with cluster.serve_module("running").running(self.path("certify")) as base_url:
                 measured = traffic.send(
                     base_url,
-                    rows.texts[:_SENT],
+                    [self._request(row) for row in rows.columns[:_SENT]],
                     _COMPARED,
                     lambda text: line.show(f"measure   {text}"),
                 )
@@ -245,6 +243,11 @@ class Run(RunFolder):
         manifest = {"step": "measure", "inputs": inputs, "seconds": seconds, **measured.manifest()}
         files.write_json(folder / MANIFEST, manifest)
         return manifest, True
+
+    def _request(self, row: dict[str, Any]) -> traffic.Row:
+        """A row as a client would send it."""
+        named = corpus.id_columns(self.recipe)
+        return row["text"] if named == ["text"] else {name: str(row[name]) for name in named}
 
     def _report(self) -> tuple[dict[str, Any], bool]:
         from journeyman import summary

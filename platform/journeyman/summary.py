@@ -18,10 +18,12 @@ from journeyman.certify.step import read_test_logits
 from journeyman.labels import dataset
 from journeyman.labels.dataset import ClassRows
 from journeyman.labels.store import LabelStore
+from journeyman.recipe import Report
 from journeyman.report import comparison
 from journeyman.report.data import ReportData, SummaryRow, TestRows
 from journeyman.report.detection import detections
 from journeyman.report.measure import Measured, measure
+from journeyman.report.ranking import rankings
 from journeyman.report.verdict import percent, served_guarantee, share
 from journeyman.run_folder import RunFolder
 
@@ -41,6 +43,7 @@ def report_data(run: RunFolder) -> ReportData:
         teacher_histogram={label: answers[label] for label in rows.labels},
         summary=summary(run, test, bundle),
         positive=run.recipe.report.positive,
+        rank_by=run.recipe.report.rank_by,
         training=files.read_json_lines(run.path("train") / "training.jsonl"),
         bundle=bundle,
         test=test,
@@ -54,6 +57,7 @@ def summary(run: RunFolder, test: TestRows, bundle: PolicyBundle) -> list[Summar
     return [
         *_quality(measured, test),
         *_detection(test, bundle.label_names, run.recipe.report.positive),
+        *_ranking(test, bundle.label_names, run.recipe.report),
         *_promise(measured, bundle),
         *_speed(run),
         *_sizes(run),
@@ -97,6 +101,7 @@ def _test_rows(rows: ClassRows, bundle_dir: Path, bundle: PolicyBundle) -> TestR
         student=student,
         confidence=confidence,
         accepted=confidence > bundle.accept_above,
+        metas=rows.metas,
     )
 
 
@@ -126,6 +131,20 @@ def _detection(test: TestRows, labels: Sequence[str], positive: str | None) -> l
             note=f"balanced accuracy {found.balanced_accuracy:.3f}",
         )
         for found in detections(test, list(labels).index(positive))
+    ]
+
+
+def _ranking(test: TestRows, labels: Sequence[str], settings: Report) -> list[SummaryRow]:
+    if settings.rank_by is None or settings.positive is None:
+        return []
+    found = rankings(test, test.column(settings.rank_by), list(labels).index(settings.positive))
+    return [
+        SummaryRow(
+            group=f"ranking, {one.n_lists:,} lists of up to {one.largest}",
+            name=f"{one.who} MRR, recall at 1",
+            value=f"{one.mrr:.3f}, {one.recall_at_1:.3f}",
+        )
+        for one in found
     ]
 
 

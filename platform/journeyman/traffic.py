@@ -46,8 +46,11 @@ class Traffic:
         return {name: value for name, value in asdict(self).items() if name != "labels"}
 
 
+Row = str | dict[str, str]  # a text, or an object of the columns that the bundle needs
+
+
 def send(
-    base_url: str, texts: Sequence[str], compared: int, on_progress: Callable[[str], None]
+    base_url: str, texts: Sequence[Row], compared: int, on_progress: Callable[[str], None]
 ) -> Traffic:
     """Send every text to the cascade, and the first ``compared`` to student and teacher alone.
 
@@ -57,7 +60,7 @@ def send(
 
 
 async def _send(
-    base_url: str, texts: list[str], compared: int, on_progress: Callable[[str], None]
+    base_url: str, texts: list[Row], compared: int, on_progress: Callable[[str], None]
 ) -> Traffic:
     import httpx
 
@@ -89,7 +92,7 @@ async def _send(
     )
 
 
-async def _rows_per_s(client: httpx.AsyncClient, model: str, texts: list[str]) -> float:
+async def _rows_per_s(client: httpx.AsyncClient, model: str, texts: list[Row]) -> float:
     batches = [texts[i : i + _BATCH_ROWS] for i in range(0, len(texts), _BATCH_ROWS)]
     started = time.perf_counter()
     await _pool(2, [_post(client, {"input": batch, "model": model}) for batch in batches])
@@ -97,9 +100,9 @@ async def _rows_per_s(client: httpx.AsyncClient, model: str, texts: list[str]) -
 
 
 async def _each_alone(
-    client: httpx.AsyncClient, texts: list[str]
+    client: httpx.AsyncClient, texts: list[Row]
 ) -> list[tuple[dict[str, Any], float]]:
-    async def timed(text: str) -> tuple[dict[str, Any], float]:
+    async def timed(text: Row) -> tuple[dict[str, Any], float]:
         started = time.perf_counter()
         answer = await _post(client, {"input": text})
         return answer, 1000 * (time.perf_counter() - started)

@@ -12,6 +12,7 @@ import pytest
 
 from journeyman import corpus, recipe
 from journeyman.cascade.feedback import table as feedback_table
+from journeyman.columns import packed
 from journeyman.errors import DataError, RecipeError
 from journeyman.recipe import Recipe
 
@@ -157,6 +158,28 @@ def test_rows_of_one_group_fall_into_one_split(tmp_path: Path):
     for row in rows_of(tmp_path / "out"):
         groups.setdefault(json.loads(row["meta"])["user"], set()).add(row["split"])
     assert all(len(splits) == 1 for splits in groups.values())
+
+
+def test_a_row_of_two_groups_in_different_splits_is_in_neither(tmp_path: Path):
+    rows = [{"text": f"row {i}", "label": "bank", "user": i % 50} for i in range(500)]
+    rows += [{"text": "everybody says so", "label": "bank", "user": i} for i in range(50)]
+    columns = {"label": "label", "group": "user", "meta": ["user"]}
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    corpus.prepare(made([source], columns=columns), tmp_path / "out")
+    texts = [row["text"] for row in rows_of(tmp_path / "out")]
+    assert len(texts) == 500 and "everybody says so" not in texts
+    assert corpus.read_manifest(tmp_path / "out")["in_several_groups"] == 1
+
+
+def test_a_source_whose_splits_cut_through_a_group_is_refused(tmp_path: Path):
+    rows = [
+        {"text": "a", "label": "bank", "user": "u1", "split": "train"},
+        {"text": "b", "label": "bank", "user": "u1", "split": "test"},
+    ]
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    columns = {"label": "label", "group": "user", "split": "split"}
+    with pytest.raises(DataError, match="row 2: the group 'u1' of column user is in the splits"):
+        corpus.prepare(made([source], columns=columns), tmp_path / "out")
 
 
 def test_limits_take_the_same_rows_of_a_larger_corpus(tmp_path: Path):
@@ -308,15 +331,20 @@ def test_feedback_adds_escalations_to_train_and_audits_replace_what_was_held_out
     assert manifest["without_split"] in (n_left_out, n_left_out + 1)  # row 3 may be either
 
 
-def test_feedback_without_files_or_for_templates_over_other_columns_is_refused(tmp_path: Path):
+def test_feedback_without_files_is_refused_and_of_several_columns_is_taken_apart(tmp_path: Path):
     source = jsonl(tmp_path / "a.jsonl", [{"text": "row", "label": "bank", "title": "t"}] * 3)
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no such file"):
         corpus.prepare(made([source], feedback=str(tmp_path / "none")), tmp_path / "corpus")
-    kept = feedback(tmp_path / "feedback", [("a", "train")])
+    columns = ("text", "title")
+    asked_for = packed({"text": "a", "title": "b"}, columns)
+    kept = feedback(tmp_path / "feedback", [(asked_for, "train")])
     asked = made([source], feedback=str(kept), columns={"meta": ["title"]})
     asked = asked.model_copy(
         update={"labels": asked.labels.model_copy(update={"prompt": "{{ title }} {{ text }}"})}
     )
-    with pytest.raises(DataError, match="asked with texts alone, but the recipe's templates name"):
-        corpus.prepare(asked, tmp_path / "corpus")
+    corpus.prepare(asked, tmp_path / "corpus")
+    found = {
+        (row["text"], json.loads(row["meta"])["title"]) for row in rows_of(tmp_path / "corpus")
+    }
+    assert ("a", "b") in found

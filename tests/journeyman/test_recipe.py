@@ -47,6 +47,8 @@ def test_wrong_type_says_where_and_what_was_got():
         ("labels.class_shares={travel: 1.0}", "less than 1"),
         ("labels.class_shares={travel: 0.5}", "class_shares must name each label of classes"),
         ("report.positive=spam", "report.positive: spam is no label; labels.classes has banking"),
+        ("report.rank_by=text", "report.rank_by needs report.positive"),
+        ("report={positive: travel, rank_by: who}", "report.rank_by: who is neither text nor"),
         ("certify={guarantee: accuracy, per_class: true}", "per_class goes with system_agreement"),
         ("certify={per_class: true, besides: [accuracy]}", "besides cannot go with per_class"),
     ],

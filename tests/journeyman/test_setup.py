@@ -28,6 +28,7 @@ RANKS = {
                 "recipe",
                 "models",
                 "prompts",
+                "columns",
                 "corpus",
                 "near_duplicates",
                 "sources",

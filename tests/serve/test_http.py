@@ -66,8 +66,8 @@ def post(bundle, body, cascade: Cascade | None = None) -> httpx.Response:
     [
         ({"input": "x", "modell": "student"}, "unknown field modell; known are input, model."),
         ({}, "input: field required."),
-        ({"input": 3}, "input must be a text, or a list of 1 to 256 texts."),
-        ({"input": ["x", 3]}, "input must be a text, or a list of 1 to 256 texts."),
+        ({"input": 3}, "input must be a text, or a list of 1 to 256 texts (or "),
+        ({"input": ["x", 3]}, "input must be a text, or a list of 1 to 256 texts (or "),
         ({"input": ""}, "input is blank."),
         ({"input": ["x", " \n"]}, "text 1 is blank."),
         ({"input": []}, "input: list should have at least 1 item after validation, not 0."),
@@ -90,6 +90,47 @@ def test_a_body_that_is_no_json_or_no_text_is_refused(bundle, content: bytes):
     headers = {"Content-Type": "application/json"}
     response = send(bundle, Cascade(), "POST", "/v1/classify", content=content, headers=headers)
     assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def pairs(bundle):
+    """A bundle that needs another column beside the text."""
+    return bundle.model_copy(update={"columns": ("passage", "text")})
+
+
+def test_a_bundle_of_several_columns_takes_objects(pairs):
+    row = {"text": "who", "passage": "they did"}
+    for body, n in ((row, 1), ([row, row | {"text": "where"}], 2)):
+        response = post(pairs, {"input": body})
+        assert response.status_code == 200, response.text
+        assert len(response.json()["results"]) == n
+    assert send(pairs, Cascade(), "GET", "/v1/bundle").json()["columns"] == ["passage", "text"]
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (SECRET, "text 0: an object with the columns passage, text is needed, and a text was"),
+        ({"text": SECRET}, "text 0: column passage is missing; needed are passage, text."),
+        ([{"text": "a", "passage": "b"}, {"passage": SECRET}], "text 1: column text is missing"),
+        ({"text": "a", "passage": "b", "user": SECRET}, "text 0: there are other columns than"),
+        ({"text": " ", "passage": SECRET}, "text 0: column text is blank."),
+    ],
+)
+def test_missing_and_other_columns_are_a_422_in_one_sentence(pairs, body, sentence: str):
+    response = post(pairs, {"input": body})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (422, "wrong_columns"), error
+    assert error["message"].startswith(sentence) and SECRET not in response.text
+
+
+def test_endpoints_that_take_a_prompt_alone_say_so_to_a_bundle_of_several_columns(pairs):
+    body = {"model": "cascade", "prompt": "who"}
+    response = send(pairs, Cascade(), "POST", "/v1/completions", json=body)
+    assert response.status_code == 422
+    assert (
+        "which a prompt has no place for; ask /v1/classify" in response.json()["error"]["message"]
+    )
 
 
 def test_what_was_sent_is_never_sent_back_in_an_error(bundle):
@@ -144,7 +185,7 @@ def test_another_route_or_method_is_refused_in_the_same_form(bundle):
 def test_the_openapi_page_describes_what_is_sent(bundle):
     schema = send(bundle, Cascade(), "GET", "/openapi.json").json()
     operation = schema["paths"]["/v1/classify"]["post"]
-    assert set(operation["responses"]) == {"200", "400", "503", "504"}
+    assert set(operation["responses"]) == {"200", "400", "422", "503", "504"}
     request = schema["components"]["schemas"]["ClassifyRequest"]
     assert request["properties"]["model"]["enum"] == ["cascade", "student", "teacher"]
     assert request["additionalProperties"] is False

@@ -26,6 +26,10 @@ class DeadlinePassed(Refusal):
     """The request was not answered in time."""
 
 
+class ColumnsRefused(Refusal):
+    """A request lacks a column that the bundle needs, or has others."""
+
+
 class TextRefused(Refusal):
     """The teacher can never answer this text, however often it is sent; place: in its request."""
 

@@ -83,7 +83,10 @@ class PolicyBundle(_Part):
     teacher_tokenizer_digest: Text
     prompt_digest: Text
 
-    # From logits to a decision.
+    # From a request to a decision.
+    columns: tuple[Text, ...] = Field(
+        default=("text",), description="that a request must have; a text where it is `text` alone"
+    )
     label_names: tuple[Text, ...] = Field(min_length=2, description="classes in logit order")
     score: ScoreName
     deferral_head: DeferralHead | None = Field(default=None, description="of that score alone")

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from journeyman import files
+from journeyman import corpus, files
 from journeyman.certify import bundle as bundles
 from journeyman.certify.bundle import Guarantee, PolicyBundle
 from journeyman.certify.calibration import Calibrator, fit_temperature
@@ -34,6 +34,7 @@ from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
 from journeyman.probabilities import IntArray
 from journeyman.recipe import Certify, Recipe
+from journeyman.student.inputs import Input, Inputs
 from journeyman.teacher.tasks import prompt_digest
 
 RECIPE_FILE = "recipe.json"
@@ -43,7 +44,7 @@ SCORED_FILE = "test.npz"
 class StudentScorer(Protocol):
     """What certification needs of a student: see ``student.models.Classifier``."""
 
-    def logits(self, texts: Sequence[str], batch_size: int = 32) -> npt.NDArray[np.float32]: ...
+    def logits(self, texts: Sequence[Input], batch_size: int = 32) -> npt.NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,10 @@ def certify(
     Raises DataError: an empty split, or certify rows whose delta is spent.
     """
     started = time.monotonic()
-    parts = {name: _scored(rows, name, scorer) for name in ("calibrate", "certify", "test")}
+    inputs_of = Inputs(recipe.learner())
+    parts = {
+        name: _scored(rows, name, inputs_of, scorer) for name in ("calibrate", "certify", "test")
+    }
     settings, certified = recipe.certify, parts["certify"]
     ledger = _spend(settings, certified.rows.ids, student, out_dir)
     confidence, certificates, of_classes = decide(settings, parts["calibrate"], certified)
@@ -117,6 +121,7 @@ def certify(
         student_tokenizer_digest=student.tokenizer_digest,
         teacher_tokenizer_digest=teacher.tokenizer_digest,
         prompt_digest=prompt_digest(recipe.classes()),
+        columns=tuple(corpus.id_columns(recipe)),
         label_names=rows.labels,
         score=confidence.score,
         deferral_head=confidence.head,
@@ -164,14 +169,14 @@ def read_test_logits(bundle_dir: Path) -> npt.NDArray[np.float32]:
         ) from error
 
 
-def _scored(rows: ClassRows, split: str, scorer: StudentScorer) -> ScoredRows:
+def _scored(rows: ClassRows, split: str, inputs: Inputs, scorer: StudentScorer) -> ScoredRows:
     part = rows.split(split)
     if not len(part):
         raise DataError(
             f"split {split} has no labeled rows; give it some with corpus.split_map or "
             "corpus.shares."
         )
-    return ScoredRows(rows=part, logits=scorer.logits(part.texts))
+    return ScoredRows(rows=part, logits=scorer.logits(inputs.all(part.columns)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

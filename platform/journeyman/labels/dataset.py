@@ -20,6 +20,7 @@ from journeyman.labels.prior import corrected
 from journeyman.labels.schema import Commit, label_schema
 from journeyman.labels.store import LabelStore
 from journeyman.recipe import digest
+from journeyman.teacher.tasks import row_values
 
 if TYPE_CHECKING:
     import datasets
@@ -32,7 +33,8 @@ class ClassRows:
     """Rows of a classes dataset, in corpus order.
 
     ids, texts: n strings; splits: n strings; gold: int64[n], index into labels, -1 without gold;
-    logprobs: float64[n, c], the teacher's class log-probabilities, prior corrected, normalised.
+    logprobs: float64[n, c], the teacher's class log-probabilities, prior corrected, normalised;
+    metas: the further columns of each row, n of them or none at all.
     """
 
     labels: tuple[str, ...]
@@ -41,6 +43,13 @@ class ClassRows:
     splits: np.ndarray
     gold: np.ndarray
     logprobs: np.ndarray
+    metas: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def columns(self) -> list[dict[str, Any]]:
+        """Each row as templates see it."""
+        metas = self.metas or [{}] * len(self)
+        return [row_values(text, meta) for text, meta in zip(self.texts, metas, strict=True)]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -56,6 +65,7 @@ class ClassRows:
             splits=self.splits[index],
             gold=self.gold[index],
             logprobs=self.logprobs[index],
+            metas=[self.metas[i] for i in index] if self.metas else [],
         )
 
 
@@ -204,7 +214,8 @@ def read_classes(
     return ClassRows(
         labels=labels,
         ids=ids,
-        texts=[texts[row_id] for row_id in ids],
+        texts=[texts[row_id][0] for row_id in ids],
+        metas=[texts[row_id][1] for row_id in ids],
         splits=np.array(table["split"].to_pylist(), dtype=object),
         gold=np.array([index.get(g, -1) for g in table["gold"].to_pylist()], dtype=np.int64),
         logprobs=corrected(
@@ -236,9 +247,12 @@ def _kept(table: pa.Table, left_out: pa.Array | None) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["id"], left_out)))
 
 
-def _texts(corpus_dir: Path) -> dict[str, str]:
-    texts: dict[str, str] = {}
+def _texts(corpus_dir: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Id to text and further columns."""
+    texts: dict[str, tuple[str, dict[str, Any]]] = {}
     for shard in corpus.read_manifest(corpus_dir)["shards"]:
         table = corpus.read_shard(corpus_dir / shard["name"])
-        texts.update(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
+        columns = (table[name].to_pylist() for name in ("id", "text", "meta"))
+        for row_id, text, meta in zip(*columns, strict=True):
+            texts[row_id] = text, json.loads(meta) if meta else {}
     return texts

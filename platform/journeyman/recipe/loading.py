@@ -63,6 +63,10 @@ class Recipe(Section):
         """Digest of every setting, defaults included; equal recipes have equal hashes."""
         return digest(self.model_dump(mode="json"))
 
+    def templates(self) -> dict[str, str]:
+        """All templates over a row's columns, by YAML path."""
+        return self.labels.templates() | (self.student.templates() if self.student else {})
+
     def classes(self) -> Classes:
         """The labels section, for the steps that work on class distributions only."""
         if not isinstance(self.labels, Classes):
@@ -164,6 +168,13 @@ class Recipe(Section):
             raise ValueError(
                 f"report.positive: {positive} is no label; labels.classes has "
                 f"{', '.join(known) or 'none'}"
+            )
+        by = self.report.rank_by
+        if by is not None and positive is None:
+            raise ValueError("report.rank_by needs report.positive, the label that is ranked by")
+        if by is not None and by not in ("text", *self.corpus.columns.meta):
+            raise ValueError(
+                f"report.rank_by: {by} is neither text nor a column of corpus.columns.meta"
             )
         return self
 

@@ -16,3 +16,9 @@ class Report(Section):
         description="Label that the job is about finding (spam, say): its precision and recall "
         "stand beside accuracy.",
     )
+    rank_by: str | None = Field(
+        None,
+        description="text, or a column of corpus.columns.meta: rows with the same value are one "
+        "list of candidates, ranked by the probability of the positive label (mean reciprocal rank "
+        "and recall at 1).",
+    )

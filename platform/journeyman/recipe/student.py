@@ -47,6 +47,15 @@ class Student(Section):
         "model that learns labels.kind: logits, generate or rationales.",
     )
     max_length: Count = Field(128, description="Longest input in tokens; longer ones are cut.")
+    text: str = Field(
+        "{{ text }}",
+        description="classifier: Jinja template over the row's columns of what it reads.",
+    )
+    text_pair: str | None = Field(
+        None,
+        description="classifier: template of a second text, read beside the first as the encoder "
+        "reads pairs (a cross-encoder); of a pair that is too long the longer text is cut.",
+    )
     start: Literal["pretrained", "pruned", "fresh"] = Field(
         "pretrained",
         description="causal: pretrained: the model's weights. pruned: some of its layers, all else "
@@ -72,6 +81,17 @@ class Student(Section):
         description="causal: train low-rank matrices only, through the package peft, and merge "
         "them into the weights at the end.",
     )
+
+    def templates(self) -> dict[str, str]:
+        """The templates over a row's columns, by YAML path; a gold label is no column of theirs."""
+        pair = {} if self.text_pair is None else {"student.text_pair": self.text_pair}
+        return {"student.text": self.text} | pair
+
+    @model_validator(mode="after")
+    def _templates_are_of_classifiers(self) -> Student:
+        if self.kind == "causal" and (self.text_pair is not None or self.text != "{{ text }}"):
+            raise ValueError("text and text_pair go with kind: classifier")
+        return self
 
     @model_validator(mode="after")
     def _start_fits(self) -> Student:

@@ -31,6 +31,7 @@ class TestRows:
         student: float64[n, c], the student's calibrated class probabilities.
         confidence: float64[n], the score that the threshold is compared with.
         accepted: bool[n], answered by the student at the bundle's threshold.
+        metas: n mappings of further columns; empty where there are none.
     """
 
     __test__: ClassVar[bool] = False  # its name is not meant for pytest
@@ -42,6 +43,11 @@ class TestRows:
     student: FloatArray
     confidence: FloatArray
     accepted: BoolArray
+    metas: Sequence[Mapping[str, Any]] = ()
+
+    def column(self, name: str) -> list[Any]:
+        """n values; `text` is the request itself."""
+        return list(self.texts) if name == "text" else [meta.get(name) for meta in self.metas]
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -52,6 +58,7 @@ class TestRows:
             "student": len(self.student),
             "confidence": len(self.confidence),
             "accepted": len(self.accepted),
+            "metas": len(self.metas) or n,
         }
         if not n or set(rows.values()) != {n}:
             raise DataError(
@@ -110,6 +117,7 @@ class ReportData:
         bundle: the policy bundle that the run certified.
         test: the rows that nothing was fitted, chosen or certified on.
         positive: the label that the job is about finding, if any.
+        rank_by: the column whose values make lists of candidates, if any.
         compared: students of several runs, this one's among them; empty if none were compared.
     """
 
@@ -124,6 +132,7 @@ class ReportData:
     bundle: PolicyBundle
     test: TestRows
     positive: str | None = None
+    rank_by: str | None = None
     compared: Sequence[ComparedStudent] = ()
 
     @property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,10 +25,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A row to read; `gold` is None where it has none."""
+    """A row to read, with its further columns; `gold` is None where it has none."""
 
     id: str
     text: str
+    columns: tuple[tuple[str, str], ...]
     gold: str | None
     teacher: Answer
     student: Answer
@@ -104,12 +106,17 @@ def _example(rows: TestRows, labels: Sequence[str], i: int) -> Example:
     return Example(
         id=rows.ids[i],
         text=_cut(rows.texts[i]),
+        columns=tuple((name, _cut(str(value))) for name, value in _meta(rows, i).items()),
         gold=None if gold < 0 else labels[gold],
         teacher=answer(rows.teacher[i]),
         student=answer(rows.student[i]),
         confidence=float(rows.confidence[i]),
         answered_by="student" if rows.accepted[i] else "teacher",
     )
+
+
+def _meta(rows: TestRows, i: int) -> Mapping[str, Any]:
+    return rows.metas[i] if rows.metas else {}
 
 
 def _cut(text: str) -> str:

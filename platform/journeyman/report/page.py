@@ -19,6 +19,7 @@ from journeyman.report.data import ReportData, SummaryRow
 from journeyman.report.detection import Detection, detections
 from journeyman.report.figures import Figure
 from journeyman.report.measure import measure
+from journeyman.report.ranking import Ranking, rankings
 from journeyman.report.verdict import served_guarantee, verdict
 
 _TEMPLATES = jinja2.Environment(
@@ -74,6 +75,7 @@ def _words_and_tables(data: ReportData) -> dict[str, Any]:
         "verdict": verdict(measured, data.bundle),
         "accuracies": tables.accuracies(measured),
         "detection": tables.detection(_detections(data), data.positive),
+        "ranking": tables.ranking(_rankings(data), data.rank_by, data.positive),
         "guarantees": tables.guarantees(data.bundle, curve, gold_curve),
         "class_guarantees": tables.class_guarantees(data.bundle),
         "cost_table": tables.cost_quality(curve, gold_curve, served_guarantee(data.bundle)),
@@ -93,6 +95,12 @@ def _words_and_tables(data: ReportData) -> dict[str, Any]:
 
 def _detections(data: ReportData) -> tuple[Detection, ...]:
     return detections(data.test, data.labels.index(data.positive)) if data.positive else ()
+
+
+def _rankings(data: ReportData) -> tuple[Ranking, ...]:
+    if data.positive is None or data.rank_by is None:
+        return ()
+    return rankings(data.test, data.test.column(data.rank_by), data.labels.index(data.positive))
 
 
 def _grouped(summary: Sequence[SummaryRow]) -> list[tuple[str, list[SummaryRow]]]:

@@ -18,6 +18,7 @@ from journeyman.report.data import IntArray, TestRows, TrainingRecord
 from journeyman.report.detection import Detection
 from journeyman.report.measure import Measured
 from journeyman.report.plots import RELIABILITY_BINS
+from journeyman.report.ranking import Ranking
 from journeyman.report.verdict import percent
 
 NOTHING = "–"
@@ -78,6 +79,26 @@ def detection(found: Sequence[Detection], positive: str | None) -> Table | None:
                 *_rate_and_interval(one.found, one.said),
                 *_rate_and_interval(one.found, one.there),
                 f"{one.balanced_accuracy:.1%}",
+            )
+            for one in found
+        ),
+    )
+
+
+def ranking(found: Sequence[Ranking], by: str | None, positive: str | None) -> Table | None:
+    """How well each ranks the candidates of a list; None where there are no lists."""
+    if not found:
+        return None
+    return Table(
+        caption=f"Test rows with the same {by}, ranked by the probability of {positive}: "
+        f"{found[0].n_lists:,} lists of up to {found[0].largest} candidates; exact 95% interval.",
+        columns=("who ranks", "mean reciprocal rank", "recall at 1", "interval"),
+        rows=tuple(
+            (
+                one.who,
+                f"{one.mrr:.3f}",
+                f"{one.recall_at_1:.1%}",
+                _interval(round(one.first), one.n_lists),
             )
             for one in found
         ),

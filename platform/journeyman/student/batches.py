@@ -44,10 +44,16 @@ class TokenRows:
         return np.where(mask, self.ids[source], pad_id).astype(np.int64), mask.astype(np.int64)
 
 
-def tokenise(tokenizer: Callable[..., Any], texts: Sequence[str], max_length: int) -> TokenRows:
-    """Token ids with the model's special tokens; a text of more than max_length tokens is cut."""
+def tokenise(
+    tokenizer: Callable[..., Any], texts: Sequence[str | tuple[str, str]], max_length: int
+) -> TokenRows:
+    """Token ids with the model's special tokens; what has more than max_length tokens is cut.
+
+    texts: all of them texts, or all of them pairs.
+    """
+    pairs = [text for text in texts if isinstance(text, tuple)]
     rows = tokenizer(
-        list(texts),
+        *([list(part) for part in zip(*pairs, strict=True)] if pairs else [list(texts)]),
         truncation=True,
         max_length=max_length,
         return_attention_mask=False,

@@ -14,6 +14,7 @@ from journeyman.labels.dataset import ClassRows
 from journeyman.probabilities import expected_calibration_error
 from journeyman.recipe import Student, Training
 from journeyman.student import acceleration, batches, flops, losses, models, row_weights
+from journeyman.student.inputs import Inputs
 from journeyman.student.learner import Measured, no_rows
 
 if TYPE_CHECKING:
@@ -40,8 +41,14 @@ class Classifying:
         self._training = training
         self._train, self._held_out = _split(rows, "train"), _split(rows, "calibrate")
         self._tokenizer = models.load_tokenizer(model_dir, student.max_length)
+        if student.text_pair is not None:
+            # What tells the two apart is the separator. Whoever loads the exported folder must
+            # leave out token types too, which its own tokenizer decides.
+            self._tokenizer.model_input_names = ["input_ids", "attention_mask"]
+            self._tokenizer.init_kwargs["model_input_names"] = self._tokenizer.model_input_names
+        inputs = Inputs(student)
         self._tokens, self._held_out_tokens = (
-            batches.tokenise(self._tokenizer, part.texts, student.max_length)
+            batches.tokenise(self._tokenizer, inputs.all(part.columns), student.max_length)
             for part in (self._train, self._held_out)
         )
         self.module = models.build(folder or model_dir, rows.labels, training.seed).to(device)

@@ -15,6 +15,7 @@ import numpy as np
 
 from journeyman.errors import ModelError
 from journeyman.student.batches import TokenRows, tokenise
+from journeyman.student.inputs import Input
 
 if TYPE_CHECKING:
     import torch
@@ -140,8 +141,8 @@ class Classifier:
             raise ModelError(f"{path}: the student cannot be loaded ({error}).") from error
         return cls(model, load_tokenizer(path))
 
-    def logits(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
-        """float32[n, c], columns as in ``labels``."""
+    def logits(self, texts: Sequence[Input], batch_size: int = 32) -> np.ndarray:
+        """float32[n, c], columns as in ``labels``; texts: as the recipe's ``Inputs`` makes them."""
         rows = tokenise(self._tokenizer, texts, self._tokenizer.model_max_length)
         return logits_of(
             self.model, rows, pad_id=self._tokenizer.pad_token_id, batch_size=batch_size

@@ -21,6 +21,7 @@ from journeyman.labels.dataset import ClassRows
 from journeyman.student import models
 from journeyman.student.batches import TokenRows, tokenise
 from journeyman.student.divergences import Objective, SparseTeacher, sparse_loss
+from journeyman.student.inputs import Inputs
 from journeyman.student.learner import Measured
 from journeyman.student.token_dataset import TokenBatch, TokenDataset
 
@@ -120,12 +121,13 @@ def _some(n: int) -> np.ndarray:
 class HeldOutClasses:
     """Rows of class distributions, in tokens."""
 
-    def __init__(self, rows: ClassRows, student_dir: Path) -> None:
-        """rows: one split's, at least one."""
+    def __init__(self, rows: ClassRows, inputs: Inputs, student_dir: Path) -> None:
+        """rows: one split's, at least one; inputs: what the student reads of them."""
         tokenizer = models.load_tokenizer(student_dir)
         self._rows = rows.take(_some(len(rows)))
         self._pad_id = tokenizer.pad_token_id or 0
-        self._tokens: TokenRows = tokenise(tokenizer, self._rows.texts, tokenizer.model_max_length)
+        texts = inputs.all(self._rows.columns)
+        self._tokens: TokenRows = tokenise(tokenizer, texts, tokenizer.model_max_length)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -33,6 +33,7 @@ from journeyman.student.formats.held_out import (
     compare,
     of_torch,
 )
+from journeyman.student.inputs import Inputs
 from journeyman.student.learner import Measured, no_rows
 
 Format = Literal["onnx", "int8", "gguf"]
@@ -228,7 +229,7 @@ def _held_out(run: RunFolder) -> Iterator[HeldOut]:
         rows = dataset.read_classes(run.labels, corpus_dir, (SPLIT,))
         if not len(rows):
             raise no_rows(SPLIT)
-        yield HeldOutClasses(rows, student)
+        yield HeldOutClasses(rows, Inputs(run.recipe.learner()), student)
         return
     with files.scratch_folder(run.directory / "held-out") as scratch:
         step.write_rows(

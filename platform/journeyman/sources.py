@@ -11,9 +11,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from journeyman.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
 
 Row = dict[str, Any]
 
@@ -76,6 +79,26 @@ def rows(url: str, kind: str, columns: Sequence[str]) -> Iterator[Row | Malforme
             else:
                 yield from _csv_rows(url, file, "\t" if kind == "tsv" else ",")
     except (OSError, EOFError) as error:
+        raise DataError(f"{url}: cannot be read ({error}).") from error
+
+
+def columns(url: str, kind: str) -> list[str]:
+    """Columns that a source declares, in its order; of JSONL, which declares none, the first row's.
+
+    Raises DataError where it is unreadable.
+    """
+    if kind == "text":
+        return ["text"]
+    try:
+        if kind == "parquet":
+            return _parquet_columns(url)
+        if kind == "hf":
+            return _hf_columns(url)
+        first = next(
+            (row for row in rows(url, kind, ["text"]) if not isinstance(row, Malformed)), {}
+        )
+        return list(first)
+    except OSError as error:
         raise DataError(f"{url}: cannot be read ({error}).") from error
 
 
@@ -205,6 +228,19 @@ def _parquet_rows(url: str, columns: Sequence[str]) -> Iterator[Row | Malformed]
             ) from error
 
 
+def _parquet_columns(url: str) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _open(url) as file:
+        try:
+            names: list[str] = pq.ParquetFile(file).schema_arrow.names
+        except pa.ArrowException as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{url}: not a readable Parquet file ({reason}).") from error
+    return names
+
+
 def _batch_rows(url: str, n_before: int, batch: Any) -> Iterator[Row | Malformed]:
     """Rows of an Arrow batch; Parquet's strings may hold any bytes."""
     try:
@@ -220,15 +256,27 @@ def _batch_rows(url: str, n_before: int, batch: Any) -> Iterator[Row | Malformed
                 )
 
 
-def _hf_rows(url: str, columns: Sequence[str]) -> Iterator[Row]:
+def _hf_parts(url: str) -> list[tuple[str | None, datasets.Dataset]]:
+    """The folder's datasets by split, None where it has no splits."""
     import datasets
 
     try:
         loaded = datasets.load_from_disk(url)
     except (OSError, ValueError) as error:
         raise DataError(f"{url}: not a Hugging Face dataset folder ({error}).") from error
-    parts = loaded.items() if isinstance(loaded, datasets.DatasetDict) else [(None, loaded)]
-    for split, part in parts:
+    return [*loaded.items()] if isinstance(loaded, datasets.DatasetDict) else [(None, loaded)]
+
+
+def _hf_columns(url: str) -> list[str]:
+    parts = _hf_parts(url)
+    own: list[str] = parts[0][1].column_names
+    return own if parts[0][0] is None else ["split", *own]
+
+
+def _hf_rows(url: str, columns: Sequence[str]) -> Iterator[Row]:
+    import datasets
+
+    for split, part in _hf_parts(url):
         names = {
             name: feature
             for name, feature in part.features.items()

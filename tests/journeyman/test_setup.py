@@ -35,6 +35,7 @@ RANKS = {
                 "cluster",
                 "traffic",
                 "run_folder",
+                "starting",
             ],
             ["teacher"],
             ["labels"],

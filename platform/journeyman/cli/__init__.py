@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from journeyman import __version__
-from journeyman.cli import cascade, certify, compare, export, labels
+from journeyman.cli import cascade, certify, compare, export, init, labels
 from journeyman.cli.arguments import add_recipe, command, load, positive
 from journeyman.errors import JourneymanError, RecipeError
 from journeyman.progress import duration
@@ -26,6 +26,7 @@ Every step can be stopped at any time and run again: it goes on where it stopped
 
 _EXAMPLES = """\
 examples:
+  journeyman init tickets.csv                        a first recipe for a file of your own
   journeyman recipe show jobs/recipes/demo.yaml      every setting, defaults filled in
   journeyman run jobs/recipes/demo.yaml              the whole pipeline
   journeyman run my.yaml --set training.epochs=8     with one setting changed
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"journeyman {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    init.add_command(commands)
     run = command(commands, "run", "do every step of a recipe that is not done yet", _run)
     add_recipe(run)
     run.add_argument("--new", action="store_true", help=_NEW)

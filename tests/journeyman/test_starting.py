@@ -1,0 +1,205 @@
+"""``journeyman init``: a file of one's own to a recipe that runs, or one sentence."""
+
+import argparse
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from journeyman import cli, corpus, recipe
+from journeyman.cli.init import choose
+from journeyman.errors import JourneymanError
+from journeyman.starting.draft import draft, parsed, words_of
+from journeyman.starting.look import look
+from tests.conftest import ROOT
+
+
+def init(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """What it says; the file is recipe.yaml in the working directory."""
+    capsys.readouterr()
+    code = cli.main(["init", *map(str, arguments), "--to", "recipe.yaml"])
+    said = capsys.readouterr()
+    assert code == (0 if not said.err else 1)
+    assert said.err.count("\n") <= 1  # one sentence
+    return said.err or said.out
+
+
+def prepared(*overrides: str) -> dict:
+    """The corpus of recipe.yaml."""
+    settings = recipe.load("recipe.yaml", overrides)
+    return corpus.prepare(settings, Path("corpus"))
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "text", "label"),
+    [
+        ("clinc150/requests.jsonl.gz", ["--label", "domain"], "text", "domain"),
+        ("sms_spam/messages.tsv.gz", [], "text", "label"),
+        ("policy/requests.jsonl.gz", ["--label", "decision"], "text", "decision"),
+        ("xquad/pairs.jsonl.gz", ["--group", "article"], "question", "label"),
+        ("wikitext/sentences.txt.gz", ["--class", "a=people", "--class", "b=places"], "text", None),
+        ("gsm8k/problems.jsonl.gz", ["--no-label", "--class", "a=money", "--class", "b=time"],
+         "question", None),
+    ],
+)  # fmt: skip
+def test_each_shipped_file_gives_a_recipe_that_prepares(capsys, file, flags, text, label):
+    source = ROOT / "jobs" / "recipes" / file
+    assert "next      journeyman recipe check recipe.yaml" in init(capsys, source, *flags)
+    columns = recipe.load("recipe.yaml").corpus.columns
+    assert (columns.text, columns.label) == (text, label)
+    assert prepared()["splits"].keys() == {"train", "calibrate", "certify", "test"}
+
+
+ODD = 'Ticket Body (en),"Team, current",Kunden-Nr.: #\n'
+
+
+def test_odd_column_names_and_quoted_newlines(capsys):
+    rows = [f'"line one of {i}\nline: ""two"" # {i}","a: b{i % 3}",{i // 4}\n' for i in range(120)]
+    Path("odd: file.csv").write_text(ODD + "".join(rows))
+    init(capsys, "odd: file.csv", "--text", "Ticket Body (en)", "--label", "Team, current",
+         "--group", "Kunden-Nr.: #")  # fmt: skip
+    settings = recipe.load("recipe.yaml")
+    assert settings.classes().classes == {f"a: b{i}": f"a b{i}" for i in range(3)}
+    manifest = prepared()
+    assert manifest["rows"] + manifest["over_limit"] == 120 and not manifest["malformed"]["rows"]
+    texts = corpus.read_shard(Path("corpus") / manifest["shards"][0]["name"])["text"].to_pylist()
+    assert all("\nline: " in text for text in texts)
+
+
+def test_odd_values_stay_what_they_are_in_yaml(capsys):
+    labels = ["yes", "no", "null", "1", "0x1f", "{{ x }}", "#tag", "- a", "ü", "true", "'\"\\"]
+    rows = [{"text": f"row {i}", "label": labels[i % len(labels)]} for i in range(220)]
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    init(capsys, "a.jsonl")
+    assert set(recipe.load("recipe.yaml").classes().classes) == set(labels)
+    prepared()
+
+
+def test_a_hundred_labels(capsys):
+    rows = [f"please do thing number {i},intent_{i % 100}\n" for i in range(2000)]
+    Path("many.csv").write_text("utterance,intent\n" + "".join(rows))
+    said = init(capsys, "many.csv")
+    assert "intent_0 (intent 0)" in said
+    settings = recipe.load("recipe.yaml")
+    assert len(settings.classes().classes) == 100
+    assert sum(settings.corpus.limits.values()) <= 300
+    assert "100 labels are as many short prefills a row" in Path("recipe.yaml").read_text()
+    prepared()
+
+
+def test_parquet_and_dataset_folders(capsys):
+    rows = [{"id": i, "body": f"some words {i}", "queue": "ab"[i % 2]} for i in range(100)]
+    pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
+    init(capsys, "a.parquet")
+    assert recipe.load("recipe.yaml").corpus.columns.label == "queue"
+    Path("recipe.yaml").unlink()
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    parts = {
+        name: datasets.Dataset.from_list(
+            [{"text": f"{name} {i}", "label": i % 2} for i in range(n)], features=features
+        )
+        for name, n in (("train", 80), ("validation", 40), ("test", 20))
+    }
+    datasets.DatasetDict(parts).save_to_disk("folder")
+    init(capsys, "folder")
+    settings = recipe.load("recipe.yaml").corpus
+    assert settings.columns.split == "split"
+    assert settings.split_map["validation"] == {"calibrate": 0.3, "certify": 0.7}
+    assert prepared()["splits"]["test"] == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "flags", "sentence"),
+    [
+        ("a.csv", "", [], "it has no rows, so that there is nothing to make a recipe for"),
+        ("a.jsonl", "\n\n", [], "it has no rows"),
+        ("a.jsonl", "{\n[]\n", [], "all of its 2 rows are malformed"),
+        ("a.csv", "text;label\nhello;x\n", [], "the file seems to separate by ';'"),
+        ("a.csv", "text,label\nhello,x\nhi,y\n", ["--label", "team"],
+         "no column 'team'; it has 'text', 'label'. Name one of them with --label"),
+        ("a.csv", "a,b\nxyz,1\nxyz,2\n", [], "which column holds the text is not plain"),
+        ("a.csv", "text\nhello\nhi\n", [], "a classifier needs two labels at least, and there is"),
+        ("a.csv", "text,label\nhello,x\nhi,x\n", ["--label", "label"], "there is 'x'"),
+        ("a.csv", "text,label\na,x\nb,y\n", ["--class", "z=zz"], "--class z: no row has this"),
+        ("a.csv", "text,label\na,x_1\nb,x-1\n", ["--label", "label"], "the same words, 'x 1'"),
+        ("a.csv", "text,label\na,x\nb,y\n", ["--class", "z"], "write it as LABEL=WORDS"),
+        ("a.csv", "text,label\na,x\nb,y\n", ["--name", "a b"], "name: string should match"),
+        ("a.csv", "text,n\n" + "".join(f"t{i},{i}\n" for i in range(600)), ["--label", "n"],
+         "more than 500 different values, and looks like no label"),
+        ("a.xyz", "hello", [], "the format cannot be told from the name"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_made_a_recipe_is_one_sentence(capsys, name, content, flags, sentence):
+    Path(name).write_text(content)
+    assert sentence in init(capsys, name, *flags)
+    assert not Path("recipe.yaml").exists()
+
+
+def test_a_file_that_is_there_is_never_overwritten(capsys):
+    Path("recipe.yaml").write_text("mine")
+    Path("a.csv").write_text("text,label\na,x\nb,y\n")
+    assert "recipe.yaml: there already" in init(capsys, "a.csv")
+    assert Path("recipe.yaml").read_text() == "mine"
+    assert "no such file" in init(capsys, "b.csv")
+
+
+def options(**given: object) -> argparse.Namespace:
+    nothing = {
+        "text": None, "label": None, "no_label": False, "classes": [], "group": None,
+        "split": None, "meta": [], "teacher": "big", "student": "small", "scoring": None,
+        "name": None,
+    }  # fmt: skip
+    return argparse.Namespace(**nothing | given)
+
+
+def test_in_a_terminal_it_asks_for_what_no_flag_says():
+    Path("a.csv").write_text("who,what,why\nann,hello,x_y\nbob,hi,z\n")
+    answers = {
+        "Which column holds the text?": "what",
+        "Which column holds gold labels? (- for none)": "why",
+        "Which column's rows must stay in one split (a customer's, say)? (- for none)": "who",
+        "Words for the label z?": "zebras",
+    }
+    chosen = choose(
+        options(), look("a.csv"), lambda question, default: answers.get(question, default)
+    )
+    assert (chosen.text, chosen.label, chosen.group) == ("what", "why", "who")
+    assert chosen.classes == {"x_y": "x y", "z": "zebras"}
+    settings = parsed(draft(chosen))
+    assert settings.classes().scoring == "verbalizer" and settings.classes().chat
+    assert settings.cluster.gpus_per_replica == 1
+
+
+def test_without_gold_the_labels_are_asked_for():
+    Path("a.csv").write_text("text\nhello\nhi\n")
+    answers = {"Labels, separated by commas?": "spam, ham"}
+    chosen = choose(
+        options(), look("a.csv"), lambda question, default: answers.get(question, default)
+    )
+    assert chosen.classes == {"spam": "spam", "ham": "ham"} and chosen.label is None
+    assert "accuracy" not in yaml.safe_load(draft(chosen))["certify"].get("besides", [])
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [("kitchen_and_dining", "kitchen and dining"), ("billingTeam", "billing team"), ("__", "__")],
+)
+def test_words_of_a_label(label: str, words: str):
+    assert words_of(label) == words
+
+
+def test_a_column_that_is_missing_names_those_that_are_there():
+    Path("a.csv").write_text("text,label\na,x\nb,y\n")
+    with pytest.raises(JourneymanError, match="no column 'who'; it has 'text', 'label'"):
+        choose(options(group="who"), look("a.csv"), None)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from journeyman import __version__
-from journeyman.cli import cascade, certify, compare, export, init, labels
+from journeyman.cli import cascade, certify, compare, export, init, labels, trying
 from journeyman.cli.arguments import add_recipe, command, load, positive
 from journeyman.errors import JourneymanError, RecipeError
 from journeyman.progress import duration
@@ -43,6 +43,7 @@ goes on where it stopped, and what is finished is never labeled twice.
 
 _LABEL_EXAMPLES = """\
 examples:
+  journeyman label my.yaml --try --take best         which wording and scoring suit the teacher?
   journeyman label my.yaml --estimate --rows 500     label 500 rows, and price the rest from them
   journeyman label my.yaml                           label; goes on where it stopped
   journeyman label my.yaml --new                     from the start, into a new dataset
@@ -132,7 +133,20 @@ def _add_label_options(label: argparse.ArgumentParser) -> None:
         "--rows",
         metavar="N",
         type=positive,
-        help=f"with --estimate: rows of the sample (default {_ESTIMATE_ROWS})",
+        help=f"rows of the sample: with --estimate (default {_ESTIMATE_ROWS}), or with --try "
+        f"(default {trying.ROWS})",
+    )
+    label.add_argument(
+        "--try",
+        dest="trial",
+        action="store_true",
+        help="ask in the recipe's way and in each of labels.candidates about the same train rows, "
+        "and show accuracy, calibration and cost side by side",
+    )
+    label.add_argument(
+        "--take",
+        choices=("best",),
+        help="with --try: write the best way into the recipe's file, with its figures",
     )
 
 
@@ -182,9 +196,15 @@ def _step(options: argparse.Namespace) -> int:
 def _label(options: argparse.Namespace) -> int:
     from journeyman import steps
 
+    if options.trial:
+        if options.estimate or options.new:
+            raise RecipeError("--try labels nothing: give it without --estimate and --new.")
+        return trying.run(options)
+    if options.take:
+        raise RecipeError("--take goes with --try.")
     if not options.estimate:
         if options.rows:
-            raise RecipeError("--rows is the size of the sample that --estimate labels; to label "
+            raise RecipeError("--rows is the size of the sample of --estimate and --try; to label "
                               "fewer rows set corpus.limits.")  # fmt: skip
         return _step(options)
     if options.new:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from journeyman.recipe.base import Count, Section, Share
 
@@ -98,6 +98,10 @@ _LATER: dict[str, Any] = {"chat": False, "system": None, "examples": (), "tokens
 
 
 _SHARES = "class_shares"
+_OF_CANDIDATES = {
+    "scoring", "classes", "prompt", "target", "chat", "system", "examples", "prior_correction",
+    "class_shares",
+}  # fmt: skip
 
 
 class _Chat(Section):
@@ -269,8 +273,19 @@ class Classes(_Asked):
         "correction then makes the teacher's mean probabilities over train rows these shares.",
     )
 
+    candidates: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Other ways to ask, by name, for journeyman label --try: settings of this "
+        "section (scoring, prompt, classes, ...) that differ.",
+    )
+
     def templates(self) -> dict[str, str]:
         return {"labels.prompt": self.prompt, "labels.target": self.target}
+
+    def candidate(self, name: str) -> Classes:
+        """This section as a candidate has it."""
+        own = self.model_dump(exclude={"candidates"})
+        return Classes.model_validate(own | self.candidates[name])
 
     def wordings(self) -> tuple[tuple[str, ...], ...]:
         """The words of each label, one wording or several."""
@@ -282,7 +297,7 @@ class Classes(_Asked):
 
     def asked(self) -> dict[str, Any]:
         # Datasets that were made before there was this setting are the same without it.
-        asked = super().asked()
+        asked = {name: value for name, value in super().asked().items() if name != "candidates"}
         return asked if self.class_shares else {k: v for k, v in asked.items() if k != _SHARES}
 
     @model_validator(mode="after")
@@ -301,6 +316,23 @@ class Classes(_Asked):
             raise ValueError("classes must have label words that differ from one another")
         if self.scoring == "channel" and self.chat:
             raise ValueError("chat does not go with scoring: channel; write the turns into prompt")
+        return self
+
+    @model_validator(mode="after")
+    def _candidates_are_ways_to_ask(self) -> Classes:
+        for name, changes in self.candidates.items():
+            if unknown := sorted(set(changes) - _OF_CANDIDATES):
+                raise ValueError(
+                    f"candidates.{name}.{unknown[0]} is none of {', '.join(sorted(_OF_CANDIDATES))}"
+                )
+            if set(changes.get("classes", self.classes)) != set(self.classes):
+                raise ValueError(f"candidates.{name}.classes must have the labels of classes")
+            try:
+                self.candidate(name)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, ("candidates", name, *first["loc"])))
+                raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
         return self
 
     @model_validator(mode="after")

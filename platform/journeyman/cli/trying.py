@@ -1,0 +1,112 @@
+"""``journeyman label --try``: candidates side by side, and the best into the recipe if asked."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+from journeyman import cluster, files
+from journeyman.cli.arguments import load
+from journeyman.cli.text import table
+from journeyman.errors import RecipeError
+from journeyman.labels.candidates import Judged, best
+from journeyman.progress import LiveLine
+from journeyman.recipe import Recipe, rewriting
+
+ROWS = 300
+_NOTHING = "–"
+_WEAKER = (
+    "No gold labels: candidates are compared by how often they agree with one another, which is\n"
+    "weaker: what most of them get wrong counts as right. Label some hundred rows by hand."
+)
+
+
+def run(options: argparse.Namespace) -> int:
+    from journeyman import steps
+    from journeyman.labels.trying import OWN, tried, ways
+
+    recipe = load(options)
+    ways(recipe)  # before anything is started
+    current = steps.Run(recipe)
+    n_rows = options.rows or ROWS
+    with current.locked():
+        current.execute("prepare")
+        cluster.connect(recipe.cluster)
+        with LiveLine() as line:
+            line.show(f"label     trying {len(ways(recipe))} ways on up to {n_rows} train rows")
+            judged = tried(recipe, current.teacher, current.path("prepare"), n_rows)
+    print(side_by_side(judged))
+    chosen = best(judged)
+    if chosen is None:
+        raise RecipeError("none of the candidates could be asked; mend the recipe's own first.")
+    if options.take != "best":
+        print(f"\nnext      journeyman label {options.recipe} --try --take best   "
+              f"writes {chosen.name} into the recipe")  # fmt: skip
+        return 0
+    _take(Path(options.recipe), recipe, chosen, judged, OWN)
+    print(f"\ntaken     {chosen.name}, in {options.recipe}")
+    return 0
+
+
+def side_by_side(judged: Sequence[Judged]) -> str:
+    """The table, and what is to be said of it."""
+    heads = ("", "scoring", "rows", "right", "95%", "balanced", "AUC", "ECE", "mass", "agrees",
+             "tokens/row", "$/1k rows", "rows/s")  # fmt: skip
+    text = table([heads, *(_cells(one) for one in judged)])
+    notes = [f"{one.name}: {one.refusal}" for one in judged if one.refusal]
+    notes += [f"{one.name}: {one.unanswered} rows are not answered (too long, most likely)"
+              for one in judged if one.unanswered and not one.refusal]  # fmt: skip
+    if not any(one.accuracy for one in judged):
+        notes.append(_WEAKER)
+    return "\n".join([text, *([""] if notes else []), *notes])
+
+
+def _cells(one: Judged) -> tuple[str, ...]:
+    if one.refusal:
+        return (one.name, one.scoring, *[_NOTHING] * 11)
+    right = one.accuracy
+    return (
+        one.name,
+        one.scoring,
+        f"{one.n:,}",
+        f"{right.rate:.3f}" if right else _NOTHING,
+        f"{right.low:.3f}-{right.high:.3f}" if right else _NOTHING,
+        *(
+            _NOTHING if value is None else f"{value:.3f}"
+            for value in (
+                one.balanced_accuracy,
+                one.auc,
+                one.calibration_error,
+                one.label_mass,
+                one.agreement,
+            )
+        ),
+        f"{one.tokens_per_row:,.0f}",
+        f"{1000 * one.dollars_per_row:,.2f}" if one.dollars_per_row else _NOTHING,
+        f"{one.rows_per_s:,.1f}",
+    )
+
+
+def _take(path: Path, recipe: Recipe, chosen: Judged, judged: Sequence[Judged], own: str) -> None:
+    changes = {} if chosen.name == own else recipe.classes().candidates[chosen.name]
+    figures = [_evidence(one) for one in (chosen, *(o for o in judged if o is not chosen))]
+    today = datetime.datetime.now(datetime.UTC).date()
+    comments = [f"{chosen.name} was taken by journeyman label --try, {today}, on train rows:",
+                *(f"  {line}" for line in figures)]  # fmt: skip
+    text = rewriting.with_settings(path.read_text("utf-8"), "labels", changes, comments)
+    files.write_bytes(path, text.encode())
+
+
+def _evidence(one: Judged) -> str:
+    if one.refusal:
+        return f"{one.name}: could not be asked"
+    if one.accuracy is None:
+        return f"{one.name}: agrees with the others on {one.agreement or 0:.3f} of {one.n} rows"
+    right = one.accuracy
+    auc = "" if one.auc is None else f", AUC {one.auc:.3f}"
+    return (
+        f"{one.name}: {right.rate:.3f} right of {right.n} ({right.low:.3f} to {right.high:.3f})"
+        f"{auc}, {one.tokens_per_row:,.0f} tokens a row"
+    )

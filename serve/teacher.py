@@ -13,6 +13,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from journeyman import models
 from journeyman.cascade.answering import Unlabeled
 from journeyman.columns import unpacked
 from journeyman.errors import ModelError
@@ -46,7 +47,7 @@ class Teacher:
         self._columns = columns
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True).start()
-        self._engine = Engine(settings, model)
+        self._engine = Engine(settings, models.here(model, lambda: models.teacher(settings)))
         self._failure: str | None = None  # why the engine did not start again
         asyncio.run_coroutine_threadsafe(self._engine.start(), self._loop).result()
         self._task = ClassTask(labels, self._engine)

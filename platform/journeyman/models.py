@@ -7,14 +7,17 @@ but hub ids that are not in the Hugging Face cache yet.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterable
+import platform
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from journeyman.errors import ModelError
 from journeyman.files import file_digest, replaced_directory
@@ -120,11 +123,48 @@ def teacher(settings: Teacher, cache: Path | None = None) -> Model:
     )
 
 
+def look(reference: str, revision: str | None = None) -> tuple[int, int]:
+    """Bytes of a model's weights, and how many of them are still to be fetched from the hub.
+
+    Fetches none of them; raises ModelError where ``resolve`` would.
+    """
+    if _on_disk(reference) is None:
+        with contextlib.suppress(ModelError):  # no hub in sight: what its cache holds will do
+            files = _from_hub(reference, revision, dry_run=True)
+            weights = [file for file in files if file.filename.endswith((".safetensors", ".bin"))]
+            missing = sum(file.file_size or 0 for file in weights if file.will_download)
+            return sum(file.file_size or 0 for file in weights), missing
+    return resolve(reference, revision).size_bytes, 0
+
+
+def here(elsewhere: Model, resolve_again: Callable[[], Model]) -> Model:
+    """A model that another node resolved, on this node; raises ModelError if it is not the same.
+
+    On a disk that all nodes share it lies where it was found; in each node's own cache of the hub
+    or of packages it is looked for again.
+    """
+    if elsewhere.path.is_dir() and (elsewhere.adapter is None or elsewhere.adapter.is_dir()):
+        return elsewhere
+    found = resolve_again()
+    if found.identity != elsewhere.identity:
+        raise ModelError(
+            f"{elsewhere.reference}: the weights or the tokenizer on {platform.node()} are others "
+            "than those that the run was begun with; name a revision, or put one copy where all "
+            "nodes see it."
+        )
+    return found
+
+
 def _default_cache() -> Path:
     return Path(os.environ.get("JOURNEYMAN_CACHE", "~/.cache/journeyman")).expanduser()
 
 
 def _locate(reference: str, revision: str | None) -> Path:
+    return _on_disk(reference) or Path(_from_hub(reference, revision))
+
+
+def _on_disk(reference: str) -> Path | None:
+    """None of a hub id; raises ModelError for a file, folder or package that is not here."""
     if reference.startswith(_PACKAGE):
         return _package_resource(reference)
     path = Path(reference).expanduser()
@@ -132,7 +172,7 @@ def _locate(reference: str, revision: str | None) -> Path:
         return path.resolve()
     if path.is_absolute() or reference.startswith((".", "~")) or reference.endswith(".gguf"):
         raise ModelError(f"{reference}: no such file or folder; check teacher.model/student.model.")
-    return _from_hub(reference, revision)
+    return None
 
 
 def _package_resource(reference: str) -> Path:
@@ -153,13 +193,16 @@ def _package_resource(reference: str) -> Path:
     return path
 
 
-def _from_hub(reference: str, revision: str | None) -> Path:
+def _from_hub(reference: str, revision: str | None, *, dry_run: bool = False) -> Any:
+    """The folder in the hub's cache, filled; with dry_run huggingface_hub's facts of each file."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
+        return snapshot_download(
+            reference, revision=revision, allow_patterns=patterns, dry_run=dry_run
+        )
     except HFValidationError as error:
         raise ModelError(
             f"{reference}: neither a file or folder here nor a hub id (owner/name)."

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -93,3 +94,16 @@ def test_a_damaged_gguf_file_gets_a_sentence(tmp_path: Path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 50)
     with pytest.raises(ModelError, match=r"cannot read this GGUF file"):
         models.resolve(str(tmp_path / "bad.gguf"), cache=tmp_path / "cache")
+
+
+def test_a_model_that_another_node_resolved_is_looked_for_on_this_one(folder: Path, tmp_path: Path):
+    def resolve() -> Model:
+        return models.resolve(str(folder), cache=tmp_path / "cache")
+
+    here = resolve()
+    elsewhere = dataclasses.replace(here, path=Path("/only/on/another/node"))
+    assert models.here(here, lambda: pytest.fail("it is here")) is here
+    assert models.here(elsewhere, resolve) == here
+    other = dataclasses.replace(elsewhere, weights_digest="of another revision")
+    with pytest.raises(ModelError, match="others than those that the run was begun with"):
+        models.here(other, resolve)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from journeyman import corpus
+from journeyman import corpus, models
 from journeyman.errors import DataError, ModelError
 from journeyman.labels import attempts, schema
 from journeyman.labels.attempts import Note, Plan
@@ -139,7 +139,8 @@ class Replica:
             self._backend, task = Written(), tasks.written(labels, self._spec.teacher.column)
             max_num_seqs = self._spec.teacher.max_num_seqs
         else:
-            engine = Engine(self._spec.teacher, self._spec.model, draws=_draws(labels))
+            model = models.here(self._spec.model, lambda: models.teacher(self._spec.teacher))
+            engine = Engine(self._spec.teacher, model, draws=_draws(labels))
             await self._start_engine(engine)
             self._backend, task = engine, tasks.local(labels, engine)
             max_num_seqs = engine.max_num_seqs

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from journeyman import models
 from journeyman.errors import DataError, RecipeError
 from journeyman.labels import dataset
 from journeyman.labels.store import LabelStore
@@ -15,6 +16,9 @@ from journeyman.recipe import Generate, Logits, Recipe
 from journeyman.student import trackers
 
 if TYPE_CHECKING:
+    import torch
+
+    from journeyman.student.learner import Learner
     from journeyman.student.lesson import Load
     from journeyman.student.live import TrainProgress
     from journeyman.student.loop import TrainResult
@@ -125,12 +129,27 @@ def _classifying(recipe: Recipe, labels: str | Path, corpus_dir: Path, parent: M
     from journeyman.student.classifying import Classifying
 
     return partial(
+        _of_parent,
         Classifying,
-        model_dir=parent.path,
+        parent,
+        recipe.learner().revision,
         student=recipe.learner(),
         training=recipe.training,
         read_rows=partial(dataset.read_classes, labels, corpus_dir, ("train", "calibrate")),
     )
+
+
+def _of_parent(
+    make: Callable[..., Learner],
+    parent: Model,
+    revision: str | None,
+    folder: Path | None,
+    device: torch.device,
+    **given: Any,
+) -> Learner:
+    """A learner, made on the node of a worker, where the parent may lie elsewhere."""
+    model = models.here(parent, lambda: models.resolve(parent.reference, revision))
+    return make(folder, device, model_dir=model.path, **given)
 
 
 def _causal(
@@ -186,8 +205,10 @@ def causal_load(recipe: Recipe, parent: Model, rows_dir: Path) -> Load:
     from journeyman.student.causal_learner import Causal
 
     return partial(
+        _of_parent,
         Causal,
-        model_dir=parent.path,
+        parent,
+        recipe.learner().revision,
         student=recipe.learner(),
         training=recipe.training,
         rows_dir=rows_dir,

@@ -86,7 +86,8 @@ def inputs_digest(recipe: Recipe, urls: Sequence[str]) -> str:
     for url in urls:
         filesystem, path = sources._filesystem(url)
         info = filesystem.info(path)
-        facts.append([url, info.get("size"), str(info.get("mtime") or info.get("ETag"))])
+        changed = info.get("mtime") or info.get("e_tag") or info.get("ETag")
+        facts.append([url, info.get("size"), str(changed)])
     settings = recipe.corpus.model_dump(mode="json")
     return digest([SCHEMA_VERSION, settings, id_columns(recipe), _gold_labels(recipe), facts])
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from journeyman import object_store
 from journeyman.errors import DataError
 
 if TYPE_CHECKING:
@@ -122,9 +123,12 @@ def format_of(url: str) -> str:
 def _filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
+    protocol, _, path = url.partition("://")
+    if path and protocol in object_store.PROTOCOLS:
+        return object_store.Files(protocol), path
     try:
         return fsspec.core.url_to_fs(url)
-    except ImportError as error:  # s3fs, gcsfs and the like are the user's choice
+    except ImportError as error:  # of file systems beside those, such as hdfs
         raise DataError(f"{url}: {error}.") from error
     except ValueError as error:
         raise DataError(f"{url}: not a path or URL that fsspec knows ({error}).") from error
@@ -133,7 +137,11 @@ def _filesystem(url: str) -> tuple[Any, str]:
 def _open(url: str) -> Any:
     import fsspec
 
-    return fsspec.open(url, "rb", compression="infer").open()
+    filesystem, path = _filesystem(url)
+    if not isinstance(filesystem, object_store.Files):
+        return fsspec.open(url, "rb", compression="infer").open()
+    file, compression = filesystem.open(path), fsspec.utils.infer_compression(path)
+    return fsspec.compression.compr[compression](file, mode="rb") if compression else file
 
 
 def _utf8(url: str, line: int, content: bytes) -> str | Malformed:

@@ -6,22 +6,23 @@ A name holds all of its bytes or does not exist. ``create`` is the only arbiter 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from journeyman import files
-from journeyman.errors import ClusterError, RecipeError
+from journeyman import files, object_store
+from journeyman.errors import ClusterError
 
-_PATIENCE = timedelta(seconds=60)  # with a store that fails or cannot be reached, each request
+T = TypeVar("T")
+
+_PAGE = 1000  # names of a listing that are in memory
 _READERS = 32  # reads at a time
 _READ_AHEAD = 1024  # files that are read before the first of them is taken
 
@@ -48,7 +49,7 @@ class Folder:
         self.where = str(where)
         self.directory = _local(self.where)  # None behind a URL
         if self.directory is None:
-            _remote(self.where)
+            object_store.connect(self.where)
 
     def path(self, name: str) -> str:
         """A name as people write it."""
@@ -74,7 +75,7 @@ class Folder:
         if self.directory is not None and not self.directory.is_dir():
             raise FileNotFoundError(self.path(name))
         with self._errors(name, "read"):
-            return bytes(obstore.get(self._store(), name).bytes())
+            return self._asked(lambda: bytes(obstore.get(self._store(), name).bytes()))
 
     def get_each(
         self, names: Iterable[str], ahead: int = _READ_AHEAD
@@ -96,19 +97,40 @@ class Folder:
 
     def walk(self, prefix: str) -> Iterator[Listed]:
         """All names below a prefix, in no order; none if there is no such folder."""
-        import obstore
-
         if self.directory is not None and not self.directory.is_dir():
             return
         with self._errors(prefix, "listed"):
-            for batch in obstore.list(self._store(), prefix, chunk_size=1000):
-                for item in batch:
+            for page in self._pages(prefix):
+                for item in page:
                     yield Listed(
                         name=item["path"],
                         size=item["size"],
                         modified=item["last_modified"],
                         tag=item["e_tag"] or item["last_modified"].isoformat(),
                     )
+
+    def _pages(self, prefix: str) -> Iterator[Sequence[Any]]:
+        """Once a page has failed, those behind the last one that came are asked for."""
+        import obstore
+        from obstore.exceptions import GenericError
+
+        listed: Iterator[Sequence[Any]] | None = None
+        last: str | None = None
+
+        def next_page() -> Sequence[Any] | None:
+            nonlocal listed
+            listed = listed or iter(
+                obstore.list(self._store(), prefix, offset=last, chunk_size=_PAGE)
+            )
+            try:
+                return next(listed, None)
+            except GenericError:
+                listed = None
+                raise
+
+        while (page := self._asked(next_page)) is not None:
+            yield page
+            last = page[-1]["path"] if page else last
 
     def delete(self, name: str) -> None:
         """Fine with a name that does not exist."""
@@ -117,7 +139,7 @@ class Folder:
         if self.directory is not None and not self.directory.is_dir():
             return
         with contextlib.suppress(FileNotFoundError), self._errors(name, "deleted"):
-            obstore.delete(self._store(), name)
+            self._asked(lambda: obstore.delete(self._store(), name))
 
     def delete_unfinished(self, older_than_s: float) -> None:
         """Remove what killed writers left of local files; an object store has no such thing."""
@@ -134,15 +156,19 @@ class Folder:
         with self._errors(name, "written"):
             if self.directory is not None:
                 self.directory.mkdir(parents=True, exist_ok=True)
-            obstore.put(self._store(), name, content, mode=mode)
+            self._asked(lambda: obstore.put(self._store(), name, content, mode=mode))
             if self.directory is not None:
                 _sync(self.directory / name)
+
+    def _asked(self, ask: Callable[[], T]) -> T:
+        """A disk that fails once has no second chance: it is full, or damaged."""
+        return ask() if self.directory is not None else object_store.patiently(ask)
 
     def _store(self) -> Any:
         from obstore.store import LocalStore
 
         if self.directory is None:
-            return _remote(self.where)
+            return object_store.connect(self.where)
         return LocalStore(self.directory)
 
     @contextlib.contextmanager
@@ -167,23 +193,6 @@ def _local(where: str) -> Path | None:
         return Path(where)
     url = urlsplit(where)
     return Path(unquote(url.path)) if url.scheme == "file" else None
-
-
-@functools.cache
-def _remote(url: str) -> Any:
-    """One store, with its connections, for each URL and process."""
-    from obstore.exceptions import BaseError
-    from obstore.store import MemoryStore, from_url
-
-    try:
-        if url.startswith("memory:"):
-            return MemoryStore()
-        return from_url(url, retry_config={"max_retries": 1000, "retry_timeout": _PATIENCE})
-    except (BaseError, ValueError) as error:
-        raise RecipeError(
-            f"{url}: no such object store ({str(error).splitlines()[0]}); take a folder, or a URL "
-            "of s3://, gs:// or az:// with what it needs in the environment."
-        ) from error
 
 
 def _sync(path: Path) -> None:

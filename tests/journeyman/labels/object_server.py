@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
@@ -15,9 +18,25 @@ from xml.sax.saxutils import escape, unescape
 import pytest
 
 
+@dataclass
+class Faults:
+    """Of requests at random: share of them fail, in one of the ways that S3 has."""
+
+    share: float
+    random: random.Random
+    met: Counter[str] = field(default_factory=Counter)  # how often, by way
+
+    def draw(self) -> str | None:
+        if self.random.random() >= self.share:
+            return None
+        way = self.random.choice(("error", "slow down", "cut before", "cut after", "cut within"))
+        self.met[way] += 1
+        return way
+
+
 class ObjectServer(ThreadingHTTPServer):
     """objects: content by bucket/key. fail_after: key endings whose next put is carried out, and
-    then answered with this status (0: not at all)."""
+    then answered with this status (0: not at all). n_requests: by method."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -26,15 +45,38 @@ class ObjectServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Requests)
         self.objects: dict[str, bytes] = {}
         self.fail_after: dict[str, int] = {}
+        self.faults: Faults | None = None
+        self.n_requests: Counter[str] = Counter()
         self.lock = threading.Lock()
 
     def handle_error(self, *_: object) -> None:
         """A connection that was dropped on purpose is nobody's business."""
 
 
+_PAGE = 1000  # keys of a listing, as S3 has it
+_SLOW_DOWN = (
+    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
+
+
 class _Requests(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: ObjectServer
+
+    def parse_request(self) -> bool:
+        """Faults strike here, before a method's own handler: all but those that carry it out."""
+        if not super().parse_request():
+            return False
+        with self.server.lock:
+            self.server.n_requests[self.command] += 1
+            self._fault = self.server.faults.draw() if self.server.faults else None
+        if self._fault in (None, "cut after", "cut within"):
+            return True
+        if self._fault != "cut before":
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self._answer(500 if self._fault == "error" else 503, _SLOW_DOWN)
+        self.close_connection = True
+        return False
 
     def do_PUT(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
@@ -51,13 +93,19 @@ class _Requests(BaseHTTPRequestHandler):
         return self._answer(status, etag=_etag(content))
 
     def do_GET(self) -> None:
-        query = parse_qs(urlsplit(self.path).query)
+        query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
         if "list-type" in query:
-            return self._answer(200, self._listing(query.get("prefix", [""])[0]))
+            return self._answer(200, self._listing(query))
         content = self.server.objects.get(self._key())
         if content is None:
             return self._answer(404)
-        return self._answer(200, content, _etag(content))
+        if not (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
+            return self._answer(200, content, _etag(content))
+        first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
+        within = {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
+        return self._answer(206, content[first : last + 1], _etag(content), within)
+
+    do_HEAD = do_GET  # noqa: N815 - http.server's name for it
 
     def do_POST(self) -> None:
         """Delete many: the only form in which obstore's client deletes."""
@@ -72,26 +120,63 @@ class _Requests(BaseHTTPRequestHandler):
     def _key(self) -> str:
         return unquote(urlsplit(self.path).path).lstrip("/")
 
-    def _listing(self, prefix: str) -> bytes:
-        bucket = self._key().rstrip("/")
-        items = "".join(
-            f"<Contents><Key>{escape(key.removeprefix(bucket + '/'))}</Key>"
-            f"<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            f"<ETag>{_etag(content)}</ETag><Size>{len(content)}</Size></Contents>"
-            for key, content in sorted(self.server.objects.items())
-            if key.startswith(f"{bucket}/{prefix}")
+    def _listing(self, query: dict[str, str]) -> bytes:
+        """A page of what is below a prefix; with a delimiter, folders in place of their content."""
+        bucket, prefix = self._key().rstrip("/"), query.get("prefix", "")
+        delimiter = query.get("delimiter")
+        after = max(query.get("continuation-token", ""), query.get("start-after", ""))
+        with self.server.lock:
+            keys = sorted(
+                key.removeprefix(f"{bucket}/")
+                for key in self.server.objects
+                if key.startswith(f"{bucket}/{prefix}")
+            )
+        folders = sorted({
+            prefix + key.removeprefix(prefix).split(delimiter)[0] + delimiter
+            for key in keys if delimiter and delimiter in key.removeprefix(prefix)
+        })  # fmt: skip
+        keys = [key for key in keys if not key.startswith(tuple(folders)) and key > after]
+        page, more = keys[:_PAGE], len(keys) > _PAGE
+        items = "".join(map(self._item, [bucket] * len(page), page))
+        items += "".join(
+            f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>" for name in folders
+        )
+        next_page = (
+            f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>" if more else ""
         )
         return (
-            f"<ListBucketResult><IsTruncated>false</IsTruncated>{items}</ListBucketResult>".encode()
+            f"<ListBucketResult><IsTruncated>{str(more).lower()}</IsTruncated>{next_page}{items}"
+            "</ListBucketResult>"
+        ).encode()
+
+    def _item(self, bucket: str, key: str) -> str:
+        content = self.server.objects.get(f"{bucket}/{key}", b"")
+        return (
+            f"<Contents><Key>{escape(key)}</Key>"
+            f"<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+            f"<ETag>{_etag(content)}</ETag><Size>{len(content)}</Size></Contents>"
         )
 
-    def _answer(self, status: int, content: bytes = b"", etag: str = '""') -> None:
+    def _answer(
+        self,
+        status: int,
+        content: bytes = b"",
+        etag: str = '""',
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        fault, self._fault = self._fault, None
+        self.close_connection |= fault is not None
+        if fault == "cut after":
+            return
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("ETag", etag)
         self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content[: len(content) // 2] if fault == "cut within" else content)
 
     def log_message(self, *_: object) -> None:
         pass

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import multiprocessing
 import pickle
+import random
 import subprocess
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,7 @@ from journeyman.teacher.answers import (
     RationaleLabels,
     Recorded,
 )
-from tests.journeyman.labels.object_server import serving
+from tests.journeyman.labels.object_server import Faults, ObjectServer, serving
 
 IDENTITY = {"kind": "classes", "labels": {"classes": {"yes": "Yes", "no": "No"}}, "teacher": "one"}
 SHARD = "part-00000.parquet"
@@ -156,6 +158,36 @@ def test_a_commit_whose_confirmation_is_lost_keeps_its_files(
         standing = store.write(commit(), table(), [BAD_ROW], [LONG_ROW])
         assert not server.fail_after
         assert_one_won(store, [standing])
+
+
+def test_a_store_that_fails_now_and_then_loses_and_doubles_nothing(monkeypatch: pytest.MonkeyPatch):
+    """500s, 503 SlowDown and connections cut before, after and within an answer."""
+    shards = [f"part-{i:05d}.parquet" for i in range(30)]
+    with serving(monkeypatch) as (server, url):
+        server.faults = Faults(share=0.15, random=random.Random(0))
+        store = LabelStore(url)
+        store.open(IDENTITY)
+        with ThreadPoolExecutor(8) as replicas:
+            standing = list(replicas.map(
+                lambda shard: store.write(commit(shard), table(shard), [BAD_ROW], [LONG_ROW]),
+                shards,
+            ))  # fmt: skip
+        assert store.done() == set(shards)
+        assert store.commits() == {c.shard: c for c in standing}
+        assert store.compact() == len(shards)
+        assert store.remove_orphans(older_than_s=-1e9) == 0
+        for shard, found in store.commits().items():
+            assert store.read_shard(found)["id"].to_pylist() == [shard]
+            assert store.read_quarantine(found) == [BAD_ROW]
+            store.clear_attempts(shard)
+        assert store.finish({"complete": True})["complete"]
+        assert len(server.faults.met) == 5, server.faults.met
+    n_files = {folder: len(names_of(server, folder)) for folder in ("shards", "commits")}
+    assert n_files == {"shards": len(shards), "commits": len(shards)}
+
+
+def names_of(server: ObjectServer, folder: str) -> list[str]:
+    return [name for name in server.objects if f"/{folder}/" in name]
 
 
 def test_a_data_file_without_its_commit_is_not_read_as_done(store: LabelStore):

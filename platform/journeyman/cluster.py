@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from journeyman.errors import ClusterError, JourneymanError
 from journeyman.recipe import Cluster
 
 _SOURCE_ROOT = Path(__file__).resolve().parent.parent
-_CHECKOUT = _SOURCE_ROOT.parent
+CHECKOUT = _SOURCE_ROOT.parent
 
 
 def connect(settings: Cluster) -> None:
@@ -38,14 +40,23 @@ def connect(settings: Cluster) -> None:
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 include_dashboard=False if not settings.address else None,
-                # Workers import journeyman wherever it was imported from here.
-                runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
+                runtime_env=_runtime_env(),
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"cannot connect to Ray at {settings.address or 'this machine'} ({error}); look at "
             "cluster.address, RAY_ADDRESS, or `ray status`."
         ) from error
+
+
+def _runtime_env() -> dict[str, Any]:
+    """Workers import journeyman wherever it was imported from here.
+
+    A submitted job may have said so itself, and Ray refuses to be told twice.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    told = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {} if "PYTHONPATH" in told else {"env_vars": {"PYTHONPATH": python_path()}}
 
 
 @contextlib.contextmanager
@@ -78,7 +89,7 @@ def quiet_ray_data() -> None:
 def python_path() -> str:
     """PYTHONPATH with which a Ray worker finds this package and the checkout's serve/."""
     others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-    return os.pathsep.join(dict.fromkeys([str(_SOURCE_ROOT), str(_CHECKOUT), *others]))
+    return os.pathsep.join(dict.fromkeys([str(_SOURCE_ROOT), str(CHECKOUT), *others]))
 
 
 def reason_of(error: BaseException, doing: str) -> JourneymanError:
@@ -100,11 +111,11 @@ def reason_of(error: BaseException, doing: str) -> JourneymanError:
 
 def serve_module(name: str) -> ModuleType:
     """A module of the checkout's ``serve/`` folder, which lies beside the source root."""
-    if not (_CHECKOUT / "serve" / f"{name}.py").is_file():
+    if not (CHECKOUT / "serve" / f"{name}.py").is_file():
         raise ClusterError(
             f"serve/{name}.py is not beside {_SOURCE_ROOT}: serving runs from a checkout of the "
             "repository (pip install --editable .)."
         )
-    if str(_CHECKOUT) not in sys.path:
-        sys.path.append(str(_CHECKOUT))
+    if str(CHECKOUT) not in sys.path:
+        sys.path.append(str(CHECKOUT))
     return importlib.import_module(f"serve.{name}")

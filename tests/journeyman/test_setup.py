@@ -23,7 +23,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            ["__init__", "errors", "files", "probabilities", "progress"],
+            ["__init__", "errors", "files", "object_store", "probabilities", "progress"],
             [
                 "recipe",
                 "models",
@@ -43,7 +43,7 @@ RANKS = {
             ["certify"],
             ["cascade"],
             ["report"],
-            ["steps", "summary"],
+            ["steps", "summary", "job_folder", "jobs", "node_report", "doctor"],
             ["cli", "__main__"],
         ]
     )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from journeyman import __version__
-from journeyman.cli import cascade, certify, compare, export, init, labels, trying
+from journeyman.cli import cascade, certify, compare, doctor, export, init, jobs, labels, trying
 from journeyman.cli.arguments import add_recipe, command, load, positive
 from journeyman.errors import JourneymanError, RecipeError
 from journeyman.progress import duration
@@ -113,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_command(commands)
     export.add_command(commands)
     cascade.add_commands(commands)
+    jobs.add_commands(commands)
+    doctor.add_command(commands)
     _recipe_commands(commands)
     return parser
 

@@ -1,0 +1,15 @@
+"""Check that the cluster is fit for a recipe, as a Ray job or by hand.
+
+python jobs/doctor.py jobs/recipes/demo.yaml
+ray job submit --working-dir . -- python jobs/doctor.py jobs/recipes/demo.yaml
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "platform"))
+
+from journeyman.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["doctor", *sys.argv[1:]]))

@@ -88,6 +88,7 @@ def lines(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
     return {words[1]: words[0] for words in found if words and words[0] in ("ok", "MEND")}
 
 
+@pytest.mark.slow  # ten seconds, and the one beside it meets the same code
 def test_a_fit_cluster_is_called_fit_and_left_as_it_was(head: Head, tmp_path: Path):
     done = examined(head, tmp_path, f"labels.destination=file://{tmp_path}/labels")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -110,6 +111,7 @@ def test_each_thing_to_mend_is_told_and_the_status_is_1(head: Head, tmp_path: Pa
     assert "/proc/none: cannot be written" in done.stdout
 
 
+@pytest.mark.slow  # ten seconds, and the one beside it meets the same code
 def test_on_this_machine_it_needs_neither_cluster_nor_recipe():
     done = journeyman("doctor", env={**os.environ, "RAY_ADDRESS": "local"})
     assert done.returncode == 0, done.stdout + done.stderr

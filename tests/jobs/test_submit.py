@@ -84,6 +84,7 @@ def test_a_running_job_is_let_go_followed_and_stopped(head: Head, work: Path, tm
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.slow  # ten seconds, and the one beside it meets the same code
 def test_a_job_that_fails_says_why_and_ends_with_1(head: Head, work: Path):
     (work / "rows.jsonl").write_text("no JSON\n")
     failed = submitted(head, work, "--env", "HOME")

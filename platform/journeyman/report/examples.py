@@ -48,8 +48,9 @@ class ExampleGroup:
 
 
 def pick(rows: TestRows, labels: Sequence[str]) -> tuple[ExampleGroup, ...]:
-    """Up to four rows of each of three kinds; equal confidence is ordered by id."""
+    """Up to four rows of each kind; equal confidence is ordered by id."""
     accepted, differs = rows.accepted, rows.differs
+    against_gold = _against_gold(rows, labels) if rows.has_gold.any() else ()
     return (
         _group(
             rows,
@@ -68,6 +69,39 @@ def pick(rows: TestRows, labels: Sequence[str]) -> tuple[ExampleGroup, ...]:
             most_confident=True,
         ),
         _group(rows, labels, "Escalated", "the least confident ones", ~accepted),
+        *against_gold,
+    )
+
+
+def _against_gold(rows: TestRows, labels: Sequence[str]) -> tuple[ExampleGroup, ...]:
+    known, escalated = rows.has_gold, ~rows.accepted
+    teacher, student = rows.teacher_answer == rows.gold, rows.student_answer == rows.gold
+    sure = "those of which the student is surest"
+    least = "those of which the student is least sure"
+    return (
+        _group(rows, labels, "The teacher is wrong", sure, known & ~teacher, most_confident=True),
+        _group(
+            rows,
+            labels,
+            "The student is wrong, though the teacher is right",
+            sure,
+            known & teacher & ~student,
+            most_confident=True,
+        ),
+        _group(
+            rows,
+            labels,
+            "Escalated, and it helped: only the teacher is right",
+            least,
+            known & escalated & teacher & ~student,
+        ),
+        _group(
+            rows,
+            labels,
+            "Escalated, and it harmed: only the student was right",
+            least,
+            known & escalated & ~teacher & student,
+        ),
     )
 
 

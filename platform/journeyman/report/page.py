@@ -14,12 +14,13 @@ import jinja2
 from markupsafe import Markup
 
 from journeyman import files
-from journeyman.report import examples, figures, style, tables
+from journeyman.report import examples, figures, job_tables, style, tables
 from journeyman.report.data import ReportData, SummaryRow
 from journeyman.report.detection import Detection, detections
 from journeyman.report.figures import Figure
 from journeyman.report.measure import measure
 from journeyman.report.ranking import Ranking, rankings
+from journeyman.report.slices import slices
 from journeyman.report.verdict import served_guarantee, verdict
 
 _TEMPLATES = jinja2.Environment(
@@ -74,8 +75,8 @@ def _words_and_tables(data: ReportData) -> dict[str, Any]:
     return {
         "verdict": verdict(measured, data.bundle),
         "accuracies": tables.accuracies(measured),
-        "detection": tables.detection(_detections(data), data.positive),
-        "ranking": tables.ranking(_rankings(data), data.rank_by, data.positive),
+        "detection": job_tables.detection(_detections(data), data.positive),
+        "ranking": job_tables.ranking(_rankings(data), data.rank_by, data.positive),
         "guarantees": tables.guarantees(data.bundle, curve, gold_curve),
         "class_guarantees": tables.class_guarantees(data.bundle),
         "cost_table": tables.cost_quality(curve, gold_curve, served_guarantee(data.bundle)),
@@ -89,6 +90,8 @@ def _words_and_tables(data: ReportData) -> dict[str, Any]:
         "differences": [
             tables.commonest_differences(counts[name], data.labels, name) for name in against
         ],
+        "slices": job_tables.by_slice(slices(data.test, data.labels)),
+        "escalations": job_tables.escalations(data.test),
         "example_groups": examples.pick(data.test, data.labels),
     }
 

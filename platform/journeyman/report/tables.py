@@ -15,10 +15,8 @@ from journeyman.certify.thresholds import read_threshold
 from journeyman.probabilities import expected_calibration_error
 from journeyman.report.comparison import ComparedStudent
 from journeyman.report.data import IntArray, TestRows, TrainingRecord
-from journeyman.report.detection import Detection
 from journeyman.report.measure import Measured
 from journeyman.report.plots import RELIABILITY_BINS
-from journeyman.report.ranking import Ranking
 from journeyman.report.verdict import percent
 
 NOTHING = "–"
@@ -55,52 +53,12 @@ def accuracies(measured: Measured) -> Table | None:
         caption=f"Right by gold, on the {gold.n:,} test rows with gold; exact 95% intervals.",
         columns=("who answers", "right", "interval", "calls to the teacher"),
         rows=tuple(
-            (name, f"{right / gold.n:.1%}", _interval(right, gold.n), f"{calls:.1%}")
+            (name, f"{right / gold.n:.1%}", interval(right, gold.n), f"{calls:.1%}")
             for name, right, calls in (
                 ("teacher alone", gold.teacher, 1.0),
                 ("student alone", gold.student, 0.0),
                 ("cascade", gold.cascade, escalated),
             )
-        ),
-    )
-
-
-def detection(found: Sequence[Detection], positive: str | None) -> Table | None:
-    """Precision and recall of one label; None where the job is about none."""
-    if not found or positive is None:
-        return None
-    return Table(
-        caption=f"Finding {positive}, which {found[0].there:,} test rows are by gold; exact 95% "
-        "intervals. Balanced accuracy is the mean over labels of the share answered right.",
-        columns=("who answers", "precision", "interval", "recall", "interval", "balanced accuracy"),
-        rows=tuple(
-            (
-                one.who,
-                *_rate_and_interval(one.found, one.said),
-                *_rate_and_interval(one.found, one.there),
-                f"{one.balanced_accuracy:.1%}",
-            )
-            for one in found
-        ),
-    )
-
-
-def ranking(found: Sequence[Ranking], by: str | None, positive: str | None) -> Table | None:
-    """How well each ranks the candidates of a list; None where there are no lists."""
-    if not found:
-        return None
-    return Table(
-        caption=f"Test rows with the same {by}, ranked by the probability of {positive}: "
-        f"{found[0].n_lists:,} lists of up to {found[0].largest} candidates; exact 95% interval.",
-        columns=("who ranks", "mean reciprocal rank", "recall at 1", "interval"),
-        rows=tuple(
-            (
-                one.who,
-                f"{one.mrr:.3f}",
-                f"{one.recall_at_1:.1%}",
-                _interval(round(one.first), one.n_lists),
-            )
-            for one in found
         ),
     )
 
@@ -368,14 +326,10 @@ def _realised(
     return None if accuracy is None else gold_curve.teacher_accuracy - accuracy
 
 
-def _interval(count: int, n: int) -> str:
+def interval(count: int, n: int) -> str:
     """Exact two-sided 95% interval (Clopper and Pearson)."""
     low = 1 - clopper_pearson_upper(n - count, n, 0.025)
     return f"{low:.1%} to {clopper_pearson_upper(count, n, 0.025):.1%}"
-
-
-def _rate_and_interval(count: int, n: int) -> tuple[str, str]:
-    return (f"{count / n:.1%}", _interval(count, n)) if n else (NOTHING, NOTHING)
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> str:

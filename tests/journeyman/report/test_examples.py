@@ -8,7 +8,7 @@ from tests.journeyman.report.synthetic import report_data
 
 def test_harmful_rows_are_accepted_differing_and_most_confident_first() -> None:
     data = report_data()
-    harmful, agreeing, escalated = pick(data.test, data.labels)
+    harmful, agreeing, escalated = pick(data.test, data.labels)[:3]
     rows = data.test
     assert harmful.n == (rows.accepted & rows.differs).sum()
     assert len(harmful.examples) == ROWS_PER_GROUP
@@ -19,6 +19,19 @@ def test_harmful_rows_are_accepted_differing_and_most_confident_first() -> None:
     assert all(e.student.label == e.teacher.label for e in agreeing.examples)
     assert {e.answered_by for e in escalated.examples} == {"teacher"}
     assert [e.confidence for e in escalated.examples] == sorted(rows.confidence)[:ROWS_PER_GROUP]
+
+
+def test_rows_that_one_of_the_two_gets_wrong_are_of_their_kind() -> None:
+    data = report_data()
+    teacher_wrong, student_wrong, helped, harmed = pick(data.test, data.labels)[3:]
+    assert all(e.teacher.right is False for e in teacher_wrong.examples)
+    for group, of_student in ((student_wrong, False), (helped, False), (harmed, True)):
+        assert group.examples and group.n >= len(group.examples)
+        assert all(e.student.right is of_student for e in group.examples)
+        assert all(e.teacher.right is not of_student for e in group.examples)
+    assert {e.answered_by for e in (*helped.examples, *harmed.examples)} == {"teacher"}
+    assert helped.n + harmed.n <= (~data.test.accepted).sum()
+    assert len(pick(report_data(gold=False).test, data.labels)) == 3
 
 
 def test_rows_without_gold_are_neither_right_nor_wrong() -> None:

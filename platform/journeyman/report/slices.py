@@ -1,0 +1,98 @@
+"""Test rows by label, by length and by each further column of few values: where is it worst?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from journeyman.report.data import BoolArray, TestRows
+
+MOST_VALUES = 30  # a column of more is no slicing
+_QUARTERS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """n test rows that have something in common.
+
+    Attributes:
+        by: what they have in common; value: which of it.
+        same: rows on which student and teacher agree.
+        answered: rows that the student answers.
+        n_gold: rows with gold; teacher, student, cascade: of them, answered right.
+    """
+
+    by: str
+    value: str
+    n: int
+    same: int
+    answered: int
+    n_gold: int
+    teacher: int
+    student: int
+    cascade: int
+
+    @property
+    def good(self) -> tuple[int, int]:
+        """What slices are ordered by, of how many: right by the cascade, without gold agreement."""
+        return (self.cascade, self.n_gold) if self.n_gold else (self.same, self.n)
+
+
+def slices(rows: TestRows, labels: Sequence[str]) -> list[Slice]:
+    """The surely worst first: by the upper end of the Wilson interval of ``good``."""
+    found = [
+        _counted(rows, by, value, members)
+        for by, value, members in _kinds(rows, labels)
+        if members.any() and not members.all()
+    ]
+    return sorted(found, key=lambda one: (wilson(*one.good)[1], one.by, one.value))
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """95% score interval of a share (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(k, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _kinds(rows: TestRows, labels: Sequence[str]) -> Iterator[tuple[str, str, BoolArray]]:
+    by_gold = bool(rows.has_gold.any())
+    label_of = rows.gold if by_gold else rows.teacher_answer
+    for i, label in enumerate(labels):
+        yield ("gold label" if by_gold else "teacher's label"), label, label_of == i
+    yield from _lengths(np.array([len(text) for text in rows.texts]))
+    for name in rows.metas[0] if rows.metas else ():
+        values = np.array([str(value) for value in rows.column(name)], dtype=object)
+        distinct = sorted(set(values))
+        if len(distinct) <= MOST_VALUES:
+            yield from ((name, value, values == value) for value in distinct)
+
+
+def _lengths(characters: np.ndarray) -> Iterator[tuple[str, str, BoolArray]]:
+    """Quarters of the rows, by the length of their texts."""
+    edges = np.unique(np.quantile(characters, np.linspace(0, 1, _QUARTERS + 1)[1:-1]).round())
+    quarter = np.searchsorted(edges, characters, side="left")
+    for i in np.unique(quarter):
+        members = quarter == i
+        low, high = int(characters[members].min()), int(characters[members].max())
+        yield "characters", f"{low:,} to {high:,}", members
+
+
+def _counted(rows: TestRows, by: str, value: str, members: BoolArray) -> Slice:
+    known = members & rows.has_gold
+    teacher, student = rows.teacher_answer == rows.gold, rows.student_answer == rows.gold
+    cascade = np.where(rows.accepted, student, teacher)
+    return Slice(
+        by=by,
+        value=value,
+        n=int(members.sum()),
+        same=int((members & ~rows.differs).sum()),
+        answered=int((members & rows.accepted).sum()),
+        n_gold=int(known.sum()),
+        teacher=int((known & teacher).sum()),
+        student=int((known & student).sum()),
+        cascade=int((known & cascade).sum()),
+    )

@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint format clean
+.PHONY: help setup demo recipes test test-full lint format clean
 
 ifndef LOCK
 LOCK := requirements/$(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),gpu,cpu).txt
@@ -18,6 +18,10 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 CODE := $(foreach folder,platform/journeyman jobs serve,$(if $(wildcard $(folder)/*.py),$(folder)))
 ARGS ?=
 RECIPE ?= demo
+CERTIFIED := demo policy filtering retrieval
+WRITING := rationales language_model
+BALANCED := --set name=policy-balanced --set 'corpus.where={mix: [realistic, balanced]}' \
+	--set 'labels.class_shares={answer: 0.5, refuse: 0.5}'
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3)
 
 help:  ## show this list
@@ -28,6 +32,15 @@ setup: $(INSTALLED)  ## make .venv with the pinned packages and journeyman itsel
 
 demo: $(INSTALLED)  ## distil, certify and serve small models on this machine (RECIPE=policy: another of jobs/recipes/)
 	@.venv/bin/journeyman run jobs/recipes/$(RECIPE).yaml $(ARGS)
+
+# One after another, each skipped where it is done for the same inputs.
+recipes: $(INSTALLED)  ## run every recipe, and write docs/results.md and the README's table from what came of them
+	@for recipe in $(CERTIFIED) $(WRITING); do
+		.venv/bin/journeyman run jobs/recipes/$$recipe.yaml $(ARGS)
+	done
+	.venv/bin/journeyman run jobs/recipes/policy.yaml $(BALANCED) $(ARGS)
+	.venv/bin/journeyman results $(CERTIFIED:%=runs/%) runs/policy-balanced $(WRITING:%=runs/%) \
+		--to docs/results.md --into README.md
 
 test: $(INSTALLED)  ## run the tests but those marked slow (ARGS= goes to pytest)
 	@.venv/bin/python -m pytest -m "not slow" $(ARGS)

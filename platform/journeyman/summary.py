@@ -159,7 +159,7 @@ def _promise(measured: Measured, bundle: PolicyBundle) -> list[SummaryRow]:
     each = ", for each answer" if bundle.class_guarantees else ""
     rows = [
         ("promised", f"at most {percent(guarantee.alpha)}", f"{words}{each}, {confidence}"),
-        ("realised on test", _realised(measured, guarantee), ""),
+        ("realised on test", realised(measured, guarantee), ""),
         ("answered by the student", share(measured.n_accepted, measured.n), ""),
     ]
     for other in bundle.guarantees:
@@ -171,7 +171,8 @@ def _promise(measured: Measured, bundle: PolicyBundle) -> list[SummaryRow]:
     return [SummaryRow(group="the promise", name=n, value=v, note=note) for n, v, note in rows]
 
 
-def _realised(measured: Measured, guarantee: Guarantee) -> str:
+def realised(measured: Measured, guarantee: Guarantee) -> str:
+    """What the guarantee bounds, as it came out on the test rows."""
     if guarantee.kind == "accuracy":
         gold = measured.gold
         return "no gold" if gold is None else f"{(gold.teacher - gold.cascade) / gold.n:+.1%}"

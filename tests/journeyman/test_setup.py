@@ -43,7 +43,7 @@ RANKS = {
             ["certify"],
             ["cascade"],
             ["report"],
-            ["steps", "summary", "job_folder", "jobs", "node_report", "doctor"],
+            ["steps", "summary", "results", "job_folder", "jobs", "node_report", "doctor"],
             ["cli", "__main__"],
         ]
     )

@@ -9,7 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from journeyman import __version__
-from journeyman.cli import cascade, certify, compare, doctor, export, init, jobs, labels, trying
+from journeyman.cli import (
+    cascade,
+    certify,
+    compare,
+    doctor,
+    export,
+    init,
+    jobs,
+    labels,
+    results,
+    trying,
+)
 from journeyman.cli.arguments import add_recipe, command, load, positive
 from journeyman.errors import JourneymanError, RecipeError
 from journeyman.progress import duration
@@ -111,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         step.set_defaults(step=name)
     labels.add_commands(commands)
     compare.add_command(commands)
+    results.add_command(commands)
     export.add_command(commands)
     cascade.add_commands(commands)
     jobs.add_commands(commands)
@@ -173,7 +185,7 @@ def _run(options: argparse.Namespace) -> int:
                               f"name={loaded.name}-feedback"]  # fmt: skip
         loaded = load(options)
     print(f"run       {loaded.run_dir}", flush=True)
-    results = steps.run(loaded, _print_result, new_labels=options.new)
+    done = steps.run(loaded, _print_result, new_labels=options.new)
     print()
     run = steps.Run(loaded)
     if loaded.labels.kind != "classes":
@@ -182,7 +194,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"\n{made:<9} {run.path(made) if loaded.student else run.labels}")
         return 0
     print(summary.table(summary.report_data(run).summary))
-    print(f"\nreport    {results[-1].manifest['page']}")
+    print(f"\nreport    {done[-1].manifest['page']}")
     return 0
 
 

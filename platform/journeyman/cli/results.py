@@ -1,0 +1,53 @@
+"""``journeyman results``: finished runs side by side, as Markdown."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from journeyman import files
+from journeyman.cli.arguments import command
+
+_WORDS = """\
+What finished runs came to, side by side, as a page of Markdown: teacher, student and cascade
+against gold, the promise and what was realised, requests a second, and how long each step took.
+"""
+
+_EXAMPLES = """\
+examples:
+  journeyman results runs/demo runs/policy                        the page, to the terminal
+  journeyman results runs/* --to docs/results.md --into README.md
+"""
+
+
+def add_command(commands: Any) -> None:
+    results = command(
+        commands, "results", "finished runs as a page of Markdown", _results, _WORDS, _EXAMPLES
+    )
+    results.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
+    results.add_argument("--to", metavar="FILE", type=Path, help="write the page there")
+    results.add_argument(
+        "--into",
+        metavar="FILE",
+        type=Path,
+        help="put the first table between this file's marks",
+    )
+
+
+def _results(options: argparse.Namespace) -> int:
+    from journeyman import results
+
+    runs = [results.read(run) for run in options.runs]
+    page = results.page(runs)
+    if options.to is None and options.into is None:
+        print(page)
+    if options.to:
+        files.write_bytes(options.to, page.encode())
+        print(f"results   {options.to}")
+    if options.into:
+        table = results.quality([run for run in runs if isinstance(run, results.Finished)])
+        text = results.between_marks(options.into.read_text("utf-8"), table)
+        files.write_bytes(options.into, text.encode())
+        print(f"table     {options.into}")
+    return 0

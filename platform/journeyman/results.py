@@ -1,0 +1,270 @@
+"""Finished runs side by side as a page of Markdown: every figure is read from the runs' folders.
+
+Above ``summary``, which shows one run.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from journeyman import corpus, files, recipe, summary
+from journeyman.certify.step import RECIPE_FILE
+from journeyman.errors import DataError
+from journeyman.labels.store import LabelStore
+from journeyman.progress import duration
+from journeyman.report import comparison
+from journeyman.report.comparison import ComparedStudent
+from journeyman.report.data import ReportData
+from journeyman.report.detection import detections
+from journeyman.report.measure import AgainstGold, Measured, measure
+from journeyman.report.ranking import rankings
+from journeyman.report.verdict import percent, served_guarantee
+from journeyman.run_folder import RunFolder
+
+BEGIN, END = "<!-- results: written by `make recipes` -->", "<!-- end of results -->"
+_NOTHING = "–"
+_PAGE = """\
+# What the recipes gain
+
+Written by `journeyman results`, from the folders of the runs; `make recipes` makes them anew. \
+{machine}
+
+## Classifiers, certified and served
+
+{quality}
+
+On `test` rows, which nothing was fitted, chosen or certified on. Right: share of rows whose \
+answer is the gold label. *Beside the teacher*: the student alone, by a one-sided sign test at \
+0.05 on the rows that just one of the two gets right. Realised: what the promise bounds, as it \
+came out.
+
+{promises}
+
+{jobs}
+
+## What it took
+
+{costs}
+
+Steps with their models' starts; `label` includes rows that an earlier start of the run labeled. \
+Requests a second over HTTP: student and teacher alone, the same requests in batches of 32.
+{written}"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A run with a certified cascade."""
+
+    data: ReportData
+    measured: Measured
+    serving: dict[str, Any]
+    seconds: dict[str, float]  # by step
+
+
+def read(run_dir: Path) -> Finished | ComparedStudent:
+    """A run's facts; of one that ends with a student that writes, the student's.
+
+    Raises DataError where the run is not finished.
+    """
+    settings = run_dir / "bundle" / RECIPE_FILE
+    if not settings.is_file():
+        student = comparison.read(run_dir)
+        if student.gold_accuracy is not None or student.perplexity is None:
+            raise DataError(f"{run_dir}: not certified yet; run journeyman run first.")
+        return student
+    recorded = recipe.parse(files.read_json(settings), str(settings))
+    if recorded.run_dir.resolve() != run_dir.resolve():
+        where = {"output": str(run_dir.resolve().parent), "name": run_dir.resolve().name}
+        recorded = recorded.model_copy(update=where)
+    run = RunFolder(recorded)
+    if not (run.path("measure") / "manifest.json").is_file():
+        raise DataError(f"{run_dir}: not measured yet; run journeyman run first.")
+    data = summary.report_data(run)
+    return Finished(
+        data=data,
+        measured=measure(data.test),
+        serving=files.read_json(run.path("measure") / "manifest.json"),
+        seconds=_seconds(run),
+    )
+
+
+def page(runs: Sequence[Finished | ComparedStudent]) -> str:
+    """The whole page."""
+    finished = [run for run in runs if isinstance(run, Finished)]
+    written = [run for run in runs if isinstance(run, ComparedStudent)]
+    return _PAGE.format(
+        machine=_machine(),
+        quality=quality(finished),
+        promises=_promises(finished),
+        jobs=_jobs(finished),
+        costs=_costs(finished),
+        written=_written(written),
+    )
+
+
+def quality(finished: Sequence[Finished]) -> str:
+    """The table that the README shows too."""
+    heads = ("recipe", "teacher right", "student right", "beside the teacher", "cascade right",
+             "student answers", "promised", "realised", "student/s", "teacher/s")  # fmt: skip
+    return _table(heads, [_quality(run) for run in finished])
+
+
+def between_marks(text: str, table: str) -> str:
+    """A text with a table between its marks; raises DataError where it has none."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise DataError(f"no lines {BEGIN} and {END} to put the table between; add them.")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def _quality(run: Finished) -> tuple[str, ...]:
+    measured, guarantee = run.measured, served_guarantee(run.data.bundle)
+    gold, serving = measured.gold, run.serving
+    ratio = serving["student_rows_per_s"] / serving["teacher_rows_per_s"]
+    right = (
+        (_NOTHING,) * 4
+        if gold is None
+        else (
+            f"{gold.teacher / gold.n:.3f}",
+            f"{gold.student / gold.n:.3f}",
+            _beside(gold),
+            f"{gold.cascade / gold.n:.3f}",
+        )
+    )
+    return (
+        run.data.name,
+        *right,
+        percent_of(measured.n_accepted, measured.n),
+        f"≤ {percent(guarantee.alpha)}" if guarantee.feasible else "escalates everything",
+        summary.realised(measured, guarantee),
+        f"{serving['student_rows_per_s']:,.0f} ({ratio:,.0f}×)",
+        f"{serving['teacher_rows_per_s']:,.1f}",
+    )
+
+
+def percent_of(count: int, n: int) -> str:
+    return f"{count / n:.1%}" if n else _NOTHING
+
+
+def _beside(gold: AgainstGold) -> str:
+    ratio = gold.student / gold.teacher if gold.teacher else float("inf")
+    words = "no clear difference"
+    if gold.student_is_better:
+        words = "better"
+    elif gold.teacher_is_better:
+        words = "worse"
+    return f"{ratio:.2f}×, {words}"
+
+
+def _promises(finished: Sequence[Finished]) -> str:
+    lines = []
+    for run in finished:
+        guarantee, n = served_guarantee(run.data.bundle), len(run.data.test)
+        said = f"{guarantee.kind.replace('_', ' ')} at {percent(guarantee.alpha)}"
+        what = f"proved {guarantee.upper_bound:.1%} on {guarantee.n:,} certify rows"
+        reason = what if guarantee.feasible else f"no threshold meets it: {guarantee.reason}"
+        lines.append(
+            f"- `{run.data.name}`: {said}, confidence {percent(1 - guarantee.delta)}; {reason}; "
+            f"{n:,} test rows. {run.data.bundle.recommendation}"
+        )
+    return "\n".join(lines)
+
+
+def _jobs(finished: Sequence[Finished]) -> str:
+    rows = []
+    for run in finished:
+        data = run.data
+        if data.positive is None:
+            continue
+        place = data.labels.index(data.positive)
+        ranked = (
+            {one.who: one for one in rankings(data.test, data.test.column(data.rank_by), place)}
+            if data.rank_by
+            else {}
+        )
+        for one in detections(data.test, place):
+            ranking = ranked.get(one.who)
+            rows.append(
+                (
+                    data.name,
+                    data.positive,
+                    one.who,
+                    f"{one.precision:.3f}",
+                    f"{one.recall:.3f}",
+                    f"{one.balanced_accuracy:.3f}",
+                    f"{ranking.mrr:.3f}" if ranking else _NOTHING,
+                    f"{ranking.recall_at_1:.3f}" if ranking else _NOTHING,
+                )
+            )
+    heads = ("recipe", "label", "who answers", "precision", "recall", "balanced accuracy", "MRR",
+             "recall at 1")  # fmt: skip
+    return _table(heads, rows)
+
+
+def _costs(finished: Sequence[Finished]) -> str:
+    steps = list(dict.fromkeys(step for run in finished for step in run.seconds))
+    rows = [
+        (
+            run.data.name,
+            *(duration(run.seconds[step]) for step in steps),
+            duration(sum(run.seconds.values())),
+        )
+        for run in finished
+    ]
+    return _table(("recipe", *steps, "all"), rows)
+
+
+def _written(students: Sequence[ComparedStudent]) -> str:
+    if not students:
+        return ""
+    heads = ("recipe", "agreement", "perplexity", "to the letter", "train rows", "training")
+    rows = [
+        (
+            one.name,
+            f"{one.agreement:.3f}",
+            _NOTHING if one.perplexity is None else f"{one.perplexity:,.1f}",
+            _NOTHING if one.exact_match is None else f"{one.exact_match:.3f}",
+            f"{one.n_rows:,}",
+            duration(one.seconds),
+        )
+        for one in students
+    ]
+    return (
+        "\n## Students that write\n\n"
+        + _table(heads, rows)
+        + "\n\nOn `calibrate` rows: agreement with the teacher's first choice, token by token; "
+        "perplexity of the text's own tokens; answers that the student writes to the letter.\n"
+    )
+
+
+def _seconds(run: RunFolder) -> dict[str, float]:
+    """Of each step, as its manifest says."""
+
+    def of(step: str, name: str = "manifest.json") -> float:
+        return float(files.read_json(run.path(step) / name)["seconds"])
+
+    return {
+        "prepare": float(corpus.read_manifest(run.path("prepare"))["seconds"]),
+        "label": float(LabelStore(run.labels).manifest()["seconds"]),
+        "train": of("train", "journeyman.json"),
+        "certify": of("certify"),
+        "serve and measure": of("measure"),
+    }
+
+
+def _machine() -> str:
+    return (
+        f"Made on {os.cpu_count()} cores ({platform.machine()}, {platform.system()}), where other "
+        "work may have run beside it."
+    )
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

@@ -1,0 +1,86 @@
+"""The page of finished runs: its figures are those of the runs' own folders."""
+
+import pytest
+
+from journeyman import results
+from journeyman.errors import DataError
+from journeyman.report.comparison import ComparedStudent
+from journeyman.report.data import ReportData
+from journeyman.report.measure import measure
+from journeyman.results import BEGIN, END, Finished
+from tests.journeyman.report.synthetic import report_data
+
+
+def finished(data: ReportData) -> Finished:
+    return Finished(
+        data=data,
+        measured=measure(data.test),
+        serving={"student_rows_per_s": 300.0, "teacher_rows_per_s": 10.0},
+        seconds={"prepare": 1.0, "label": 300.0, "train": 60.0},
+    )
+
+
+def cells(page: str, recipe: str) -> list[list[str]]:
+    """The rows of its tables that begin with a recipe's name."""
+    lines = [line.strip("| ").split(" | ") for line in page.split("\n") if line.startswith("|")]
+    return [line for line in lines if line[0] == recipe]
+
+
+def test_every_figure_is_the_runs_own():
+    data = report_data(positive="travel", name="routing")
+    page = results.page([finished(data)])
+    quality, *detected, costs = cells(page, "routing")
+    gold, test = measure(data.test).gold, data.test
+    assert gold is not None
+    assert quality[1:3] == [f"{gold.teacher / 400:.3f}", f"{gold.student / 400:.3f}"]
+    assert quality[3].startswith(f"{gold.student / gold.teacher:.2f}×")
+    realised = int((test.accepted & test.differs).sum())
+    assert quality[5:8] == [
+        f"{test.accepted.mean():.1%}", "≤ 10%", f"{realised / 400:.1%} ({realised} of 400)"
+    ]  # fmt: skip
+    assert quality[8:] == ["300 (30×)", "10.0"]
+    said = test.teacher_answer == 1
+    assert detected[0][2:5] == [
+        "teacher",
+        f"{(said & (test.gold == 1)).sum() / said.sum():.3f}",
+        f"{(said & (test.gold == 1)).sum() / (test.gold == 1).sum():.3f}",
+    ]
+    assert costs == ["routing", "0:01", "5:00", "1:00", "6:01"]
+
+
+def test_who_is_better_is_said_only_where_chance_does_not_explain_it():
+    words = [
+        cells(results.quality([finished(report_data(student_skill=skill))]), "demo")[0][3]
+        for skill in (1.2, 2.2, 4.5)
+    ]
+    assert [one.split(", ")[1] for one in words] == ["worse", "no clear difference", "better"]
+
+
+def test_a_bundle_that_escalates_everything_says_why():
+    data = report_data(alpha=0.0001)
+    page = results.page([finished(data)])
+    assert "escalates everything" in page and "no threshold meets it: " in page
+
+
+def test_students_that_write_have_a_table_of_their_own():
+    student = ComparedStudent(
+        name="rationales", size_bytes=1, agreement=0.5, kl=1.0, gold_accuracy=None, perplexity=9.0,
+        rows_per_s=None, n_rows=480, steps=3, seconds=60.0, labels_digest="d", exact_match=0.25,
+    )  # fmt: skip
+    page = results.page([finished(report_data()), student])
+    assert cells(page, "rationales") == [["rationales", "0.500", "9.0", "0.250", "480", "1:00"]]
+    assert "Students that write" not in results.page([finished(report_data())])
+
+
+def test_the_table_goes_between_the_marks_and_nowhere_else():
+    text = f"a\n{BEGIN}\nold\n{END}\nb\n"
+    once = results.between_marks(text, "| new |")
+    assert once == f"a\n{BEGIN}\n| new |\n{END}\nb\n"
+    assert results.between_marks(once, "| new |") == once
+    with pytest.raises(DataError, match="no lines"):
+        results.between_marks("a\nb\n", "| new |")
+
+
+def test_a_run_that_is_not_finished_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no finished student here"):
+        results.read(tmp_path)

@@ -59,6 +59,29 @@ def _runtime_env() -> dict[str, Any]:
     return {} if "PYTHONPATH" in told else {"env_vars": {"PYTHONPATH": python_path()}}
 
 
+def lacking(settings: Cluster, needed: dict[str, float], knobs: str) -> str:
+    """What the cluster has too little of now, in words, empty if nothing; needed: by Ray's names.
+
+    Raises ClusterError where it cannot grow: a Ray of our own on this machine. knobs: settings
+    that lower what is needed.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    short = [
+        f"{amount:g} {name}s, where the cluster has {have.get(name, 0):g}"
+        for name, amount in needed.items()
+        if amount > have.get(name, 0)
+    ]
+    words = " and ".join(short)
+    if words and not settings.address and os.environ.get("RAY_ADDRESS", "local") == "local":
+        raise ClusterError(
+            f"this needs {words}: this machine alone. Lower {knobs}, or name a larger cluster "
+            "(cluster.address)."
+        )
+    return words
+
+
 @contextlib.contextmanager
 def _without_c_stderr() -> Iterator[None]:
     """Drop what native code writes to stderr: Ray's core announces its log level there."""

@@ -148,8 +148,15 @@ class Run(RunFolder):
         if there and there.get("inputs") == inputs:
             return there, False
         cluster.connect(self.recipe.cluster)
+        lacking = cluster.lacking(
+            self.recipe.cluster,
+            training.resources(),
+            "training.workers or training.cpus_per_worker",
+        )
         with LiveLine() as line:
-            line.show("train     starting the workers")
+            line.show(
+                f"train     {f'waiting for {lacking}' if lacking else 'starting the workers'}"
+            )
             given = (
                 self.recipe,
                 LabelStore(self.labels).everywhere,

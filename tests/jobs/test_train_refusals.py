@@ -32,6 +32,17 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: Path, *settings: str) ->
     return sentence
 
 
+def test_more_workers_than_the_machine_has_room_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    recipe = write_run(tmp_path, "classifier", "run", workers=1)
+    sentence = refused(
+        capsys, recipe, "training.workers=512", "training.batch_size=512",
+        "training.cpus_per_worker=1",
+    )  # fmt: skip
+    assert "512 CPUs, where the cluster has" in sentence and "Lower training.workers" in sentence
+
+
 def store(recipe: Path) -> LabelStore:
     return LabelStore(recipe.with_suffix("") / "labels")
 

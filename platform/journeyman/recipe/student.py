@@ -307,6 +307,11 @@ class Training(Section):
             )
         return self
 
+    def resources(self) -> dict[str, float]:
+        """What must be there before the first step, by Ray's names."""
+        n = self.min_workers or self.workers
+        return {"CPU": n * self.cpus_per_worker, "GPU": n * self.gpus_per_worker}
+
     def decisive(self) -> dict[str, Any]:
         """The settings that decide what is learned, but for rounding and the draws of dropout.
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from journeyman.models import Model
-from journeyman.recipe import Classes, Generate, Logits, Recipe
+from journeyman.recipe import Classes, Generate, Logits, Recipe, Teacher
 
 _START_TIMEOUT_S = 300.0
 _ROUND_TIMEOUT_S = 300.0
@@ -74,12 +74,13 @@ class Setting:
     cases: dict[str, Case]
     folder: Path
 
-    def engine_arguments(self) -> dict[str, Any]:
-        """What every system gives vLLM: Journeyman's, without its worker extension."""
-        from journeyman.teacher import engine
 
-        arguments = engine.engine_arguments(self.recipe.teacher, self.model)
-        return {k: v for k, v in arguments.items() if k != "worker_extension_cls"}
+def engine_arguments(teacher: Teacher, model: Model) -> dict[str, Any]:
+    """What every system gives vLLM: Journeyman's, without its worker extension."""
+    from journeyman.teacher import engine
+
+    arguments = engine.engine_arguments(teacher, model)
+    return {k: v for k, v in arguments.items() if k != "worker_extension_cls"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,7 @@ class Bare:
         from vllm import LLM
 
         self._cases = setting.cases
-        self._llm = LLM(**setting.engine_arguments())
+        self._llm = LLM(**engine_arguments(setting.recipe.teacher, setting.model))
 
     def run(self, case: str, number: int) -> Took:
         from vllm import SamplingParams
@@ -214,22 +215,23 @@ class RayDataLLM:
         from journeyman import cluster
 
         self._setting = setting
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - 15 by default, the others have 0
         ray.init(
             num_cpus=4,  # as many tasks as it likes, whatever the machine has
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
+            runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
         )
         self._gate = ray.remote(num_cpus=0)(_Gate).options(max_concurrency=16).remote()
-        arguments = setting.engine_arguments()
+        arguments = engine_arguments(setting.recipe.teacher, setting.model)
         processor = build_processor(
             vLLMEngineProcessorConfig(
                 model_source=arguments.pop("model"),
                 engine_kwargs=arguments,
                 batch_size=_BLOCK_ROWS,
                 concurrency=1,
-                runtime_env={"env_vars": _environment(setting)},
+                runtime_env={"env_vars": environment(setting.recipe.teacher)},
                 chat_template_stage=False,
                 tokenize_stage=False,
                 detokenize_stage=False,
@@ -386,11 +388,11 @@ def _blocks(setting: Setting) -> Iterator[Any]:
             )
 
 
-def _environment(setting: Setting) -> dict[str, str]:
+def environment(teacher: Teacher) -> dict[str, str]:
     """What Journeyman sets for its engine, for an actor that starts one."""
     from journeyman.teacher import engine
 
-    engine._set_environment(setting.recipe.teacher, draws=False)
+    engine._set_environment(teacher, draws=False)
     names = ("VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE", "LD_PRELOAD",
              "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_CPU_KVCACHE_SPACE",
              "VLLM_CPU_OMP_THREADS_BIND", "MALLOC_MMAP_THRESHOLD_",
@@ -399,7 +401,7 @@ def _environment(setting: Setting) -> dict[str, str]:
     return found | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
 
 
-def _python_path() -> str:
+def python_path() -> str:
     from journeyman import cluster
 
     return os.pathsep.join([cluster.python_path(), str(Path(__file__).parent)])

@@ -58,12 +58,12 @@ class Plan:
 
 
 PLANS = {
-    "logits-k16": Plan(labels=Logits(k=16), prompt_tokens=128, rows={"real": 32, "tiny": 192}),
+    "logits-k16": Plan(labels=Logits(k=16), prompt_tokens=128, rows={"real": 32, "tiny": 512}),
     "logits-k64": Plan(labels=Logits(k=64), prompt_tokens=128, rows={"real": 32, "tiny": 128}),
     "generate-k64": Plan(
         labels=Generate(k=64, prompt="{{ text }}", max_tokens=32),
         prompt_tokens=32,
-        rows={"real": 64, "tiny": 128},
+        rows={"real": 64, "tiny": 256},
     ),
     "classes-10": Plan(
         labels=Classes(
@@ -72,7 +72,7 @@ PLANS = {
             prior_correction="none",
         ),
         prompt_tokens=128,
-        rows={"real": 32, "tiny": 768},
+        rows={"real": 32, "tiny": 2304},
     ),
 }
 

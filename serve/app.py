@@ -10,6 +10,7 @@ Checks that bundle, recipe and models belong together before anything starts.
 # tells it nothing.
 import os
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from ray import serve
@@ -18,7 +19,9 @@ from ray.serve import Application
 from journeyman import cluster
 from journeyman.cascade import keys
 from journeyman.errors import JourneymanError, RecipeError
+from journeyman.recipe.serving import TeacherReplicas
 from serve import loading
+from serve.agreement import Agreement
 from serve.ingress import STUDENT_CPUS, Ingress, IngressSpec
 from serve.ports import check_port_of_serve_run
 from serve.teacher import Teacher
@@ -26,6 +29,8 @@ from serve.teacher import Teacher
 # Serve counts a request that waits for the teacher as load on the ingress. The bounds that refuse
 # requests are our own (cascade.max_queued_requests); this one must never be what holds one back.
 _ROOM_FOR_ACCEPTED = 500
+_UPSCALE_DELAY_S = 5.0  # an engine takes longer to start than a burst to show
+_LOOK_BACK_S = 5.0
 
 
 class AppArgs(BaseModel):
@@ -65,11 +70,19 @@ def build(bundle_dir: Path) -> Application:
         # The ingress logs each request; here it would be each probe, too.
         logging_config={"enable_access_log": False},
         max_ongoing_requests=cascade.max_queued_requests + _ROOM_FOR_ACCEPTED,
+        **_scaling(cascade.teacher_replicas),
         ray_actor_options={
             "num_cpus": cascade.teacher_cpus,
             "num_gpus": cascade.teacher_gpus,
             "runtime_env": runtime_env,
         },
+    )
+    agreement = serve.deployment(
+        Agreement,
+        name="Agreement",
+        logging_config={"enable_access_log": False},
+        max_ongoing_requests=_ROOM_FOR_ACCEPTED,
+        ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env},
     )
     ingress = serve.deployment(
         serve.ingress()(Ingress),
@@ -82,7 +95,23 @@ def build(bundle_dir: Path) -> Application:
     teacher = teacher_deployment.bind(
         settings.teacher, settings.classes(), loaded.bundle.columns, loaded.teacher
     )
-    return ingress.bind(spec, teacher)
+    shared = agreement.bind(cascade.breaker.probe_timeout_s)
+    return ingress.bind(spec, teacher, shared)
+
+
+def _scaling(replicas: TeacherReplicas) -> dict[str, Any]:
+    if replicas.min == replicas.max:
+        return {"num_replicas": replicas.min}
+    return {
+        "autoscaling_config": {
+            "min_replicas": replicas.min,
+            "max_replicas": replicas.max,
+            "target_ongoing_requests": replicas.requests_per_replica,
+            "upscale_delay_s": _UPSCALE_DELAY_S,
+            "downscale_delay_s": replicas.idle_s,
+            "look_back_period_s": _LOOK_BACK_S,
+        }
+    }
 
 
 def _keys(path: str | None) -> tuple[keys.Key, ...]:

@@ -18,6 +18,7 @@ from journeyman.cascade.refusals import (
     DeadlinePassed,
     Overloaded,
     Refusal,
+    TeacherStarting,
     TeacherUnavailable,
     TextRefused,
 )
@@ -30,6 +31,7 @@ _REFUSALS: dict[type[Refusal], tuple[int, str, str, dict[str, str]]] = {
     TextRefused: (400, "invalid_request_error", "text_refused", {}),
     Overloaded: (503, "overloaded", "teacher_queue_full", {}),
     TeacherUnavailable: (503, "unavailable", "teacher_unavailable", {}),
+    TeacherStarting: (503, "unavailable", "teacher_starting", {}),
     DeadlinePassed: (504, "timeout", "deadline_passed", {"x-should-retry": "false"}),
 }
 _OF_ANOTHER_BRANCH = ("string_type", "list_type", "dict_type")

@@ -5,36 +5,38 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
-from journeyman.cascade.answering import Cascade, Unlabeled
+from journeyman.cascade import watching
+from journeyman.cascade.answering import Cascade
+from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.batcher import Batcher
+from journeyman.cascade.drift import Watch
 from journeyman.cascade.feedback import Journal
 from journeyman.cascade.keys import Key, Keyring
 from journeyman.cascade.policy import Decision, Escalation, Policy
 from journeyman.cascade.recording import Answering, Recording
-from journeyman.cascade.refusals import TeacherUnavailable
 from journeyman.cascade.remembering import Remembering
+from journeyman.cascade.stability import Stability
 from journeyman.columns import unpacked
-from journeyman.errors import BundleMismatch
+from journeyman.errors import BundleMismatch, ClusterError
 from journeyman.labels.folder import Folder
 from journeyman.recipe import Feedback, digest
 from journeyman.student.inputs import Inputs
 from journeyman.student.models import Classifier
-from journeyman.teacher.answers import ClassLabels
 from serve import loading
+from serve.agreement import Member
+from serve.asking import TeacherByHandle
 from serve.http import api
 from serve.live import Live, Served
 from serve.loading import Loaded
-from serve.metrics import Measured
-from serve.teacher import Unavailable
+from serve.metrics import Health, Measured
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -48,12 +50,6 @@ STUDENT_CPUS = 1
 # pad less (279 against 206 rows/s with 8 in place of 32, on one thread).
 _ROWS_A_PASS = 8
 
-_PROBE_INTERVAL_S = 1.0
-_PROBE_TIMEOUT_S = 5.0  # of a busy machine
-_BACK_IN_S = 5.0  # no better is known of an engine that starts
-_STARTING = "the teacher is starting"
-_GONE = "the teacher's replica is gone and another is starting"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngressSpec:
@@ -63,59 +59,19 @@ class IngressSpec:
     keys: tuple[Key, ...] = ()  # nobody needs one where there is none
 
 
-class TeacherByHandle:
-    """The teacher as the cascade sees it. Knows from a probe whether it may be asked at all:
-    a call to a deployment without a replica would wait for one until its deadline."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
-        self.unready: str | None = _STARTING
-
-    async def labels(self, texts: Sequence[str]) -> Sequence[ClassLabels | Unlabeled]:
-        """Raises TeacherUnavailable."""
-        if self.unready:
-            raise _unavailable(self.unready)
-        response = self._handle.label.remote(list(texts))
-        try:
-            reply = await response
-        except asyncio.CancelledError:
-            # Serve cancels the call for a client that goes away, but not for a deadline of ours.
-            response.cancel()
-            raise
-        except (RayError, RayServeException) as error:
-            self.unready = _GONE
-            raise _unavailable(_GONE) from error
-        if isinstance(reply, Unavailable):
-            self.unready = reply.reason
-            raise _unavailable(reply.reason)
-        return reply
-
-    async def watch(self) -> None:
-        """Keep ``unready`` true, as long as the replica lives."""
-        while True:
-            await self._probe()
-            await asyncio.sleep(_PROBE_INTERVAL_S)
-
-    async def _probe(self) -> None:
-        response = self._handle.unready.remote()
-        try:
-            async with asyncio.timeout(_PROBE_TIMEOUT_S):
-                self.unready = await response
-        except TimeoutError:
-            response.cancel()
-            self.unready = self.unready or "the teacher does not answer"
-        except (RayError, RayServeException):
-            self.unready = _GONE
-
-
 class Ingress:
     """Serves a cascade over HTTP."""
 
-    def __init__(self, spec: IngressSpec, teacher: DeploymentHandle) -> None:
+    def __init__(
+        self, spec: IngressSpec, teacher: DeploymentHandle, agreement: DeploymentHandle
+    ) -> None:
         """Loads the student, in Serve's event loop; raises ModelError, BundleMismatch."""
         self._spec = spec
-        self._teacher = TeacherByHandle(teacher)
-        first = self._served(spec.loaded, _student(spec.loaded))
+        self._agreement = agreement
+        self._replica = uuid.uuid4().hex
+        may_sleep = spec.loaded.recipe.cascade.teacher_replicas.min == 0
+        self._teacher = TeacherByHandle(teacher, may_sleep)
+        first = self._served(spec.loaded, _student(spec.loaded), _watch(spec.loaded))
         timeout_s = spec.loaded.recipe.cascade.request_timeout_s
         self._live = Live(first, self._load, close_after_s=timeout_s)
         self._watching = asyncio.get_running_loop().create_task(self._teacher.watch())
@@ -132,35 +88,59 @@ class Ingress:
     async def _load(self, bundle_dir: Path) -> Served:
         loaded = await asyncio.to_thread(loading.load, bundle_dir)
         loading.check_same_teacher(loaded.bundle, self._spec.loaded.bundle)
-        return self._served(loaded, await asyncio.to_thread(_student, loaded))
+        student, watch = await asyncio.to_thread(lambda: (_student(loaded), _watch(loaded)))
+        return self._served(loaded, student, watch)
 
-    def _served(self, loaded: Loaded, student: Classifier) -> Served:
+    def _served(self, loaded: Loaded, student: Classifier, watch: Watch | None) -> Served:
         """Everything that answers by one bundle, started."""
         bundle, settings = loaded.bundle, loaded.recipe.cascade
-        policy, inputs = Policy.from_bundle(bundle), Inputs(loaded.recipe.learner())
-
-        def decide(texts: Sequence[str]) -> list[Decision | Escalation]:
-            rows = inputs.all(unpacked(text, bundle.columns) for text in texts)
-            return policy.decide_batch(student.logits(rows, _ROWS_A_PASS))
-
-        batcher = Batcher(decide, settings.max_batch_size)
-        cascade = Cascade(policy, batcher, self._teacher, settings)
-        journal = _journal(settings.feedback) if settings.feedback else None
+        rule = _Rule(loaded, student)
+        if watch:
+            rule.tighten(watch.threshold)
+        batcher = Batcher(rule.decide, settings.max_batch_size)
+        cascade = Cascade(rule.policy, batcher, self._teacher, settings)
         answering: Answering = cascade
         if settings.remembered_texts:
-            answering = Remembering(cascade, settings.remembered_texts)
-        if journal and settings.feedback:
-            rate = settings.feedback.audit_rate
-            answering = Recording(answering, journal, rate, bundle.bundle_id)
-        measured = Measured(answering, cascade, bundle.bundle_id, loaded.recipe.teacher.price)
+            answering = remembering = Remembering(cascade, settings.remembered_texts)
+            rule.when_changed = remembering.forget
+        journal, auditor = None, None
+        if kept := settings.feedback:
+            journal = _journal(kept)
+            auditor = Auditor(
+                rule.policy,
+                self._teacher,
+                busy=lambda: cascade.waiting.n_waiting > 0 or self._teacher.asleep,
+            )
+            answering = Recording(
+                answering, journal, kept.audit_rate, bundle.bundle_id, auditor=auditor
+            )
+        member = Member(
+            replica=self._replica,
+            bundle=bundle.bundle_id,
+            fresh=watch,
+            feedback=kept.to if kept else None,
+            breaker=cascade.breaker,
+            auditor=auditor,
+            tighten=rule.tighten,
+            ask=self._agreement.exchange.remote,
+            teachers=self._teacher.count,
+        )
+        health = Health(member, Stability(bundle.curve, bundle.served.n), journal)
+        measured = Measured(
+            answering, cascade, bundle.bundle_id, loaded.recipe.teacher.price, health
+        )
         batcher.start()
-        watching = asyncio.get_running_loop().create_task(measured.watch())
+        loop = asyncio.get_running_loop()
+        running = [loop.create_task(work) for work in (measured.watch(), member.run())]
+        if auditor:
+            running.append(loop.create_task(auditor.run()))
 
         async def shadow(texts: Sequence[str]) -> None:
             measured.shadowed(await batcher.submit(texts))
 
         async def close() -> None:
-            watching.cancel()
+            for task in running:
+                task.cancel()
             await batcher.close()
             if journal:
                 await asyncio.to_thread(journal.close)
@@ -174,6 +154,26 @@ class Ingress:
         )
 
 
+class _Rule:
+    """A bundle's policy over its student, as strict as the audits have made it."""
+
+    def __init__(self, loaded: Loaded, student: Classifier) -> None:
+        self.policy = Policy.from_bundle(loaded.bundle)
+        self.when_changed: Callable[[], None] = lambda: None
+        self._columns = loaded.bundle.columns
+        self._inputs = Inputs(loaded.recipe.learner())
+        self._student = student
+
+    def decide(self, texts: Sequence[str]) -> list[Decision | Escalation]:
+        rows = self._inputs.all(unpacked(text, self._columns) for text in texts)
+        return self.policy.decide_batch(self._student.logits(rows, _ROWS_A_PASS))
+
+    def tighten(self, accept_above: float) -> None:
+        if accept_above > self.policy.accept_above:
+            self.policy = self.policy.tightened(accept_above)
+            self.when_changed()
+
+
 def _student(loaded: Loaded) -> Classifier:
     """Raises ModelError, BundleMismatch."""
     student = Classifier.load(loaded.student.path, threads=STUDENT_CPUS)
@@ -185,12 +185,16 @@ def _student(loaded: Loaded) -> Classifier:
     return student
 
 
-def _unavailable(reason: str) -> TeacherUnavailable:
-    return TeacherUnavailable(
-        f"{reason}; texts that the student may answer are answered meanwhile. Send this request "
-        "again in some seconds.",
-        _BACK_IN_S,
-    )
+def _watch(loaded: Loaded) -> Watch | None:
+    """As the audits have left it, None where none are made; raises DataError if that is damaged."""
+    feedback = loaded.recipe.cascade.feedback
+    if not feedback:
+        return None
+    try:
+        found = watching.stored(Folder(feedback.to), loaded.bundle.bundle_id)
+    except ClusterError:  # the store is away: serving goes on, and the figures say so
+        found = None
+    return found or watching.watch_of(loaded.bundle)
 
 
 def _journal(settings: Feedback) -> Journal:

@@ -9,13 +9,18 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from journeyman.cascade.answering import Answers, Asked, Cascade
+from journeyman.cascade.feedback import Journal
 from journeyman.cascade.policy import Decision, Escalation
 from journeyman.cascade.recording import Answering
 from journeyman.cascade.refusals import Refusal
+from journeyman.cascade.stability import Stability
+from journeyman.certify.thresholds import written_threshold
 from journeyman.recipe import Price
+from serve.agreement import Member
 
 _WINDOW_S = 60.0
 _GAUGE_INTERVAL_S = 1.0
@@ -23,14 +28,44 @@ _KINDS = ("student", "teacher", "void", "refused")  # void: the student for a fa
 _LATENCIES_S = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
 
 
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Of what runs beside a bundle's answers: the watch over its promise, and its feedback."""
+
+    member: Member
+    stability: Stability
+    journal: Journal | None
+
+    def figures(self) -> dict[str, Any]:
+        """watch: None where none is kept; rung: steps by which the audits have tightened the
+        threshold, None where all is escalated."""
+        agreed, auditor = self.member.last, self.member.auditor
+        return {
+            "watch": None
+            if agreed is None or agreed.accept_above is None or auditor is None
+            else {
+                "audits": agreed.n_audits,
+                "pending": auditor.n_pending,
+                "rung": agreed.rung,
+                "accept_above": written_threshold(agreed.accept_above),
+            },
+            "population_stability": self.stability.index(),
+            "agreement_failure": self.member.failure,
+            "feedback_failure": self.journal.failure if self.journal else None,
+        }
+
+
 class Measured:
     """Answers as ``inner`` does, and counts."""
 
-    def __init__(self, inner: Answering, cascade: Cascade, bundle: str, price: Price) -> None:
+    def __init__(
+        self, inner: Answering, cascade: Cascade, bundle: str, price: Price, health: Health
+    ) -> None:
         """cascade: whose queue and breaker are watched; price: of the teacher's tokens."""
         from ray.util import metrics
 
         self._inner, self._cascade, self._price = inner, cascade, price
+        self._health = health
         self._tags = {"bundle": bundle}
         self._recent: deque[tuple[float, Counter[str]]] = deque()
         self._minute: Counter[str] = Counter()  # their sum
@@ -56,6 +91,14 @@ class Measured:
             "waiting": gauge("waiting_texts", "Texts that wait for the teacher."),
             "breaker_open": gauge("breaker_open", "1 while a failing teacher is left alone."),
             "escalation_rate": gauge("escalation_rate", "Escalated share of the last minute."),
+            "tightened": gauge(
+                "tightened", "Steps by which audits tightened the threshold; -1: all is escalated."
+            ),
+            "population_stability": gauge(
+                "population_stability",
+                "Index of the last 1,000 texts' scores against the certify rows'; for people.",
+            ),
+            "audits_pending": gauge("audits_pending", "Audited answers that wait for the teacher."),
         }
 
     async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers:
@@ -86,14 +129,19 @@ class Measured:
             "escalation_rate": escalated / answered if answered else None,
             "waiting": self._cascade.waiting.n_waiting,
             "breaker_open": not self._cascade.breaker.is_closed,
+            **self._health.figures(),
         }
 
     async def watch(self) -> None:
         """Keep the gauges true, as long as the replica lives."""
         while True:
             figures = self.figures()
+            if watch := figures["watch"]:
+                rung = watch["rung"]
+                figures["tightened"] = -1 if rung is None else rung
+                figures["audits_pending"] = watch["pending"]
             for name, gauge in self._gauges.items():
-                gauge.set(float(figures[name] or 0.0), tags=self._tags)
+                gauge.set(float(figures.get(name) or 0.0), tags=self._tags)
             await asyncio.sleep(_GAUGE_INTERVAL_S)
 
     def _answered(self, answers: Answers, asked: Asked, seconds: float) -> None:
@@ -116,6 +164,9 @@ class Measured:
             self._dollars.inc(dollars / 1e6, tags=self._tags)
         if asked == "cascade":
             self._count(by)
+            self._health.stability.add(
+                d.confidence for d in answers.decisions if d.confidence is not None
+            )
 
     def _count(self, more: Counter[str]) -> None:
         self._totals.update(more)

@@ -122,7 +122,7 @@ def promise_of(answers: Answers, bundle: PolicyBundle, asked: Asked) -> Promise 
     """None where one model alone was asked."""
     if asked != "cascade":
         return None
-    served = next(g for g in bundle.guarantees if g.kind == bundle.served_guarantee)
+    served = bundle.served
     return Promise(holds=not answers.void, kind=served.kind, alpha=served.alpha, delta=served.delta)
 
 

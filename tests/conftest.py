@@ -110,14 +110,16 @@ def children(title: str, of: psutil.Process | None = None) -> list[psutil.Proces
     return found
 
 
-def journeyman(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+def journeyman(
+    *arguments: str, timeout: float = 280, **options: object
+) -> subprocess.CompletedProcess[str]:
     """The command as a user runs it."""
     return subprocess.run(
         [sys.executable, "-m", "journeyman.cli", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
         check=False,
         **options,
     )

@@ -24,7 +24,7 @@ from journeyman.report.data import ReportData, SummaryRow, TestRows
 from journeyman.report.detection import detections
 from journeyman.report.measure import Measured, measure
 from journeyman.report.ranking import rankings
-from journeyman.report.verdict import percent, served_guarantee, share
+from journeyman.report.verdict import percent, share
 from journeyman.run_folder import RunFolder
 
 
@@ -149,7 +149,7 @@ def _ranking(test: TestRows, labels: Sequence[str], settings: Report) -> list[Su
 
 
 def _promise(measured: Measured, bundle: PolicyBundle) -> list[SummaryRow]:
-    guarantee = served_guarantee(bundle)
+    guarantee = bundle.served
     words = {
         "system_agreement": "P(student answers and differs)",
         "selective_agreement": "P(differs | student answers)",

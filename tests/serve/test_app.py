@@ -160,7 +160,7 @@ def test_many_clients_at_once_get_their_own_answers(cascade: Running):
 def test_a_deadline_stops_the_work_of_a_teacher_behind_a_handle(cascade: Running):
     from ray import serve
 
-    from serve.ingress import TeacherByHandle
+    from serve.asking import TeacherByHandle
 
     @serve.deployment(ray_actor_options={"num_cpus": 0})
     class Slow:

@@ -25,7 +25,7 @@ def exported() -> set[str]:
     gauges = re.search(r'for name in \(("rows_per_s".*?)\)', source, re.DOTALL)
     assert gauges
     names |= {f"label_{name}" for name in re.findall(r'"(\w+)"', gauges[1])}
-    measured = Measured(None, None, "b", Price())  # type: ignore[arg-type]
+    measured = Measured(None, None, "b", Price(), None)  # type: ignore[arg-type]
     for value in [*vars(measured).values(), *measured._gauges.values()]:
         info = getattr(value, "info", None)
         if info:

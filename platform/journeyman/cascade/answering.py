@@ -20,6 +20,7 @@ from journeyman.cascade.policy import Decision, Escalation, Policy, student_answ
 from journeyman.cascade.refusals import (
     DeadlinePassed,
     Overloaded,
+    TeacherStarting,
     TeacherUnavailable,
     TextRefused,
 )
@@ -161,6 +162,9 @@ class Cascade:
             async with self._before(deadline), self._before_teachers_own():
                 labels = await self._teacher.labels(texts)
             self._check(labels, len(texts))
+        except TeacherStarting:
+            self.breaker.abandoned()
+            raise
         except (TeacherUnavailable, DeadlinePassed):
             self.breaker.failed(self._clock())
             raise

@@ -5,6 +5,7 @@ Pure: takes the time, in seconds of any clock that only goes forward. Knows noth
 
 from __future__ import annotations
 
+from journeyman.cascade.sharing import Closed, News, Opened, Shared
 from journeyman.recipe import Breaker as Settings
 
 
@@ -21,6 +22,8 @@ class Breaker:
         self._pause_s = settings.pause_s
         self._open_until: float | None = None
         self._probe_since: float | None = None
+        self._may_probe = True  # until others have a say in it
+        self.news: News | None = None  # what they have not heard yet
 
     @property
     def is_closed(self) -> bool:
@@ -37,15 +40,15 @@ class Breaker:
         probing = self._probe_since is not None and (
             now - self._probe_since < self._settings.probe_timeout_s
         )
-        if now < self._open_until or probing:
+        if now < self._open_until or probing or not self._may_probe:
             return False
         self._probe_since = now
         return True
 
     def succeeded(self) -> None:
-        self._failures = 0
-        self._pause_s = self._settings.pause_s
-        self._open_until = self._probe_since = None
+        if self._open_until is not None:
+            self.news = Closed()
+        self._close()
 
     def failed(self, now: float) -> None:
         self._failures += 1
@@ -55,6 +58,29 @@ class Breaker:
         elif self._open_until is not None or self._failures < self._settings.failures:
             return  # one of those that were under way when it opened
         self._open_until = now + self._pause_s
+        self.news = Opened(for_s=self._pause_s)
 
     def abandoned(self) -> None:
         self._probe_since = None
+
+    def follow(self, shared: Shared, now: float) -> None:
+        """Take over what all replicas share, unless they have not heard the newest from here."""
+        if self.news is not None:
+            return
+        if shared.open_for_s is None:
+            if self._open_until is not None:
+                self._close()
+            self._may_probe = True
+            return
+        self._open_until = now + shared.open_for_s
+        self._pause_s = max(self._settings.pause_s, shared.pause_s)
+        self._may_probe = shared.may_probe
+
+    def alone(self) -> None:
+        """Nobody can be asked what others know."""
+        self._may_probe = True
+
+    def _close(self) -> None:
+        self._failures = 0
+        self._pause_s = self._settings.pause_s
+        self._open_until = self._probe_since = None

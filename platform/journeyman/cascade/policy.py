@@ -7,7 +7,7 @@ the promise holds for what is served. Knows nothing of models, queues or HTTP.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -61,6 +61,10 @@ class Policy:
             accept_above=bundle.accept_above,
             teacher_log_prior=None if prior is None else np.array(prior, dtype=np.float64),
         )
+
+    def tightened(self, accept_above: float) -> Policy:
+        """The same rule with a stricter threshold; never with a looser one."""
+        return replace(self, accept_above=max(self.accept_above, accept_above))
 
     def decide(self, student_logits: npt.ArrayLike) -> Decision | Escalation:
         """student_logits: float[c] of one text."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from journeyman.cascade.answering import Answers, Asked
+from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.feedback import Journal, unanswered, worth_keeping
 from journeyman.cascade.refusals import DeadlinePassed, Overloaded, TeacherUnavailable
 
@@ -19,7 +20,10 @@ class Answering(Protocol):
 
 
 class Recording:
-    """Answers as ``cascade`` does, and hands to the journal what is worth keeping."""
+    """Answers as ``cascade`` does, and hands to the journal what is worth keeping.
+
+    auditor: learns of audited answers at once, where the promise is watched.
+    """
 
     def __init__(
         self,
@@ -28,11 +32,13 @@ class Recording:
         audit_rate: float,
         bundle: str,
         coin: random.Random | None = None,
+        auditor: Auditor | None = None,
     ) -> None:
         self._cascade = cascade
         self._journal = journal
         self._audit_rate = audit_rate
         self._bundle = bundle
+        self._auditor = auditor
         self._coin = coin or random.Random()
 
     async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers:
@@ -46,6 +52,10 @@ class Recording:
             now = time.time()
             self._journal.add(unanswered(texts, audited, self._audit_rate, self._bundle, now))
             raise
+        if self._auditor:
+            for i, text in enumerate(texts):
+                if audited[i] and i not in answers.void:
+                    self._auditor.add(text, answers.decisions[i])
         by_teacher = {i for i, d in enumerate(answers.decisions) if d.answered_by == "teacher"}
         self._journal.add(
             worth_keeping(

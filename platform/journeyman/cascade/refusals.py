@@ -22,6 +22,10 @@ class TeacherUnavailable(Refusal):
     """The teacher is starting, starting again, or gone."""
 
 
+class TeacherStarting(TeacherUnavailable):
+    """It sleeps and was woken, which is no failure of its."""
+
+
 class DeadlinePassed(Refusal):
     """The request was not answered in time."""
 

@@ -49,6 +49,10 @@ class Remembering:
             void=void,
         )
 
+    def forget(self) -> None:
+        """Everything: the rule has changed by which it was answered."""
+        self._known.clear()
+
     def _recall(self, key: bytes) -> Decision | None:
         decision = self._known.get(key)
         if decision is not None:

@@ -120,6 +120,11 @@ class PolicyBundle(_Part):
         return content_digest(self.model_dump(mode="json"))
 
     @property
+    def served(self) -> Guarantee:
+        """The guarantee that `threshold` comes from."""
+        return next(g for g in self.guarantees if g.kind == self.served_guarantee)
+
+    @property
     def accept_above(self) -> float:
         """`threshold` as a number to compare with; +inf escalates everything."""
         return read_threshold(self.threshold)

@@ -31,6 +31,13 @@ examples:
 """
 
 
+_FAILURES = (
+    ("feedback_failure", "feedback cannot be stored and waits on its host"),
+    ("agreement_failure", "this replica cannot reach the others and goes on alone"),
+    ("reload_failure", "the bundle asked for does not answer"),
+)
+
+
 def add_commands(commands: Any) -> None:
     group = commands.add_parser("cascade", help="look after a running cascade: status, key")
     actions = group.add_subparsers(required=True, metavar="ACTION")
@@ -102,7 +109,27 @@ def _rows(ready: dict[str, Any], bundle: dict[str, Any], figures: dict[str, Any]
         ("escalated", "nothing was asked in the last minute" if rate is None else f"{rate:.1%}"),
         ("waiting", f"{figures['waiting']} texts for the teacher"),
         ("breaker", "open: the teacher fails" if figures["breaker_open"] else "closed"),
+        ("stability", _stability(figures["population_stability"])),
+        ("audits", _audits(figures["watch"])),
+        *(("failing", f"{what}: {figures[name]}") for name, what in _FAILURES if figures[name]),
     ]  # fmt: skip
+
+
+def _stability(index: float | None) -> str:
+    if index is None:
+        return "too few texts to say"
+    return f"{index:.2f}, population stability of scores (without drift mostly under .1)"
+
+
+def _audits(watch: dict[str, Any] | None) -> str:
+    if watch is None:
+        return "not watched (cascade.feedback)"
+    counts = f"{watch['audits']:,}, {watch['pending']:,} pending; "
+    if watch["rung"] is None:
+        return counts + "the promise is broken at any threshold: the teacher answers all"
+    if watch["rung"] == 0:
+        return counts + "the promise stands"
+    return counts + f"the promise broke: threshold tightened to {watch['accept_above']:.4f}"
 
 
 def _counts(of: dict[str, int]) -> str:

@@ -113,6 +113,27 @@ class Feedback(Section):
     roll_s: Seconds = Field(300.0, description="or so long after its first row.")
 
 
+class TeacherReplicas(Section):
+    """How many teachers serve, as Ray Serve scales them. With min 0 the teacher sleeps while
+    nothing is escalated: the first text that is wakes it."""
+
+    min: Annotated[int, Field(ge=0)] = Field(1, description="Replicas at least; 0 lets it sleep.")
+    max: Count = Field(1, description="Replicas at most.")
+    requests_per_replica: Count = Field(
+        32, description="Requests in work and waiting, for each replica, that Serve scales to."
+    )
+    idle_s: Seconds = Field(
+        300.0, description="After so long with less to do a replica is taken away, the last one "
+        "too where min is 0."
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TeacherReplicas:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) must not exceed max ({self.max})")
+        return self
+
+
 class Cascade(Section):
     """Serving: the student answers what it may, the teacher the rest."""
 
@@ -143,5 +164,6 @@ class Cascade(Section):
     max_queued_requests: Count = Field(
         512, description="Requests waiting for the teacher before further ones get 503."
     )
+    teacher_replicas: TeacherReplicas = Field(default_factory=TeacherReplicas)
     teacher_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="Ray CPUs a teacher.")
     teacher_gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="Ray GPUs a teacher.")

@@ -12,7 +12,7 @@ from journeyman.certify.curve import CostQualityCurve, cost_quality_curve
 from journeyman.probabilities import expected_calibration_error
 from journeyman.report import plots
 from journeyman.report.data import IntArray, ReportData, TestRows
-from journeyman.report.verdict import promised_words, served_guarantee
+from journeyman.report.verdict import promised_words
 
 _MOST_LABELS = 40
 
@@ -126,7 +126,7 @@ def test_curves(rows: TestRows) -> tuple[CostQualityCurve, CostQualityCurve | No
 
 def cost_quality(data: ReportData) -> Figure:
     """Cost-quality curve with the chosen threshold."""
-    guarantee = served_guarantee(data.bundle)
+    guarantee = data.bundle.served
     curve, gold_curve = test_curves(data.test)
     below = (
         ""

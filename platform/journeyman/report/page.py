@@ -21,7 +21,7 @@ from journeyman.report.figures import Figure
 from journeyman.report.measure import measure
 from journeyman.report.ranking import Ranking, rankings
 from journeyman.report.slices import slices
-from journeyman.report.verdict import served_guarantee, verdict
+from journeyman.report.verdict import verdict
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -79,7 +79,7 @@ def _words_and_tables(data: ReportData) -> dict[str, Any]:
         "ranking": job_tables.ranking(_rankings(data), data.rank_by, data.positive),
         "guarantees": tables.guarantees(data.bundle, curve, gold_curve),
         "class_guarantees": tables.class_guarantees(data.bundle),
-        "cost_table": tables.cost_quality(curve, gold_curve, served_guarantee(data.bundle)),
+        "cost_table": tables.cost_quality(curve, gold_curve, data.bundle.served),
         "label_table": tables.label_counts(
             figures.all_labels(data), data.label_histogram, data.teacher_histogram
         ),

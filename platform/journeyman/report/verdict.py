@@ -32,14 +32,9 @@ class Verdict:
     warning: tuple[str, str] | None
 
 
-def served_guarantee(bundle: PolicyBundle) -> Guarantee:
-    """The guarantee that the bundle's threshold comes from."""
-    return next(g for g in bundle.guarantees if g.kind == bundle.served_guarantee)
-
-
 def verdict(measured: Measured, bundle: PolicyBundle) -> Verdict:
     """Put the test rows and the certificate into words."""
-    guarantee = served_guarantee(bundle)
+    guarantee = bundle.served
     return Verdict(
         headline=_headline(measured),
         sentences=(

@@ -1,0 +1,102 @@
+"""The watch over a bundle's promise as it serves: its ladder of thresholds, and its written form.
+
+Audits come from many replicas and the state must outlive them all, so it is one JSON file for each
+bundle, beside the feedback.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from journeyman.cascade.drift import Audit, Watch, start_watch
+from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify.thresholds import ESCALATE_EVERYTHING
+from journeyman.errors import DataError
+from journeyman.labels.folder import Folder
+
+# Stricter rungs, by the share that they leave of what the certified threshold lets answer.
+LADDER = (0.75, 0.5, 0.25)
+
+# What an audit counts as whose outcome is lost: the student answered it, wrongly, on every rung.
+LOST = Audit(score=float(np.finfo(np.float64).max), loss=1)
+
+
+def watch_of(bundle: PolicyBundle) -> Watch | None:
+    """The watch before its first audit; None where there is nothing to watch: the student answers
+    nothing, or the promise is one against gold, which traffic does not bring along."""
+    served = bundle.served
+    if served.kind == "accuracy" or bundle.accept_above == ESCALATE_EVERYTHING:
+        return None
+    return start_watch(served.kind, served.alpha, _rungs(bundle))
+
+
+def stored(folder: Folder, bundle_id: str) -> Watch | None:
+    """What audits have found so far; None if nobody has audited. Raises DataError, ClusterError."""
+    try:
+        return from_json(folder.get(_name(bundle_id)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder.path(_name(bundle_id))}: damaged ({type(error).__name__}), so what the "
+            "audits found is lost; delete it to begin anew with the certified threshold."
+        ) from error
+
+
+def store(folder: Folder, bundle_id: str, watch: Watch) -> None:
+    """Raises ClusterError."""
+    folder.put(_name(bundle_id), to_json(watch, bundle_id))
+
+
+def to_json(watch: Watch, bundle_id: str) -> bytes:
+    content = {
+        "bundle": bundle_id,
+        "kind": watch.kind,
+        "alpha": watch.alpha,
+        "bound": watch.bound,
+        "n_audits": watch.n_audits,
+        "thresholds": watch.thresholds.tolist(),
+        "alarmed": watch.alarmed.tolist(),
+        # -inf before the first audit, which JSON has no word for.
+        "detectors": np.exp(watch.log_detectors).tolist(),
+    }
+    return json.dumps(content, indent=1, allow_nan=False).encode()
+
+
+def from_json(written: bytes) -> Watch:
+    """Raises ValueError, KeyError or TypeError if it is none."""
+    content: dict[str, Any] = json.loads(written)
+    with np.errstate(divide="ignore"):
+        log_detectors = np.log(np.array(content["detectors"], dtype=np.float64))
+    return Watch(
+        kind=content["kind"],
+        alpha=content["alpha"],
+        thresholds=np.array(content["thresholds"], dtype=np.float64),
+        log_detectors=log_detectors,
+        alarmed=np.array(content["alarmed"], dtype=np.bool_),
+        n_audits=content["n_audits"],
+        bound=content["bound"],
+    )
+
+
+def _name(bundle_id: str) -> str:
+    return f"watch/{bundle_id}.json"
+
+
+def _rungs(bundle: PolicyBundle) -> list[float]:
+    """Rising thresholds; only the certified one where the curve has no stricter ones."""
+    certified = bundle.accept_above
+    covered = [
+        (point.coverage, point.threshold)
+        for point in bundle.curve
+        if point.threshold is not None and point.threshold > certified and point.coverage > 0
+    ]
+    whole = max((p.coverage for p in bundle.curve if p.threshold == bundle.threshold), default=1.0)
+    rungs = {certified}
+    for share in LADDER:
+        if covered:
+            rungs.add(min(covered, key=lambda c: abs(c[0] - share * whole))[1])
+    return sorted(rungs)

@@ -1,0 +1,119 @@
+"""The teacher's deployment as the cascade asks it: by handle, and never one that is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from journeyman.cascade.answering import Unlabeled
+from journeyman.cascade.refusals import TeacherStarting, TeacherUnavailable
+from journeyman.teacher.answers import ClassLabels
+from serve.teacher import Unavailable
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+_PROBE_INTERVAL_S = 1.0
+_PROBE_TIMEOUT_S = 5.0  # of a busy machine
+_BACK_IN_S = 5.0  # no better is known of an engine that starts
+_STARTING = "the teacher is starting"
+_GONE = "the teacher's replica is gone and another is starting"
+
+
+class TeacherByHandle:
+    """The teacher as the cascade sees it. Knows whether it may be asked at all: a call to a
+    deployment without a replica would wait for one until its deadline.
+
+    One that may sleep is not probed, since each probe would keep it awake: whether a replica runs
+    is what the others say, and a call that is left at the handle wakes it.
+    """
+
+    def __init__(self, handle: DeploymentHandle, may_sleep: bool = False) -> None:
+        self._handle = handle
+        self._may_sleep = may_sleep
+        self._waking: asyncio.Task[None] | None = None
+        self._started_in_s = _BACK_IN_S  # how long it took the last time
+        self.n_running = 0
+        self.unready: str | None = None if may_sleep else _STARTING
+
+    @property
+    def asleep(self) -> bool:
+        return self._may_sleep and self.n_running == 0
+
+    def count(self, n_running: int) -> None:
+        self.n_running = n_running
+
+    async def labels(self, texts: Sequence[str]) -> Sequence[ClassLabels | Unlabeled]:
+        """Raises TeacherUnavailable."""
+        if self.asleep:
+            self._wake()
+            raise TeacherStarting(_words(_STARTING), self._started_in_s)
+        if self.unready:
+            raise _unavailable(self.unready)
+        response = self._handle.label.remote(list(texts))
+        try:
+            reply = await response
+        except asyncio.CancelledError:
+            # Serve cancels the call for a client that goes away, but not for a deadline of ours.
+            response.cancel()
+            raise
+        except (RayError, RayServeException) as error:
+            self._know(_GONE)
+            raise _unavailable(_GONE) from error
+        if isinstance(reply, Unavailable):
+            self._know(reply.reason)
+            raise _unavailable(reply.reason)
+        return reply
+
+    async def watch(self) -> None:
+        """Keep ``unready`` true, as long as the replica lives."""
+        while not self._may_sleep:
+            await self._probe()
+            await asyncio.sleep(_PROBE_INTERVAL_S)
+
+    def _know(self, reason: str) -> None:
+        if not self._may_sleep:  # else nobody would ever know better
+            self.unready = reason
+
+    def _wake(self) -> None:
+        if self._waking is None or self._waking.done():
+            # Serve ends the tasks of a request with it: in a context of its own this one lives on.
+            self._waking = contextvars.Context().run(
+                asyncio.get_running_loop().create_task, self._woken()
+            )
+
+    async def _woken(self) -> None:
+        since = time.monotonic()
+        with contextlib.suppress(RayError, RayServeException):
+            await self._handle.unready.remote()
+            self.n_running = 1
+            self._started_in_s = time.monotonic() - since
+
+    async def _probe(self) -> None:
+        response = self._handle.unready.remote()
+        try:
+            async with asyncio.timeout(_PROBE_TIMEOUT_S):
+                self.unready = await response
+        except TimeoutError:
+            response.cancel()
+            self.unready = self.unready or "the teacher does not answer"
+        except (RayError, RayServeException):
+            self.unready = _GONE
+
+
+def _unavailable(reason: str) -> TeacherUnavailable:
+    return TeacherUnavailable(_words(reason), _BACK_IN_S)
+
+
+def _words(reason: str) -> str:
+    return (
+        f"{reason}; texts that the student may answer are answered meanwhile. Send this request "
+        "again in some seconds."
+    )

@@ -1,0 +1,130 @@
+"""Audited answers and what the teacher says of them, when it has nothing else to do."""
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from journeyman.cascade import auditing
+from journeyman.cascade.answering import Unlabeled
+from journeyman.cascade.auditing import Auditor
+from journeyman.cascade.policy import Decision, Policy
+from journeyman.cascade.refusals import TeacherUnavailable
+from journeyman.cascade.watching import LOST
+from journeyman.certify.calibration import Calibrator
+from journeyman.certify.confidence import Confidence
+from journeyman.teacher.answers import ClassLabels
+
+POLICY = Policy(
+    label_names=("no", "yes"),
+    confidence=Confidence(calibrator=Calibrator(temperature=1.0), score="margin"),
+    accept_above=0.5,
+    teacher_log_prior=None,
+)
+
+
+class Teacher:
+    """Says yes to what has a y in it, cannot read an x, and is away while told to be."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.away = False
+
+    async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
+        if self.away:
+            raise TeacherUnavailable("away", 1.0)
+        self.asked += texts
+        return [
+            Unlabeled(reason="x")
+            if "x" in text
+            else ClassLabels(
+                class_logprobs=np.log([0.1, 0.9] if "y" in text else [0.9, 0.1]),
+                label_mass=None,
+                n_prompt_tokens=1,
+                n_output_tokens=0,
+            )
+            for text in texts
+        ]
+
+
+def answer(label: str = "yes", by: str = "student", confidence: float | None = 0.8) -> Decision:
+    return Decision(
+        answered_by=by,  # type: ignore[arg-type]
+        label=label,
+        confidence=confidence,
+        probabilities=np.array([0.1, 0.9]),
+    )
+
+
+async def worked(auditor: Auditor, until) -> None:
+    task = asyncio.create_task(auditor.run())
+    async with asyncio.timeout(5):
+        while not until():
+            await asyncio.sleep(0.01)
+    task.cancel()
+
+
+def test_students_answers_are_compared_with_the_teachers():
+    teacher = Teacher()
+    auditor = Auditor(POLICY, teacher, busy=lambda: False)
+    auditor.add("y", answer("yes"))
+    auditor.add("n", answer("yes"))
+    auditor.add("x", answer("yes"))  # nobody will know: an error
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
+    assert [(a.score, a.loss) for a in auditor.outcomes()] == [(0.8, 0), (0.8, 1), (0.8, 1)]
+    assert auditor.outcomes() == []
+
+
+def test_what_the_teacher_answered_is_no_loss_and_asks_nobody():
+    teacher = Teacher()
+    auditor = Auditor(POLICY, teacher, busy=lambda: False)
+    auditor.add("n", answer("no", by="teacher", confidence=0.2))
+    auditor.add("n", answer("no", by="teacher", confidence=None))  # the teacher alone was asked
+    assert [(a.score, a.loss) for a in auditor.outcomes()] == [(0.2, 0)]
+    assert teacher.asked == [] and auditor.n_pending == 0
+
+
+def test_audits_wait_while_requests_do():
+    teacher, busy = Teacher(), [True]
+    auditor = Auditor(POLICY, teacher, busy=lambda: busy[0])
+    auditor.add("y", answer())
+
+    async def scenario() -> None:
+        task = asyncio.create_task(auditor.run())
+        await asyncio.sleep(0.5)
+        assert teacher.asked == [] and auditor.n_pending == 1
+        task.cancel()
+        busy[0] = False
+        await worked(auditor, lambda: auditor.n_pending == 0)
+
+    asyncio.run(scenario())
+    assert teacher.asked == ["y"]
+
+
+def test_audits_outlast_a_teacher_that_is_away():
+    teacher = Teacher()
+    teacher.away = True
+    auditor = Auditor(POLICY, teacher, busy=lambda: False)
+    auditor.add("n", answer("no"))
+
+    async def scenario() -> None:
+        task = asyncio.create_task(auditor.run())
+        await asyncio.sleep(0.3)
+        assert auditor.n_pending == 1 and auditor.outcomes() == []
+        teacher.away = False
+        async with asyncio.timeout(5):
+            while auditor.n_pending:
+                await asyncio.sleep(0.05)
+        task.cancel()
+
+    asyncio.run(scenario())
+    assert [audit.loss for audit in auditor.outcomes()] == [0]
+
+
+def test_an_audit_too_many_counts_as_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(auditing, "_MOST_WAITING", 2)
+    auditor = Auditor(POLICY, Teacher(), busy=lambda: True)
+    for _ in range(3):
+        auditor.add("y", answer())
+    assert auditor.n_pending == 2 and auditor.outcomes() == [LOST]

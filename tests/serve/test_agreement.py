@@ -1,0 +1,161 @@
+"""Replicas agree on a threshold that audits tighten, and on a breaker; nothing loosens it."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from journeyman.cascade import watching
+from journeyman.cascade.auditing import Auditor
+from journeyman.cascade.breaker import Breaker
+from journeyman.cascade.drift import Audit, Watch
+from journeyman.certify.curve import CurvePoint
+from journeyman.errors import DataError
+from journeyman.recipe import Breaker as Settings
+from serve import agreement
+from serve.agreement import Agreement, Member, Report
+from tests.serve import tiny
+
+WRONG = Audit(score=0.95, loss=1)
+RIGHT = Audit(score=0.95, loss=0)
+
+
+def a_watch(*thresholds: float) -> Watch:
+    from journeyman.cascade.drift import start_watch
+
+    return start_watch("system_agreement", 0.1, thresholds or (0.5, 0.7, 0.9))
+
+
+def report(
+    to: Path | None, *audits: Audit, batch: int = 1, replica: str = "a", pending: int = 0
+) -> Report:
+    return Report(
+        feedback=str(to) if to else None,
+        replica=replica, bundle="b", news=None, batch=batch, audits=audits, n_pending=pending,
+        fresh=a_watch(),
+    )  # fmt: skip
+
+
+def exchange(shared: Agreement, *reports: Report) -> agreement.Agreed:
+    async def all_of_them() -> agreement.Agreed:
+        for one in reports:
+            agreed = await shared.exchange(one)
+        return agreed
+
+    return asyncio.run(all_of_them())
+
+
+def test_good_audits_leave_the_certified_threshold_and_bad_ones_tighten_it(tmp_path: Path):
+    shared = Agreement(30.0)
+    agreed = exchange(shared, report(tmp_path, *[RIGHT] * 50))
+    assert (agreed.accept_above, agreed.rung, agreed.n_audits) == (0.5, 0, 50)
+    # Wrong on the first rung only: the second one stands.
+    agreed = exchange(shared, report(tmp_path, *[Audit(score=0.6, loss=1)] * 12, batch=2))
+    assert (agreed.accept_above, agreed.rung) == (0.7, 1)
+    agreed = exchange(shared, report(tmp_path, *[WRONG] * 12, batch=3))
+    assert (agreed.accept_above, agreed.rung) == (float("inf"), None)
+
+
+def test_audits_of_all_replicas_are_one_evidence(tmp_path: Path):
+    shared = Agreement(30.0)
+    agreed = exchange(shared, *(report(tmp_path, WRONG, WRONG, replica=str(i)) for i in range(6)))
+    assert agreed.n_audits == 12 and agreed.rung is None
+
+
+def test_a_report_that_is_sent_again_counts_once(tmp_path: Path):
+    shared = Agreement(30.0)
+    assert exchange(shared, *[report(tmp_path, WRONG)] * 20).n_audits == 1
+
+
+def test_a_restart_keeps_what_was_found(tmp_path: Path):
+    before = exchange(Agreement(30.0), report(tmp_path, *[WRONG] * 12))
+    after = exchange(Agreement(30.0), report(tmp_path, batch=0))
+    assert (after.accept_above, after.n_audits) == (before.accept_above, 12)
+
+
+def test_the_written_watch_is_the_watch(tmp_path: Path):
+    watch = a_watch()
+    for audit in [RIGHT, WRONG, RIGHT, Audit(score=0.6, loss=1)]:
+        watch = watch.audited(audit)
+    again = watching.from_json(watching.to_json(watch, "b"))
+    assert again.log_detectors == pytest.approx(watch.log_detectors)
+    assert again.n_audits == 4 and again.threshold == watch.threshold
+
+
+def test_a_damaged_file_is_said_and_not_begun_anew(tmp_path: Path):
+    shared = Agreement(30.0)
+    exchange(shared, report(tmp_path, *[WRONG] * 12))
+    (tmp_path / "watch" / "b.json").write_text("{")
+    with pytest.raises(DataError, match=r"b\.json: damaged.*delete it"):
+        exchange(Agreement(30.0), report(tmp_path, batch=0))
+
+
+def test_audits_that_died_with_their_replica_count_as_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shared = Agreement(30.0)
+    exchange(shared, report(tmp_path, RIGHT, replica="dies", pending=12))
+    monkeypatch.setattr(agreement, "_GONE_AFTER_S", 0.0)
+    agreed = exchange(shared, report(tmp_path, RIGHT, replica="lives"))
+    assert agreed.n_audits == 14 and agreed.rung is None
+
+
+def test_without_feedback_only_the_breaker_is_shared():
+    agreed = exchange(Agreement(30.0), report(None, WRONG))
+    assert agreed.accept_above is None and agreed.breaker.open_for_s is None
+
+
+def test_the_ladder_comes_from_the_bundles_curve(tmp_path: Path):
+    run = tiny.write_run(tmp_path)
+    points = [
+        CurvePoint(threshold=t, coverage=c, system_disagreement=0.0, selective_disagreement=None)
+        for t, c in ((None, 0.0), (0.95, 0.2), (0.9, 0.38), (0.8, 0.6), (0.7, 0.8), (0.1, 1.0))
+    ]
+    guarantee = run.bundle.guarantees[0].model_copy(update={"threshold": 0.7})
+    bundle = run.bundle.model_copy(
+        update={"threshold": 0.7, "guarantees": (guarantee,), "curve": tuple(points)}
+    )
+    watch = watching.watch_of(bundle)
+    assert watch and watch.thresholds.tolist() == [0.7, 0.8, 0.9, 0.95]
+    assert watch.alpha == guarantee.alpha
+    nothing = guarantee.model_copy(update={"threshold": None, "feasible": False, "reason": "x"})
+    assert (
+        watching.watch_of(bundle.model_copy(update={"threshold": None, "guarantees": (nothing,)}))
+        is None
+    )
+
+
+def test_a_member_hands_on_once_and_goes_on_alone_where_nobody_answers(tmp_path: Path):
+    shared, tightened, sent, counted = Agreement(30.0), [], [], []
+    auditor = Auditor(None, None, busy=lambda: True)  # type: ignore[arg-type]
+    away = True
+
+    async def ask(one: Report) -> agreement.Agreed:
+        sent.append(one)
+        agreed = await shared.exchange(one)
+        if away:
+            raise TimeoutError  # it was heard, and the answer lost
+        return agreed
+
+    member = Member(
+        replica="a", bundle="b", fresh=a_watch(), feedback=str(tmp_path),
+        breaker=Breaker(Settings()), auditor=auditor,
+        tighten=tightened.append, ask=ask, teachers=counted.append,
+    )  # fmt: skip
+    auditor._outcomes += [WRONG] * 12
+
+    async def scenario() -> None:
+        nonlocal away
+        await member.exchange()
+        assert tightened == [] and member.failure == "TimeoutError: "
+        auditor._outcomes.append(RIGHT)
+        away = False
+        await member.exchange()
+        await member.exchange()
+
+    asyncio.run(scenario())
+    assert tightened == [float("inf")] * 2 and member.failure is None
+    assert member.last and member.last.n_audits == 13
+    assert json.loads((tmp_path / "watch" / "b.json").read_text())["n_audits"] == 13
+    assert [len(one.audits) for one in sent] == [12, 12, 1]

@@ -67,5 +67,5 @@ def test_no_request_gets_a_500_or_an_answer_that_is_not_described(
         statuses[answer.status_code] += 1
 
     check()
-    assert set(statuses) <= {200, 400}
+    assert set(statuses) <= {200, 400, 422}  # 422: columns that this bundle has not
     assert statuses[200 if mode is GenerationMode.POSITIVE else 400] > 5

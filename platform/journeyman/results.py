@@ -23,7 +23,7 @@ from journeyman.report.data import ReportData
 from journeyman.report.detection import detections
 from journeyman.report.measure import AgainstGold, Measured, measure
 from journeyman.report.ranking import rankings
-from journeyman.report.verdict import percent, served_guarantee
+from journeyman.report.verdict import percent
 from journeyman.run_folder import RunFolder
 
 BEGIN, END = "<!-- results: written by `make recipes` -->", "<!-- end of results -->"
@@ -124,7 +124,7 @@ def between_marks(text: str, table: str) -> str:
 
 
 def _quality(run: Finished) -> tuple[str, ...]:
-    measured, guarantee = run.measured, served_guarantee(run.data.bundle)
+    measured, guarantee = run.measured(run.data.bundle)
     gold, serving = measured.gold, run.serving
     ratio = serving["student_rows_per_s"] / serving["teacher_rows_per_s"]
     right = (
@@ -165,7 +165,7 @@ def _beside(gold: AgainstGold) -> str:
 def _promises(finished: Sequence[Finished]) -> str:
     lines = []
     for run in finished:
-        guarantee, n = served_guarantee(run.data.bundle), len(run.data.test)
+        guarantee, n = run.data.bundle.served, len(run.data.test)
         said = f"{guarantee.kind.replace('_', ' ')} at {percent(guarantee.alpha)}"
         what = f"proved {guarantee.upper_bound:.1%} on {guarantee.n:,} certify rows"
         reason = what if guarantee.feasible else f"no threshold meets it: {guarantee.reason}"

@@ -124,7 +124,7 @@ def between_marks(text: str, table: str) -> str:
 
 
 def _quality(run: Finished) -> tuple[str, ...]:
-    measured, guarantee = run.measured(run.data.bundle)
+    measured, guarantee = run.measured, run.data.bundle.served
     gold, serving = measured.gold, run.serving
     ratio = serving["student_rows_per_s"] / serving["teacher_rows_per_s"]
     right = (

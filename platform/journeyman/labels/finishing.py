@@ -29,6 +29,7 @@ def finish(
 
     Raises DataError where counts do not add up, or where no row was labeled.
     """
+    store.compact()  # each commit is read once: what comes below reads one file
     commits = store.commits()
     for shard in corpus_manifest["shards"]:
         _check(commits.get(shard["name"]), shard, store)
@@ -53,6 +54,7 @@ def finish(
             "digest": digest([commit.sha256 for commit in ordered]),
         }
     )
+    del commits, ordered  # of a million shards some gigabytes
     return complete(store, recipe)
 
 
@@ -64,7 +66,6 @@ def complete(store: LabelStore, recipe: Recipe) -> dict[str, Any]:
     if isinstance(labels, Classes) and labels.prior_correction == "batch" and not corrected:
         store.finish({"log_prior": _log_prior(store, labels)})
     manifest = store.finish(quality.apply(store, store.manifest(), recipe))
-    store.compact()
     store.remove_orphans()
     card.write(store, manifest["splits"])
     return manifest

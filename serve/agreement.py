@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from ray import serve
 from ray.exceptions import RayError
@@ -20,6 +21,7 @@ from ray.serve.exceptions import RayServeException
 from journeyman.cascade import watching
 from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.breaker import Breaker
+from journeyman.cascade.budgets import Ledger, Purse
 from journeyman.cascade.drift import Audit, Watch
 from journeyman.cascade.sharing import News, Shared, SharedBreaker
 from journeyman.errors import JourneymanError
@@ -61,6 +63,27 @@ class Agreed:
     rung: int | None = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bill:
+    """What one replica's keys have spent since it settled last; number: of this bill, so that one
+    that is sent again counts once; state: the folder or store where the ledgers are."""
+
+    replica: str
+    number: int
+    spent: Mapping[str, float]
+    limits: Mapping[str, float]
+    state: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settled:
+    """A replica's last bill: its number, when it came, and what it may spend since."""
+
+    number: int
+    at: float
+    leases: dict[str, float]
+
+
 @dataclass(slots=True)
 class _Seen:
     at: float = 0.0
@@ -76,6 +99,8 @@ class Agreement:
         self._watches: dict[str, Watch] = {}
         self._seen: dict[tuple[str, str], _Seen] = {}
         self._writing = asyncio.Lock()
+        self._ledger: Ledger | None = None
+        self._settled: dict[str, _Settled] = {}  # by replica
         self._n_teachers, self._counted_at = 0, -_EXCHANGE_EVERY_S
 
     async def exchange(self, report: Report) -> Agreed:
@@ -106,6 +131,36 @@ class Agreement:
             rung=watch.rung,
         )
 
+    async def settle(self, bill: Bill) -> dict[str, float]:
+        """Keep what was spent; the replica's leases. Raises ClusterError, DataError."""
+        now, folder = time.monotonic(), Folder(bill.state)
+        async with self._writing:
+            ledger = await self._todays(folder)
+            before = self._settled.get(bill.replica)
+            if bill.spent and (before is None or bill.number > before.number):
+                ledger = ledger.paid(bill.spent)
+                await asyncio.to_thread(folder.put, _ledger_name(ledger.day), ledger.to_json())
+                self._ledger = ledger
+            others = [
+                one.leases
+                for replica, one in self._settled.items()
+                if replica != bill.replica and now - one.at < _GONE_AFTER_S
+            ]
+            leases = ledger.leases(bill.limits, others)
+            self._settled[bill.replica] = _Settled(number=bill.number, at=now, leases=leases)
+            return leases
+
+    async def _todays(self, folder: Folder) -> Ledger:
+        today = datetime.now(UTC).date().isoformat()
+        if self._ledger is None or self._ledger.day != today:
+            name = _ledger_name(today)
+            try:
+                written = await asyncio.to_thread(folder.get, name)
+                self._ledger = Ledger.from_json(written, folder.path(name))
+            except FileNotFoundError:
+                self._ledger = Ledger(today)
+        return self._ledger
+
     async def _count_teachers(self, now: float) -> None:
         """Here, so that the controller is asked once, however many replicas want to know."""
         if now < self._counted_at + _EXCHANGE_EVERY_S:
@@ -128,6 +183,10 @@ class Agreement:
             if key[1] == bundle and now - seen.at > _GONE_AFTER_S
         ]
         return [watching.LOST] * sum(self._seen.pop(key).n_pending for key in gone)
+
+
+def _ledger_name(day: str) -> str:
+    return f"budgets/{day}.json"
 
 
 def _running_teachers() -> int:
@@ -190,3 +249,26 @@ class Member:
         self.breaker.follow(agreed.breaker, time.monotonic())
         if agreed.accept_above is not None:
             self.tighten(agreed.accept_above)
+
+
+async def settle(
+    purse: Purse, replica: str, state: str, ask: Callable[[Bill], Awaitable[dict[str, float]]]
+) -> None:
+    """Settle a replica's purse, as long as it lives. Where nobody answers, its leases run out."""
+    number, bill = 0, None
+    while True:
+        if bill is None:  # one and the same until it is heard
+            number += 1
+            bill = Bill(
+                replica=replica,
+                number=number,
+                spent=purse.bill(),
+                limits=purse.limits,
+                state=state,
+            )
+        with contextlib.suppress(RayError, RayServeException, TimeoutError, JourneymanError):
+            async with asyncio.timeout(_EXCHANGE_TIMEOUT_S):
+                leases = await ask(bill)
+            purse.settled(bill.spent, leases)
+            bill = None
+        await asyncio.sleep(_EXCHANGE_EVERY_S)

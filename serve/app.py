@@ -19,6 +19,7 @@ from ray.serve import Application
 from journeyman import cluster
 from journeyman.cascade import keys
 from journeyman.errors import JourneymanError, RecipeError
+from journeyman.recipe import Recipe
 from journeyman.recipe.serving import TeacherReplicas
 from serve import loading
 from serve.agreement import Agreement
@@ -90,7 +91,7 @@ def build(bundle_dir: Path) -> Application:
         max_ongoing_requests=cascade.max_queued_requests + _ROOM_FOR_ACCEPTED,
         ray_actor_options={"num_cpus": STUDENT_CPUS, "runtime_env": runtime_env},
     )
-    spec = IngressSpec(loaded=loaded, keys=_keys(cascade.api_keys))
+    spec = IngressSpec(loaded=loaded, keys=_keys(loaded.recipe))
     settings = loaded.recipe
     teacher = teacher_deployment.bind(
         settings.teacher, settings.classes(), loaded.bundle.columns, loaded.teacher
@@ -114,10 +115,23 @@ def _scaling(replicas: TeacherReplicas) -> dict[str, Any]:
     }
 
 
-def _keys(path: str | None) -> tuple[keys.Key, ...]:
+def _keys(settings: Recipe) -> tuple[keys.Key, ...]:
     """Read here, so that a wrong file is told before anything starts."""
-    path = path or os.environ.get("JOURNEYMAN_API_KEYS")
-    return keys.read(Path(path)) if path else ()
+    path = settings.cascade.api_keys or os.environ.get("JOURNEYMAN_API_KEYS")
+    found = keys.read(Path(path)) if path else ()
+    limited = [key.name for key in found if key.dollars_per_day is not None]
+    if limited and not settings.cascade.state:
+        raise RecipeError(
+            f"{path}: the key {limited[0]} has a budget, and what it spends must outlive restarts; "
+            "name a folder or an object store for it: cascade.state."
+        )
+    price = settings.teacher.price
+    if limited and not (price.per_million_prompt_tokens or price.per_million_output_tokens):
+        raise RecipeError(
+            f"{path}: the key {limited[0]} has a budget, and the teacher's tokens have no price; "
+            "set teacher.price.per_million_prompt_tokens."
+        )
+    return found
 
 
 def _bundle_dir(args: AppArgs) -> Path:

@@ -6,13 +6,15 @@ An ASGI middleware: it decides before a body is read or parsed.
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime, timedelta
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from journeyman.cascade.keys import Keyring
+from journeyman.cascade.budgets import Purse, paying
+from journeyman.cascade.keys import Key, Keyring
 from serve import errors
 from serve.schema import MAX_CHARACTERS, MAX_TEXTS
 
@@ -22,12 +24,17 @@ MAX_BODY_BYTES = 2 * MAX_TEXTS * MAX_CHARACTERS
 
 
 class Gate:
-    """Refuses with 401, 413 or 429. keyring: None lets everyone in."""
+    """Refuses with 401, 413 or 429. keyring: None lets everyone in; purse: of keys with budgets."""
 
     def __init__(
-        self, app: ASGIApp, keyring: Keyring | None, max_body_bytes: int = MAX_BODY_BYTES
+        self,
+        app: ASGIApp,
+        keyring: Keyring | None,
+        purse: Purse | None = None,
+        max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
-        self._app, self._keyring, self._max_body_bytes = app, keyring, max_body_bytes
+        self._app, self._keyring, self._purse = app, keyring, purse
+        self._max_body_bytes = max_body_bytes
         self._too_large = f"the body has more than {max_body_bytes:,} bytes."
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,6 +63,9 @@ class Gate:
             sentence = f"more than {key.per_minute} requests a minute with the key {key.name}."
             after = {"Retry-After": str(math.ceil(wait_s))}
             return errors.response(429, "rate_limit_error", "rate_limit_exceeded", sentence, after)
+        if self._purse and not self._purse.may_pay(key.sha256):
+            return _spent(key, self._purse)
+        paying.set(key.sha256)  # for this request, which is a task of its own
         return None
 
     def _counted(self, receive: Receive) -> Receive:
@@ -71,3 +81,15 @@ class Gate:
             return message
 
         return counted
+
+
+def _spent(key: Key, purse: Purse) -> JSONResponse:
+    if not purse.has_settled:
+        sentence, seconds = "what this key has spent today is not known yet.", 1.0
+    else:
+        now = datetime.now(UTC)
+        midnight = (now + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+        seconds = (midnight - now).total_seconds()
+        sentence = f"the key {key.name} has spent its {key.dollars_per_day:g} dollars of today."
+    after = {"Retry-After": str(math.ceil(seconds)), "x-should-retry": "false"}
+    return errors.response(429, "insufficient_quota", "budget_used_up", sentence, after)

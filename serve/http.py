@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 
 from journeyman.cascade.answering import Answers
+from journeyman.cascade.budgets import Purse
 from journeyman.cascade.keys import Keyring
 from journeyman.cascade.refusals import TeacherUnavailable
 from serve import errors, openai_routes
@@ -34,9 +35,14 @@ from serve.schema import (
 _PAGE = Path(__file__).with_name("page.html")
 
 
-def api(live: Live, unready: Callable[[], str | None], keyring: Keyring | None = None) -> FastAPI:
+def api(
+    live: Live,
+    unready: Callable[[], str | None],
+    keyring: Keyring | None = None,
+    purse: Purse | None = None,
+) -> FastAPI:
     """The application; unready: why the cascade is not ready yet, None if it is; keyring: None
-    lets everyone ask."""
+    lets everyone ask; purse: of keys that have a budget."""
     app = FastAPI(
         title="Journeyman cascade",
         description="A student answers what it is certified for, its teacher the rest.",
@@ -47,7 +53,7 @@ def api(live: Live, unready: Callable[[], str | None], keyring: Keyring | None =
         "/v1/completions": CompletionRequest,
     }
     errors.add_handlers(app, bodies)
-    app.add_middleware(Gate, keyring=keyring)
+    app.add_middleware(Gate, keyring=keyring, purse=purse)
     app.include_router(openai_routes.routes(live))
 
     @app.post("/v1/classify", responses=errors.DESCRIBED)

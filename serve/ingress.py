@@ -17,6 +17,7 @@ from journeyman.cascade import watching
 from journeyman.cascade.answering import Cascade
 from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.batcher import Batcher
+from journeyman.cascade.budgets import Purse
 from journeyman.cascade.drift import Watch
 from journeyman.cascade.feedback import Journal
 from journeyman.cascade.keys import Key, Keyring
@@ -31,7 +32,7 @@ from journeyman.recipe import Feedback, digest
 from journeyman.student.inputs import Inputs
 from journeyman.student.models import Classifier
 from serve import loading
-from serve.agreement import Member
+from serve.agreement import Member, settle
 from serve.asking import TeacherByHandle
 from serve.http import api
 from serve.live import Live, Served
@@ -71,15 +72,23 @@ class Ingress:
         self._replica = uuid.uuid4().hex
         may_sleep = spec.loaded.recipe.cascade.teacher_replicas.min == 0
         self._teacher = TeacherByHandle(teacher, may_sleep)
+        limits = {k.sha256: k.dollars_per_day for k in spec.keys if k.dollars_per_day is not None}
+        self._purse = Purse(limits)
         first = self._served(spec.loaded, _student(spec.loaded), _watch(spec.loaded))
         timeout_s = spec.loaded.recipe.cascade.request_timeout_s
         self._live = Live(first, self._load, close_after_s=timeout_s)
+        state = spec.loaded.recipe.cascade.state
+        if limits and state:
+            ask = agreement.settle.remote
+            self._settling = asyncio.get_running_loop().create_task(
+                settle(self._purse, self._replica, state, ask)
+            )
         self._watching = asyncio.get_running_loop().create_task(self._teacher.watch())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the replica is made."""
         keyring = Keyring(self._spec.keys, time.monotonic) if self._spec.keys else None
-        return api(self._live, lambda: self._teacher.unready, keyring)
+        return api(self._live, lambda: self._teacher.unready, keyring, self._purse)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve calls this when ``user_config`` has changed; see ``live.UserConfig``."""
@@ -125,7 +134,7 @@ class Ingress:
             ask=self._agreement.exchange.remote,
             teachers=self._teacher.count,
         )
-        health = Health(member, Stability(bundle.curve, bundle.served.n), journal)
+        health = Health(member, self._purse, Stability(bundle.curve, bundle.served.n), journal)
         measured = Measured(
             answering, cascade, bundle.bundle_id, loaded.recipe.teacher.price, health
         )

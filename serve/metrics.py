@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from journeyman.cascade.answering import Answers, Asked, Cascade
+from journeyman.cascade.budgets import Purse, paying
 from journeyman.cascade.feedback import Journal
 from journeyman.cascade.policy import Decision, Escalation
 from journeyman.cascade.recording import Answering
@@ -33,6 +34,7 @@ class Health:
     """Of what runs beside a bundle's answers: the watch over its promise, and its feedback."""
 
     member: Member
+    purse: Purse
     stability: Stability
     journal: Journal | None
 
@@ -162,6 +164,7 @@ class Measured:
             + tokens[1] * price.per_million_output_tokens
         ):
             self._dollars.inc(dollars / 1e6, tags=self._tags)
+            self._health.purse.pay(paying.get(), dollars / 1e6)
         if asked == "cascade":
             self._count(by)
             self._health.stability.add(

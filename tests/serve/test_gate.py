@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from journeyman.cascade import keys
+from journeyman.cascade.budgets import Purse, paying
 from journeyman.cascade.keys import Key, Keyring
 from serve.gate import MAX_BODY_BYTES
 from serve.http import api
@@ -15,6 +16,7 @@ from tests.serve import tiny
 from tests.serve.test_openai import Cascade
 
 KEY = keys.new_key()
+HASH = keys.line_of("shop", KEY, None).split()[1].removeprefix("sha256:")
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +25,15 @@ def bundle(run: tiny.Run):
 
 
 def ring(per_minute: int | None = None) -> Keyring:
-    _, hashed, *_ = keys.line_of("shop", KEY, None).split()
-    return Keyring(
-        (Key(name="shop", sha256=hashed.removeprefix("sha256:"), per_minute=per_minute),),
-        time.monotonic,
-    )
+    key = Key(name="shop", sha256=HASH, per_minute=per_minute, dollars_per_day=5.0)
+    return Keyring((key,), time.monotonic)
 
 
-def send(bundle, keyring: Keyring | None, *requests: dict) -> list[httpx.Response]:
-    app = api(tiny.live(Cascade(), bundle), lambda: None, keyring)  # type: ignore[arg-type]
+def send(
+    bundle, keyring: Keyring | None, *requests: dict, purse: Purse | None = None
+) -> list[httpx.Response]:
+    live = tiny.live(Cascade(), bundle)  # type: ignore[arg-type]
+    app = api(live, lambda: None, keyring, purse)
 
     async def call() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -106,3 +108,36 @@ def test_a_body_that_is_too_large_is_not_read(bundle):
         assert response.json()["error"]["code"] == "body_too_large"
         assert f"more than {MAX_BODY_BYTES:,} bytes" in response.json()["error"]["message"]
     assert read <= MAX_BODY_BYTES + (2 << 20)
+
+
+def test_a_key_that_has_spent_its_budget_waits_for_midnight(bundle):
+    purse, ask = Purse({HASH: 5.0}), {"json": {"input": "x"}, "headers": bearer(KEY)}
+    [early] = send(bundle, ring(), ask, purse=purse)  # nobody knows yet what it has spent
+    assert early.status_code == 429 and early.headers["Retry-After"] == "1"
+    purse.settled({}, {HASH: 5.0})
+    [fine] = send(bundle, ring(), ask, purse=purse)
+    assert fine.status_code == 200
+    purse.pay(HASH, 5.0)
+    [spent] = send(bundle, ring(), ask, purse=purse)
+    assert spent.status_code == 429 and 0 < int(spent.headers["Retry-After"]) <= 86_400
+    assert spent.json()["error"]["code"] == "budget_used_up"
+    assert spent.json()["error"]["message"] == "the key shop has spent its 5 dollars of today."
+
+
+def test_a_request_knows_whose_it_is(bundle):
+    seen = []
+
+    class Watching(Cascade):
+        async def answer(self, texts, asked="cascade"):
+            seen.append(paying.get())
+            return await super().answer(texts, asked)
+
+    app = api(tiny.live(Watching(), bundle), lambda: None, ring())  # type: ignore[arg-type]
+
+    async def call() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://cascade") as client:
+            await client.post("/v1/classify", json={"input": "x"}, headers=bearer(KEY))
+
+    asyncio.run(call())
+    assert seen == [HASH] and paying.get() is None

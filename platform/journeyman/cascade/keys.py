@@ -1,7 +1,7 @@
 """Who may ask, and how often: API keys by their hashes, and a token bucket for each.
 
-A file of keys has a line for each: ``NAME sha256:HEX`` and, where it is limited, ``N/min``. The
-keys themselves are in no file of ours.
+A file of keys has a line for each: ``NAME sha256:HEX`` and, where it is limited, ``N/min`` and
+``$D/day``. The keys themselves are in no file of ours.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ from pathlib import Path
 
 from journeyman.errors import RecipeError
 
-_LINE = re.compile(r"(?P<name>\S+)\s+sha256:(?P<hash>[0-9a-f]{64})(\s+(?P<limit>[1-9]\d*)/min)?")
+_LINE = re.compile(
+    r"(?P<name>\S+)\s+sha256:(?P<hash>[0-9a-f]{64})(\s+(?P<limit>[1-9]\d*)/min)?"
+    r"(\s+\$(?P<dollars>\d+(\.\d+)?)/day)?"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """per_minute: requests a minute, in bursts of at most as many; None without a limit."""
+    """per_minute: requests a minute, in bursts of at most as many; dollars_per_day: of the teacher,
+    a day in UTC. None without a limit."""
 
     name: str
     sha256: str
     per_minute: int | None
+    dollars_per_day: float | None = None
 
 
 def new_key() -> str:
@@ -33,8 +38,12 @@ def new_key() -> str:
     return f"jm-{secrets.token_urlsafe(32)}"
 
 
-def line_of(name: str, key: str, per_minute: int | None) -> str:
+def line_of(
+    name: str, key: str, per_minute: int | None, dollars_per_day: float | None = None
+) -> str:
     limit = f" {per_minute}/min" if per_minute else ""
+    if dollars_per_day is not None:
+        limit += f" ${dollars_per_day:.12g}/day"
     return f"{name} sha256:{hashlib.sha256(key.encode()).hexdigest()}{limit}"
 
 
@@ -51,12 +60,17 @@ def read(path: Path) -> tuple[Key, ...]:
         found = _LINE.fullmatch(line.strip())
         if not found:
             raise RecipeError(
-                f"{path}, line {number}: not NAME sha256:HEX [N/min]; `journeyman cascade key "
-                "NAME` makes such lines."
+                f"{path}, line {number}: not NAME sha256:HEX [N/min] [$D/day]; `journeyman "
+                "cascade key NAME` makes such lines."
             )
-        limit = found["limit"]
+        limit, dollars = found["limit"], found["dollars"]
         keys.append(
-            Key(name=found["name"], sha256=found["hash"], per_minute=int(limit) if limit else None)
+            Key(
+                name=found["name"],
+                sha256=found["hash"],
+                per_minute=int(limit) if limit else None,
+                dollars_per_day=float(dollars) if dollars else None,
+            )
         )
     if not keys:
         raise RecipeError(f"{path}: no API key in it, so nobody could ask; add one.")

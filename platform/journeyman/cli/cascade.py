@@ -27,7 +27,7 @@ hash goes into the file that cascade.api_keys or JOURNEYMAN_API_KEYS names.
 """
 _KEY_EXAMPLES = """\
 examples:
-  journeyman cascade key web-shop --per-minute 600
+  journeyman cascade key web-shop --per-minute 600 --dollars-per-day 25
 """
 
 
@@ -53,6 +53,17 @@ def add_commands(commands: Any) -> None:
     key.add_argument(
         "--per-minute", metavar="N", type=positive, help="at most so many requests a minute"
     )
+    key.add_argument(
+        "--dollars-per-day", metavar="D", type=_dollars,
+        help="at most so much for the teacher's answers a day (UTC), at teacher.price",
+    )  # fmt: skip
+
+
+def _dollars(word: str) -> float:
+    value = float(word)
+    if not 0 <= value < float("inf"):
+        raise ValueError(word)
+    return value
 
 
 def _key(options: argparse.Namespace) -> int:
@@ -60,7 +71,8 @@ def _key(options: argparse.Namespace) -> int:
         raise RecipeError(f"{options.name!r}: the name of a key is one word.")
     key = keys.new_key()
     print(f"key   {key}")
-    print(f"line  {keys.line_of(options.name, key, options.per_minute)}")
+    line = keys.line_of(options.name, key, options.per_minute, options.dollars_per_day)
+    print(f"line  {line}")
     return 0
 
 

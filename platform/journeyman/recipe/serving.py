@@ -159,6 +159,11 @@ class Cascade(Section):
         description="File of the keys that may ask, one a line, by their hashes (`journeyman "
         "cascade key` makes them); JOURNEYMAN_API_KEYS names one, too. By default all may ask.",
     )
+    state: str | None = Field(
+        None,
+        description="Folder or object store for what keys with a budget have spent; one is needed "
+        "where a key has one.",
+    )
     feedback: Feedback | None = Field(None, description="By default no request is kept.")
     max_batch_size: Count = Field(32, description="Rows that the student scores at a time.")
     max_queued_requests: Count = Field(

@@ -80,3 +80,13 @@ def test_a_file_without_keys_is_refused_rather_than_letting_everyone_in(
         keys.read(path)
     with pytest.raises(RecipeError, match="cannot be read"):
         keys.read(tmp_path / "none")
+
+
+def test_a_budget_is_read_and_written(tmp_path: Path):
+    shop = keys.new_key()
+    [key] = keys.read(written(tmp_path, keys.line_of("shop", shop, 60, 2.5)))
+    assert (key.per_minute, key.dollars_per_day) == (60, 2.5)
+    [key] = keys.read(written(tmp_path, keys.line_of("shop", shop, None, 0)))
+    assert (key.per_minute, key.dollars_per_day) == (None, 0.0)
+    with pytest.raises(RecipeError, match=r"line 3: not NAME sha256:HEX \[N/min\] \[\$D/day\]"):
+        keys.read(written(tmp_path, keys.line_of("shop", shop, None) + " $-1/day"))

@@ -35,6 +35,7 @@ RANKS = {
                 "cluster",
                 "traffic",
                 "run_folder",
+                "spot",
                 "starting",
             ],
             ["teacher"],

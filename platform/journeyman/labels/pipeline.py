@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from journeyman import corpus, models
+from journeyman import corpus, models, spot
 from journeyman.cluster import quiet_ray_data, reason_of
 from journeyman.errors import ClusterError, DataError, JourneymanError
 from journeyman.labels import ensemble, planning
@@ -193,6 +193,8 @@ class _ShardLabeler:
 
     def __init__(self, spec: ReplicaSpec, tally: Any) -> None:
         self._failed = ""
+        if cloud := spec.recipe.cluster.spot:
+            spot.watch(cloud)
         try:
             self._replica = Replica(spec, lambda *report: tally.add.remote(*report))
         except JourneymanError as error:

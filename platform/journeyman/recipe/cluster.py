@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from journeyman.recipe.base import Count, Section
+
+Cloud = Literal["aws", "gcp"]
 
 
 class Replicas(Section):
@@ -31,3 +33,8 @@ class Cluster(Section):
     replicas: Replicas = Field(default_factory=Replicas)
     cpus_per_replica: Annotated[float, Field(ge=0)] = Field(1.0, description="Ray CPUs a replica.")
     gpus_per_replica: Annotated[float, Field(ge=0)] = Field(0.0, description="Ray GPUs a replica.")
+    spot: Cloud | None = Field(
+        None,
+        description="Whose spot nodes replicas may be on: each asks the cloud's metadata service "
+        "for its notice, and has Ray drain the node when it comes.",
+    )

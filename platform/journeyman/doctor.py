@@ -231,18 +231,24 @@ def _a_replica_fits(recipe: Recipe, wait_s: float) -> Finding:
         for k in ("CPU", "GPU")
         if any(k in b for b in bundles)
     )
-    group = placement_group(bundles, strategy="PACK")
+    labels = [recipe.cluster.node_labels] * len(bundles)
+    group = placement_group(bundles, strategy="PACK", bundle_label_selector=labels)
     try:
         ray.get(group.ready(), timeout=wait_s)
     except ray.exceptions.GetTimeoutError:
         return Finding(what="replica", ok=False, words=(
-            f"no node gave {asked} within {wait_s:g} s: set cluster.cpus_per_replica and "
-            "gpus_per_replica to what a node has, wait for other work to end, or for nodes to come "
-            "with --wait SECONDS"
+            f"no node{_labeled(recipe)} gave {asked} within {wait_s:g} s: set "
+            "cluster.cpus_per_replica, gpus_per_replica and node_labels to what a node has, wait "
+            "for other work to end, or for nodes to come with --wait SECONDS"
         ))  # fmt: skip
     finally:
         remove_placement_group(group)
     return Finding(what="replica", ok=True, words=f"{asked} are free for one")
+
+
+def _labeled(recipe: Recipe) -> str:
+    labels = recipe.cluster.node_labels
+    return f" with {', '.join(f'{name}={value}' for name, value in labels.items())}" * bool(labels)
 
 
 def _bundles(recipe: Recipe) -> list[dict[str, float]]:

@@ -108,3 +108,24 @@ def test_a_spot_node_that_is_taken_away_finishes_what_it_has_in_hand(tmp_path: P
     assert labels(tmp_path / "disturbed").equals(labels(undisturbed))
     written = list((tmp_path / "disturbed" / "labels" / "shards").iterdir())
     assert len(written) == N_ROWS / 40
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_replicas_keep_to_nodes_with_the_labels_asked_for(tmp_path: Path):
+    """Two nodes, room for both replicas on each: half a minute or more."""
+    recipe, undisturbed = prepared(tmp_path, max_replicas=2, row_s=0.02)
+    gpus = {"RAY_OVERRIDE_LABELS": '{"ray.io/accelerator-type": "L4"}'}
+    half = "--set=cluster.cpus_per_replica=0.5"
+    with ray_head.cluster(0, [{}, gpus], **of_processes(tmp_path)) as head:
+        settings = (f"--set=cluster.address={head.address}", half,
+                    "--set=cluster.node_labels={ray.io/accelerator-type: L4}",
+                    "--set=cluster.replicas.min=2")  # fmt: skip
+        assert head.journeyman("prepare", str(recipe), *settings).returncode == 0
+        with head.started("label", str(recipe), *settings) as run:
+            until(lambda: len(engines(tmp_path)) == 2, 120)
+            raylets = [psutil.Process(raylet_of(engine)) for engine in engines(tmp_path)]
+            assert {r.environ().get("RAY_OVERRIDE_LABELS") for r in raylets} == set(gpus.values())
+            out, err = run.communicate(timeout=240)
+        assert run.returncode == 0, out + err
+    assert labels(tmp_path / "disturbed").equals(labels(undisturbed))

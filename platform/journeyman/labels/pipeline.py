@@ -337,12 +337,13 @@ def _resources(recipe: Recipe, teacher: Teacher) -> dict[str, Any]:
     """
     settings = recipe.cluster
     n_gpus = teacher.tensor_parallel_size * teacher.pipeline_parallel_size
+    placed = {"label_selector": settings.node_labels} if settings.node_labels else {}
     if teacher.gives_text_alone:
-        return {"num_cpus": settings.cpus_per_replica}
+        return {"num_cpus": settings.cpus_per_replica, **placed}
     if n_gpus > 1 and teacher.engine_args.get("distributed_executor_backend") == "ray":
         return {"num_cpus": 0, "ray_remote_args_fn": _PlacementGroup(recipe, n_gpus)}
     gpus = settings.gpus_per_replica * n_gpus if n_gpus > 1 else settings.gpus_per_replica
-    return {"num_cpus": settings.cpus_per_replica, "num_gpus": gpus or None}
+    return {"num_cpus": settings.cpus_per_replica, "num_gpus": gpus or None, **placed}
 
 
 class _PlacementGroup:
@@ -352,12 +353,13 @@ class _PlacementGroup:
         cpus, gpus = recipe.cluster.cpus_per_replica, recipe.cluster.gpus_per_replica
         worker = {"GPU": gpus} if gpus else {"CPU": cpus}
         self._bundles = [{"CPU": cpus}, *([worker] * n_gpus)]
+        self._labels = [recipe.cluster.node_labels] * len(self._bundles)
 
     def __call__(self) -> dict[str, Any]:
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        group = placement_group(self._bundles, strategy="PACK")
+        group = placement_group(self._bundles, strategy="PACK", bundle_label_selector=self._labels)
         return {
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True

@@ -33,6 +33,11 @@ class Cluster(Section):
     replicas: Replicas = Field(default_factory=Replicas)
     cpus_per_replica: Annotated[float, Field(ge=0)] = Field(1.0, description="Ray CPUs a replica.")
     gpus_per_replica: Annotated[float, Field(ge=0)] = Field(0.0, description="Ray GPUs a replica.")
+    node_labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="Ray labels that a replica's node must have, in the form of Ray's label "
+        "selectors: {ray.io/accelerator-type: L4}, or {journeyman: label} with cluster.yaml.",
+    )
     spot: Cloud | None = Field(
         None,
         description="Whose spot nodes replicas may be on: each asks the cloud's metadata service "

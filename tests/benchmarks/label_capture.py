@@ -175,8 +175,9 @@ class Texts:
         return Row(id=digest([text]), text=text, token_ids=token_ids)
 
     def _shuffled(self, seed: tuple[int, int]) -> Iterator[str]:
-        order = np.random.default_rng(seed).permutation(len(self._requests))
-        return (self._requests[i] for i in order)
+        generator = np.random.default_rng(seed)
+        while True:  # the requests several times over, each time in another order
+            yield from (self._requests[i] for i in generator.permutation(len(self._requests)))
 
 
 class Report:

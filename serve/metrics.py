@@ -21,6 +21,7 @@ from journeyman.cascade.refusals import Refusal
 from journeyman.cascade.stability import Stability
 from journeyman.certify.thresholds import written_threshold
 from journeyman.recipe import Price
+from serve import tracing
 from serve.agreement import Member
 
 _WINDOW_S = 60.0
@@ -107,7 +108,9 @@ class Measured:
         """Raises Refusal."""
         started = time.perf_counter()
         try:
-            answers = await self._inner.answer(texts, asked)
+            with tracing.answering(self._tags["bundle"], len(texts), asked) as span:
+                answers = await self._inner.answer(texts, asked)
+                span.answered(answers)
         except Refusal as refusal:
             self._refused.inc(tags=self._tags | {"reason": type(refusal).__name__})
             self._count(Counter(refused=1))

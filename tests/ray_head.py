@@ -47,7 +47,12 @@ class Head:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def deploy(
-        self, folder: Path, http_port: int, bundle: Path, user_config: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        http_port: int,
+        bundle: Path,
+        user_config: dict[str, Any] | None = None,
+        **settings: Any,
     ) -> None:
         """``serve deploy`` of the cascade; the nodes were started at the repository's root."""
         application = {
@@ -60,7 +65,7 @@ class Head:
         }
         http = {"host": "127.0.0.1", "port": http_port}
         config = {"proxy_location": "EveryNode", "http_options": http,
-                  "applications": [application]}  # fmt: skip
+                  "applications": [application], **settings}  # fmt: skip
         path = folder / "serve.yaml"
         path.write_text(yaml.safe_dump(config))
         subprocess.run(
@@ -136,7 +141,7 @@ def cluster(
             **variables,
         }
         # What workers inherit must not lead them to this checkout: a job brings its own code.
-        of_nodes = {k: v for k, v in environment.items() if k != "PYTHONPATH"}
+        of_nodes = environment | {"PYTHONPATH": variables.get("PYTHONPATH", "")}
         options = [f"--temp-dir={folder}/0", "--head", f"--port={gcs}",
                    f"--dashboard-port={dashboard}"]  # fmt: skip
         if max_workers:

@@ -1,15 +1,19 @@
 """`serve deploy` on a cluster of its own: a new bundle takes over under load, feedback is kept."""
 
+import gzip
 import json
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pyarrow.parquet as pq
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from journeyman.certify.bundle import save
 from tests import ray_head
@@ -85,3 +89,63 @@ def test_a_new_bundle_takes_over_without_dropping_a_request(
 
 def figures(url: str) -> dict:
     return httpx.get(f"{url}/v1/figures", timeout=30).json()
+
+
+class Collector(ThreadingHTTPServer):
+    """What OpenTelemetry's exporters send; spans: by name."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Export)
+        self.spans: dict[str, list[Any]] = defaultdict(list)
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+
+class _Export(BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        for of_resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for of_scope in of_resource.scope_spans:
+                for span in of_scope.spans:
+                    self.server.spans[span.name].append(span)
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_request_is_traced_from_the_ingress_to_the_teacher(run: tiny.Run, tmp_path: Path):
+    collector, [port] = Collector(), free_ports(1)
+    bundle, bundle_id = write_bundle(run, run.folder / "traced", 10, tmp_path / "feedback")
+    tracing = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",  # ms
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
+    }
+    url = f"http://127.0.0.1:{port}"
+    with ray_head.cluster(3, cwd=ROOT, **tracing) as head:
+        head.deploy(tmp_path, port, bundle, tracing_config={
+            "enabled": True, "exporter_import_path": "serve.tracing:otlp", "sampling_ratio": 1.0,
+        })  # fmt: skip
+        until(lambda: is_up(f"{url}/readyz", 200), 300)
+        asked = {"input": list(tiny.TEXTS)}
+        httpx.post(f"{url}/v1/classify", json=asked, timeout=60).raise_for_status()
+        until(lambda: collector.spans["cascade.answer"], 30)
+        time.sleep(2)  # of the other processes
+    [ours] = collector.spans["cascade.answer"]
+    said = {a.key: a.value.string_value or a.value.int_value for a in ours.attributes}
+    assert said["journeyman.bundle"] == bundle_id
+    assert said["journeyman.texts"] == len(tiny.TEXTS)
+    assert said["journeyman.answered_by.student"] == 10
+    assert said["journeyman.answered_by.teacher"] == len(tiny.TEXTS) - 10
+    every = [span for spans in collector.spans.values() for span in spans]
+    by_name = {span.name: span for span in every if span.trace_id == ours.trace_id}
+    assert ours.parent_span_id == by_name["replica_handle_request Cascade __call__"].span_id
+    to_teacher = by_name["route_to_replica Teacher label"]
+    assert to_teacher.parent_span_id == ours.span_id
+    assert by_name["replica_handle_request Teacher label"].parent_span_id == to_teacher.span_id

@@ -29,7 +29,7 @@ def texts(domains: tuple[str, ...], split: str, n: int) -> list[str]:
 
 def ask(url: str, asked: list[str], model: str = "cascade") -> list[dict]:
     results: list[dict] = []
-    with httpx.Client(base_url=url, timeout=120) as client:
+    with httpx.Client(base_url=url, timeout=300) as client:
         for begin in range(0, len(asked), 16):
             body = {"input": asked[begin : begin + 16], "model": model}
             response = client.post("/v1/classify", json=body)
@@ -88,6 +88,7 @@ def test_a_new_kind_of_request_is_escalated_then_learned_then_answered_by_the_st
         f"certify={{alpha: {ALPHA}, delta: 0.1}}",
         f"labels.cache={tmp_path / 'cache'}",
         f"cascade.feedback={{to: {tmp_path / 'feedback'}, audit_rate: 0.5}}",
+        "cascade.request_timeout_s=300",  # of a machine that has other things to do
     ]
     first = steps.Run(recipe.load(DEMO, overrides))
     for name in ("prepare", "label", "train", "certify"):

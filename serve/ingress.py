@@ -90,6 +90,11 @@ class Ingress:
         keyring = Keyring(self._spec.keys, time.monotonic) if self._spec.keys else None
         return api(self._live, lambda: self._teacher.unready, keyring, self._purse)
 
+    async def __del__(self) -> None:
+        """Serve calls this when the replica stops: what is kept becomes files at once."""
+        if hasattr(self, "_live"):
+            await self._live.close()
+
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve calls this when ``user_config`` has changed; see ``live.UserConfig``."""
         self._live.follow(user_config)

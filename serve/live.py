@@ -74,6 +74,7 @@ class Live:
         self._wanted = UserConfig()
         self._following: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._leaving: list[Served] = []  # that still answer what they began
         self.failure: str | None = None  # why what was asked for last does not answer
 
     @property
@@ -106,6 +107,13 @@ class Live:
             },
             "reload_failure": self.failure,
         }
+
+    async def close(self) -> None:
+        """Of all bundles, when the replica stops: what they keep is finished."""
+        for task in self._tasks:
+            task.cancel()
+        here = (self._main, self._candidate, *self._leaving)
+        await asyncio.gather(*(served.close() for served in here if served))
 
     def follow(self, user_config: dict[str, Any]) -> None:
         """Returns at once and never raises: Serve replaces a replica whose ``reconfigure`` fails,
@@ -158,8 +166,10 @@ class Live:
 
         async def later() -> None:
             await asyncio.sleep(self._close_after_s)
+            self._leaving.remove(served)
             await served.close()
 
+        self._leaving.append(served)
         self._begin(later())
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

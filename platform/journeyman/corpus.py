@@ -100,7 +100,13 @@ def source_urls(corpus: Corpus) -> list[str]:
 def _feedback_urls(corpus: Corpus) -> list[str]:
     if corpus.feedback is None:
         return []
-    return sources.expand([f"{corpus.feedback.rstrip('/')}/*.parquet"])
+    try:
+        return sources.expand([f"{corpus.feedback.rstrip('/')}/*.parquet"])
+    except DataError as error:
+        raise DataError(
+            f"corpus.feedback: {corpus.feedback}: no Parquet file there yet. A cascade finishes "
+            "one after cascade.feedback.roll_rows rows or roll_s seconds, and when it stops."
+        ) from error
 
 
 def id_columns(recipe: Recipe) -> list[str]:

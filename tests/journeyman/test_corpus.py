@@ -334,7 +334,7 @@ def test_feedback_adds_escalations_to_train_and_audits_replace_what_was_held_out
 def test_feedback_without_files_is_refused_and_of_several_columns_is_taken_apart(tmp_path: Path):
     source = jsonl(tmp_path / "a.jsonl", [{"text": "row", "label": "bank", "title": "t"}] * 3)
     (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="no Parquet file there yet"):
         corpus.prepare(made([source], feedback=str(tmp_path / "none")), tmp_path / "corpus")
     columns = ("text", "title")
     asked_for = packed({"text": "a", "title": "b"}, columns)

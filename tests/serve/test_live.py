@@ -156,3 +156,14 @@ def test_a_shadow_decides_on_the_same_texts_and_never_answers():
         assert live.failure == "shadow: RuntimeError"
 
     run(test)
+
+
+def test_a_replica_that_stops_closes_every_bundle_it_has():
+    async def test(live: Live, bundles: Bundles) -> None:
+        live._close_after_s = 60  # the one that was exchanged still answers what it began
+        live.follow({"bundle": "b", "candidate": {"bundle": "c"}})
+        await settled(live)
+        await live.close()
+        assert sorted(bundles.closed) == ["a", "b", "c"]
+
+    run(test)

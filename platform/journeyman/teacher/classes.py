@@ -12,7 +12,7 @@ from journeyman.errors import RecipeError
 from journeyman.recipe import Classes, Logits
 from journeyman.teacher.answers import ClassLabels, EmptyTarget
 from journeyman.teacher.prompting import Encoder, Prompting
-from journeyman.teacher.tasks import Scorer
+from journeyman.teacher.scorer import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

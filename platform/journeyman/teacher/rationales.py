@@ -17,7 +17,7 @@ from journeyman.recipe import Rationales
 from journeyman.teacher.answers import RationaleLabels, Unparsable
 from journeyman.teacher.classes import normalised, phrases, score_phrases
 from journeyman.teacher.prompting import Encoder, with_more
-from journeyman.teacher.tasks import Scorer
+from journeyman.teacher.scorer import Scorer
 from journeyman.teacher.tokens import LocalSpeaker, Speaker, sampling_of
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

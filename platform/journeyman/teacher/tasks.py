@@ -5,19 +5,16 @@ Used alike by labeling and by serving, so that both score a text the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from journeyman.errors import RecipeError
 from journeyman.recipe import Classes, Generate, Labels, Logits, Rationales, digest
-from journeyman.teacher.answers import Labeled, Recorded, Spoken
-from journeyman.teacher.prompting import Sampling
+from journeyman.teacher.answers import Labeled
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from journeyman.teacher.engine import Scored
     from journeyman.teacher.remote import RemoteTeacher
+    from journeyman.teacher.scorer import Scorer
 
 
 class Task(Protocol):
@@ -36,23 +33,6 @@ class Task(Protocol):
         """What the teacher reads of a row, from its beginning: rows in the order of this share
         their prefixes with their neighbours."""
         ...
-
-
-class Scorer(Protocol):
-    """What tasks need of an engine: see ``engine.Engine``."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...
-    @property
-    def max_model_len(self) -> int: ...
-    async def score_target(self, token_ids: Sequence[int], start: int) -> Scored: ...
-    async def score_next(self, token_ids: Sequence[int], candidates: Sequence[int]) -> Scored: ...
-    async def record_target(
-        self, token_ids: Sequence[int], start: int, k: int, seed: int = 0
-    ) -> tuple[Recorded, int]: ...
-    async def generate(
-        self, token_ids: Sequence[int], sampling: Sampling, n: int = 1, k: int | None = None
-    ) -> Spoken: ...
 
 
 def local(labels: Labels, engine: Scorer) -> Task:

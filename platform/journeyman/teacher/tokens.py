@@ -19,7 +19,7 @@ from journeyman.teacher.answers import (
 )
 from journeyman.teacher.classes import prompting
 from journeyman.teacher.prompting import Encoder, Prompting, Sampling
-from journeyman.teacher.tasks import Scorer
+from journeyman.teacher.scorer import Scorer
 
 if TYPE_CHECKING:
     from journeyman.teacher.remote import RemoteTeacher

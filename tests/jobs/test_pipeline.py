@@ -99,6 +99,7 @@ def processes_of(output: Path) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow  # two engines; tests/chaos has a short one of it
 def test_killed_run_finishes_without_losing_or_doubling_rows(tmp_path: Path):
     """SIGKILL in the middle of labeling; the same command then completes the labels."""
     run = tmp_path / "small"

@@ -156,7 +156,7 @@ def cluster(
                 there = (f"--temp-dir={folder}/{i}", f"--address={address}")
                 nodes.append(_node(1, cwd, of_nodes | own, *there))
             head = Head(address=address, dashboard=url, environment=environment)
-            until(lambda: head.n_nodes() == len(nodes), 60)
+            until(lambda: head.n_nodes() == len(nodes), 240)
             yield head
         finally:
             _kill(nodes)

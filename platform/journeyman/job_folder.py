@@ -92,6 +92,7 @@ def _folders(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
     yield "corpus.feedback", recipe.corpus.feedback
     if recipe.cascade.feedback:
         yield "cascade.feedback.to", recipe.cascade.feedback.to
+    yield "cascade.state", recipe.cascade.state
     yield "cascade.api_keys", recipe.cascade.api_keys
 
 

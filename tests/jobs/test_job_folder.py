@@ -43,6 +43,7 @@ def test_the_recipe_arrives_as_it_will_run(name: str, tmp_path: Path):
         ("output=runs", "output: runs is relative"),
         ("labels.destination=labels", "labels.destination: labels is relative.*or a URL"),
         ("labels.cache=cache", "labels.cache: cache is relative"),
+        ("cascade.state=spent", "cascade.state: spent is relative"),
         ("cascade.feedback={to: kept}", "cascade.feedback.to: kept is relative"),
         ("teacher.model=./teacher", "teacher.model: ./teacher is a file or folder of this machine"),
         ("student.model=tests", "student.model: tests is a file or folder of this machine"),

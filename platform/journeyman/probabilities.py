@@ -119,3 +119,12 @@ def expected_calibration_error(
     filled = bins.count > 0
     gaps = np.abs(bins.mean_confidence - bins.accuracy)[filled]
     return float(np.average(gaps, weights=bins.count[filled]))
+
+
+def balanced_accuracy(answers: IntArray, targets: IntArray) -> float:
+    """Mean over the classes among the targets of the share that is answered right.
+
+    answers, targets: int[n], n at least 1.
+    """
+    right = answers == targets
+    return float(np.mean([right[targets == c].mean() for c in np.unique(targets)]))

@@ -15,7 +15,12 @@ from journeyman.labels.cost import dollars
 from journeyman.labels.inspect.stats import Share
 from journeyman.labels.prior import corrected, fit_log_prior
 from journeyman.labels.replica import Counts
-from journeyman.probabilities import FloatArray, IntArray, expected_calibration_error
+from journeyman.probabilities import (
+    FloatArray,
+    IntArray,
+    balanced_accuracy,
+    expected_calibration_error,
+)
 from journeyman.recipe import Classes, Price
 
 
@@ -154,9 +159,7 @@ def _judged(
         n=n,
         unanswered=len(gold) - n,
         accuracy=Share.of(int(right.sum()), len(g)) if len(g) else None,
-        balanced_accuracy=float(np.mean([right[g == c].mean() for c in np.unique(g)]))
-        if len(g)
-        else None,
+        balanced_accuracy=balanced_accuracy(p.argmax(axis=1), g) if len(g) else None,
         auc=_auc(p, g) if len(g) else None,
         calibration_error=expected_calibration_error(p, g) if len(g) else None,
         agreement=agreement,

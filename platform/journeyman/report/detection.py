@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from journeyman.report.data import BoolArray, TestRows
+from journeyman.probabilities import balanced_accuracy
+from journeyman.report.data import TestRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +53,7 @@ def detections(rows: TestRows, positive: int) -> tuple[Detection, ...]:
             found=int(((answer == positive) & is_there).sum()),
             said=int(((answer == positive) & known).sum()),
             there=int(is_there.sum()),
-            balanced_accuracy=_balanced_accuracy(rows, answer == rows.gold),
+            balanced_accuracy=balanced_accuracy(answer[known], rows.gold[known]),
         )
         for who, answer in answers.items()
     )
-
-
-def _balanced_accuracy(rows: TestRows, right: BoolArray) -> float:
-    labels = np.unique(rows.gold[rows.has_gold])
-    return float(np.mean([right[rows.gold == label].mean() for label in labels]))

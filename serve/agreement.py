@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from ray import serve
 from ray.exceptions import RayError
@@ -21,15 +20,11 @@ from ray.serve.exceptions import RayServeException
 from journeyman.cascade import watching
 from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.breaker import Breaker
-from journeyman.cascade.budgets import Ledger, Purse
 from journeyman.cascade.drift import Audit, Watch
 from journeyman.cascade.sharing import News, Shared, SharedBreaker
 from journeyman.errors import JourneymanError
 from journeyman.labels.folder import Folder
-
-_EXCHANGE_EVERY_S = 1.0
-_EXCHANGE_TIMEOUT_S = 10.0
-_GONE_AFTER_S = 60.0  # without a word of it, a replica is dead, and what it had pending is lost
+from serve.billing import EVERY_S, GONE_AFTER_S, TIMEOUT_S, Bill, Billing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +48,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreed:
-    """n_teachers: replicas of the teacher that run; accept_above: what the audits leave of the
+    """n_teachers: that run, where they may sleep; accept_above: what the audits leave of the
     certified threshold, None where none watches."""
 
     breaker: Shared
@@ -61,27 +56,6 @@ class Agreed:
     accept_above: float | None = None
     n_audits: int = 0
     rung: int | None = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bill:
-    """What one replica's keys have spent since it settled last; number: of this bill, so that one
-    that is sent again counts once; state: the folder or store where the ledgers are."""
-
-    replica: str
-    number: int
-    spent: Mapping[str, float]
-    limits: Mapping[str, float]
-    state: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Settled:
-    """A replica's last bill: its number, when it came, and what it may spend since."""
-
-    number: int
-    at: float
-    leases: dict[str, float]
 
 
 @dataclass(slots=True)
@@ -94,14 +68,15 @@ class _Seen:
 class Agreement:
     """The deployment's one replica."""
 
-    def __init__(self, probe_timeout_s: float) -> None:
+    def __init__(self, probe_timeout_s: float, teacher_may_sleep: bool = False) -> None:
+        """teacher_may_sleep: only then its replicas are counted."""
+        self._teacher_may_sleep = teacher_may_sleep
         self._breaker = SharedBreaker(probe_timeout_s)
         self._watches: dict[str, Watch] = {}
         self._seen: dict[tuple[str, str], _Seen] = {}
         self._writing = asyncio.Lock()
-        self._ledger: Ledger | None = None
-        self._settled: dict[str, _Settled] = {}  # by replica
-        self._n_teachers, self._counted_at = 0, -_EXCHANGE_EVERY_S
+        self._billing = Billing()
+        self._n_teachers, self._counted_at = 0, -EVERY_S
 
     async def exchange(self, report: Report) -> Agreed:
         """A replica's news in, what all agree on out; raises ClusterError if it cannot be kept."""
@@ -132,38 +107,12 @@ class Agreement:
         )
 
     async def settle(self, bill: Bill) -> dict[str, float]:
-        """Keep what was spent; the replica's leases. Raises ClusterError, DataError."""
-        now, folder = time.monotonic(), Folder(bill.state)
-        async with self._writing:
-            ledger = await self._todays(folder)
-            before = self._settled.get(bill.replica)
-            if bill.spent and (before is None or bill.number > before.number):
-                ledger = ledger.paid(bill.spent)
-                await asyncio.to_thread(folder.put, _ledger_name(ledger.day), ledger.to_json())
-                self._ledger = ledger
-            others = [
-                one.leases
-                for replica, one in self._settled.items()
-                if replica != bill.replica and now - one.at < _GONE_AFTER_S
-            ]
-            leases = ledger.leases(bill.limits, others)
-            self._settled[bill.replica] = _Settled(number=bill.number, at=now, leases=leases)
-            return leases
-
-    async def _todays(self, folder: Folder) -> Ledger:
-        today = datetime.now(UTC).date().isoformat()
-        if self._ledger is None or self._ledger.day != today:
-            name = _ledger_name(today)
-            try:
-                written = await asyncio.to_thread(folder.get, name)
-                self._ledger = Ledger.from_json(written, folder.path(name))
-            except FileNotFoundError:
-                self._ledger = Ledger(today)
-        return self._ledger
+        """See ``Billing.settle``."""
+        return await self._billing.settle(bill)
 
     async def _count_teachers(self, now: float) -> None:
         """Here, so that the controller is asked once, however many replicas want to know."""
-        if now < self._counted_at + _EXCHANGE_EVERY_S:
+        if not self._teacher_may_sleep or now < self._counted_at + EVERY_S:
             return
         self._counted_at = now
         with contextlib.suppress(RayError, RayServeException):
@@ -180,13 +129,9 @@ class Agreement:
         gone = [
             key
             for key, seen in self._seen.items()
-            if key[1] == bundle and now - seen.at > _GONE_AFTER_S
+            if key[1] == bundle and now - seen.at > GONE_AFTER_S
         ]
         return [watching.LOST] * sum(self._seen.pop(key).n_pending for key in gone)
-
-
-def _ledger_name(day: str) -> str:
-    return f"budgets/{day}.json"
 
 
 def _running_teachers() -> int:
@@ -218,7 +163,7 @@ class Member:
         """Exchange, as long as the bundle is served."""
         while True:
             await self.exchange()
-            await asyncio.sleep(_EXCHANGE_EVERY_S)
+            await asyncio.sleep(EVERY_S)
 
     async def exchange(self) -> None:
         """Once; what cannot be handed on is handed on the next time."""
@@ -236,7 +181,7 @@ class Member:
             feedback=self.feedback,
         )
         try:
-            async with asyncio.timeout(_EXCHANGE_TIMEOUT_S):
+            async with asyncio.timeout(TIMEOUT_S):
                 agreed = await self.ask(report)
         except (RayError, RayServeException, TimeoutError, JourneymanError) as error:
             self.breaker.alone()
@@ -249,26 +194,3 @@ class Member:
         self.breaker.follow(agreed.breaker, time.monotonic())
         if agreed.accept_above is not None:
             self.tighten(agreed.accept_above)
-
-
-async def settle(
-    purse: Purse, replica: str, state: str, ask: Callable[[Bill], Awaitable[dict[str, float]]]
-) -> None:
-    """Settle a replica's purse, as long as it lives. Where nobody answers, its leases run out."""
-    number, bill = 0, None
-    while True:
-        if bill is None:  # one and the same until it is heard
-            number += 1
-            bill = Bill(
-                replica=replica,
-                number=number,
-                spent=purse.bill(),
-                limits=purse.limits,
-                state=state,
-            )
-        with contextlib.suppress(RayError, RayServeException, TimeoutError, JourneymanError):
-            async with asyncio.timeout(_EXCHANGE_TIMEOUT_S):
-                leases = await ask(bill)
-            purse.settled(bill.spent, leases)
-            bill = None
-        await asyncio.sleep(_EXCHANGE_EVERY_S)

@@ -96,7 +96,9 @@ def build(bundle_dir: Path) -> Application:
     teacher = teacher_deployment.bind(
         settings.teacher, settings.classes(), loaded.bundle.columns, loaded.teacher
     )
-    shared = agreement.bind(cascade.breaker.probe_timeout_s)
+    shared = agreement.bind(
+        cascade.breaker.probe_timeout_s, teacher_may_sleep=cascade.teacher_replicas.min == 0
+    )
     return ingress.bind(spec, teacher, shared)
 
 

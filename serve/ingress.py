@@ -32,8 +32,9 @@ from journeyman.recipe import Feedback, digest
 from journeyman.student.inputs import Inputs
 from journeyman.student.models import Classifier
 from serve import loading
-from serve.agreement import Member, settle
+from serve.agreement import Member
 from serve.asking import TeacherByHandle
+from serve.billing import settle
 from serve.http import api
 from serve.live import Live, Served
 from serve.loading import Loaded

@@ -10,12 +10,13 @@ from journeyman.cascade import watching
 from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.breaker import Breaker
 from journeyman.cascade.budgets import Purse
-from journeyman.cascade.drift import Audit, Watch
+from journeyman.cascade.drift import Audit, Watch, start_watch
 from journeyman.certify.curve import CurvePoint
 from journeyman.errors import DataError
 from journeyman.recipe import Breaker as Settings
-from serve import agreement
-from serve.agreement import Agreement, Bill, Member, Report, settle
+from serve import agreement, billing
+from serve.agreement import Agreement, Member, Report
+from serve.billing import Bill, settle
 from tests.serve import tiny
 
 WRONG = Audit(score=0.95, loss=1)
@@ -23,8 +24,6 @@ RIGHT = Audit(score=0.95, loss=0)
 
 
 def a_watch(*thresholds: float) -> Watch:
-    from journeyman.cascade.drift import start_watch
-
     return start_watch("system_agreement", 0.1, thresholds or (0.5, 0.7, 0.9))
 
 
@@ -97,7 +96,7 @@ def test_audits_that_died_with_their_replica_count_as_errors(
 ):
     shared = Agreement(30.0)
     exchange(shared, report(tmp_path, RIGHT, replica="dies", pending=12))
-    monkeypatch.setattr(agreement, "_GONE_AFTER_S", 0.0)
+    monkeypatch.setattr(agreement, "GONE_AFTER_S", 0.0)
     agreed = exchange(shared, report(tmp_path, RIGHT, replica="lives"))
     assert agreed.n_audits == 14 and agreed.rung is None
 
@@ -200,7 +199,7 @@ def test_a_damaged_ledger_is_said_and_pays_for_nothing(tmp_path: Path):
 def test_replicas_together_spend_no_more_than_the_budget_and_what_was_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(agreement, "_EXCHANGE_EVERY_S", 0.01)
+    monkeypatch.setattr(billing, "EVERY_S", 0.01)
     shared, purses, spent = Agreement(30.0), [Purse({"k": 10.0}) for _ in range(3)], [0.0]
 
     async def flaky(one: Bill) -> dict[str, float]:

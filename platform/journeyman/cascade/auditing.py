@@ -14,6 +14,7 @@ from journeyman.cascade.drift import Audit
 from journeyman.cascade.policy import Decision, Policy
 from journeyman.cascade.refusals import TeacherUnavailable
 from journeyman.cascade.watching import LOST
+from journeyman.teacher.answers import ClassLabels
 
 _MOST_WAITING = 100_000  # texts: a night without a teacher, at one audit a second
 _LOOK_AGAIN_S = 0.2
@@ -67,9 +68,9 @@ class Auditor:
             self._waiting.popleft()
             self._outcomes.append(self._compared(decision, label))
 
-    def _compared(self, decision: Decision, label: object) -> Audit:
+    def _compared(self, decision: Decision, label: ClassLabels | Unlabeled) -> Audit:
         assert decision.confidence is not None
         if isinstance(label, Unlabeled):  # nobody will ever know
             return Audit(score=decision.confidence, loss=1)
-        teacher = self._policy.teacher_decision(label.class_logprobs)  # type: ignore[attr-defined]
+        teacher = self._policy.teacher_decision(label.class_logprobs)
         return Audit(score=decision.confidence, loss=int(teacher.label != decision.label))

@@ -1,7 +1,8 @@
 """The systems that label_capture.py compares, each in a process of its own that keeps its engine.
 
 A system is started once with all cases of one teacher, and then labels the rows of a case round
-by round when asked to; idle, it takes no core. What one round covers stands at each system.
+by round when asked to. Between its turns all of its processes are stopped, so that whoever is
+measured has the machine to itself. What one round covers stands at each system.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
+
 from journeyman.models import Model
 from journeyman.recipe import Classes, Generate, Logits, Recipe, Teacher
 
 _START_TIMEOUT_S = 300.0
 _ROUND_TIMEOUT_S = 300.0
+_SETTLE_S = 1.0  # for what was due while it was stopped
 _BLOCK_ROWS = 32  # ray.data.llm's own batch size
 _START = "start"  # the case of rows that ray.data.llm gets to show that its engine is up
 
@@ -42,7 +46,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One kind of label and its rows, round by round.
+    """One kind of label and its rows, round by round: ours label those of each round, a peer those
+    of every second one (``rounds_of``).
 
     word_ids: of classes, the token of each label's word.
     """
@@ -51,6 +56,10 @@ class Case:
     labels: Logits | Generate | Classes
     rounds: list[list[Row]]
     word_ids: tuple[int, ...] = ()
+
+    def rounds_of(self, peer: str) -> range:
+        """The rounds that a peer labels. The last round is ours alone."""
+        return range((Bare.name, RayDataLLM.name).index(peer), len(self.rounds) - 1, 2)
 
     def sampling(self) -> dict[str, Any]:
         """vLLM's sampling parameters for this case, as a user writes them."""
@@ -368,9 +377,9 @@ def _blocks(setting: Setting) -> Iterator[Any]:
     first, *_ = setting.cases.values()
     rounds = [(_START, 0, first, first.rounds[0][:_BLOCK_ROWS])]
     rounds += [
-        (case.name, number, case, rows)
+        (case.name, number, case, case.rounds[number])
         for case in setting.cases.values()
-        for number, rows in enumerate(case.rounds)
+        for number in case.rounds_of(RayDataLLM.name)
     ]
     for name, number, case, rows in rounds:
         for begin in range(0, len(rows), _BLOCK_ROWS):
@@ -458,12 +467,25 @@ class Process:
         theirs.close()
         self._answer(_START_TIMEOUT_S)
         self.start_seconds = time.monotonic() - started
+        self._signal(signal.SIGSTOP)
 
     def run(self, case: str, number: int) -> Took:
+        self._signal(signal.SIGCONT)
+        time.sleep(_SETTLE_S)
         self._pipe.send((case, number))
-        return self._answer(_ROUND_TIMEOUT_S)
+        took: Took = self._answer(_ROUND_TIMEOUT_S)
+        self._signal(signal.SIGSTOP)
+        return took
+
+    def _signal(self, signum: signal.Signals) -> None:
+        """To it and to all it has started; parents first, so that they start none meanwhile."""
+        own = psutil.Process(self._process.pid)
+        for process in (own, *own.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signum)
 
     def close(self) -> None:
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(OSError):
             self._pipe.send(None)
         self._process.join(30)

@@ -6,9 +6,11 @@
 
 Two teachers: the demo's (SmolLM2-135M), and a random one of two layers with its vocabulary, so
 small that capture is what takes the time. For each of them three engines stay up, and the systems
-take turns, one at a time, on the same rows; every round has prompts of its own, prefix caching is
-off, the first round warms up and is dropped. What is timed of each system stands at its class in
-capture_systems.py; engine starts are not. Goals are on the ratio of a round, median and range.
+take turns, one at a time; every round has prompts of its own, prefix caching is off, and each
+system's first turn warms up and is dropped. A machine's speed drifts within minutes: so each turn
+of a peer stands between two turns of Journeyman, and is compared with their mean. What is timed of
+each system stands at its class in capture_systems.py; engine starts are not. Goals are on the ratio
+of such a turn, median and range.
 Bytes on disk are the business of codec_size.py.
 """
 
@@ -39,7 +41,8 @@ from journeyman.recipe import Classes, Generate, Logits, Recipe, digest
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUESTS = ROOT / "jobs" / "recipes" / "clinc150" / "requests.jsonl.gz"
-SYSTEMS = (Bare.name, Journeyman.name, RayDataLLM.name)
+PEERS = (Bare.name, RayDataLLM.name)
+SYSTEMS = (Journeyman.name, *PEERS)
 WORDS = (" bank", " travel", " food", " car", " home", " work", " music", " phone", " health",
          " weather")  # fmt: skip
 GOALS = {
@@ -79,7 +82,7 @@ PLANS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two rounds of each case, not five")
+    parser.add_argument("--quick", action="store_true", help="two turns of each peer, not five")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
     parser.add_argument(
         "--case", default="", metavar="NAME", help="only cases that begin so: tiny, real/logits-k16"
@@ -93,8 +96,8 @@ def main() -> int:
         for teacher, goals in GOALS.items():
             plans = {n: p for n, p in PLANS.items() if f"{teacher}/{n}".startswith(options.case)}
             if plans:
-                rounds = 1 + (2 if options.quick else 5)
-                setting = set_up(teacher, plans, rounds, base, Path(folder) / teacher)
+                turns = 1 + (2 if options.quick else 5)  # of each peer
+                setting = set_up(teacher, plans, 2 * turns + 1, base, Path(folder) / teacher)
                 compare(teacher, setting, goals, report)
     if options.json:
         options.json.write_text(json.dumps(report.numbers, indent=1))
@@ -104,14 +107,16 @@ def main() -> int:
 def compare(teacher: str, setting: Setting, goals: dict[str, float], report: Report) -> None:
     """All cases of one teacher, the systems in turns."""
     with capture_systems.started(SYSTEMS, setting) as systems:
+        by_name = {system.name: system for system in systems}
         starts = ", ".join(f"{s.name} {s.start_seconds:.0f} s" for s in systems)
         report.show(f"\nteacher: {teacher}; started in {starts}")
         for case in setting.cases.values():
-            taken: dict[str, list[Took]] = {system.name: [] for system in systems}
+            taken: dict[str, dict[int, Took]] = {name: {} for name in by_name}
             for number in range(len(case.rounds)):
-                turn = number % len(systems)
-                for system in systems[turn:] + systems[:turn]:
-                    taken[system.name].append(system.run(case.name, number))
+                taken[Journeyman.name][number] = by_name[Journeyman.name].run(case.name, number)
+                for peer in PEERS:
+                    if number in case.rounds_of(peer):
+                        taken[peer][number] = by_name[peer].run(case.name, number)
             report.case(f"{teacher}/{case.name}", case, taken, goals)
 
 
@@ -197,23 +202,29 @@ class Report:
         self.show(f"{self.numbers['machine']}; {self.numbers['versions']}")
 
     def case(
-        self, name: str, case: Case, taken: dict[str, list[Took]], goals: dict[str, float]
+        self, name: str, case: Case, taken: dict[str, dict[int, Took]], goals: dict[str, float]
     ) -> None:
-        """Tokens a second of each system, and the ratios' goals; the first round is left out."""
+        """Tokens a second of each system, and the ratios' goals; first turns are left out."""
         generates = isinstance(case.labels, Generate)
         unit = "output tokens/s" if generates else "prompt tokens/s"
         self.show(f"\n{name}: {len(case.rounds[0])} rows a round; {unit}, rows/s")
-        for system, rounds in taken.items():
-            speeds = []
-            for rows, took in zip(case.rounds[1:], rounds[1:], strict=True):
-                n_prompt = sum(len(row.token_ids) for row in rows)
-                speeds.append((took.output_tokens if generates else n_prompt) / took.seconds)
-            rows_s = statistics.median(took.rows / took.seconds for took in rounds[1:])
-            self.show(f"  {system:<16} {middle(speeds, ',.0f')}   {rows_s:,.1f} rows/s")
-            self.numbers["rounds"][f"{name} {system}"] = speeds
+        speeds: dict[str, dict[int, float]] = {}
+        for system, turns in taken.items():
+            speeds[system] = {}
+            for number, took in turns.items():
+                n_prompt = sum(len(row.token_ids) for row in case.rounds[number])
+                n_tokens = took.output_tokens if generates else n_prompt
+                speeds[system][number] = n_tokens / took.seconds
+            counted = list(speeds[system].values())[1:]
+            rows_s = statistics.median(took.rows / took.seconds for took in [*turns.values()][1:])
+            self.show(f"  {system:<16} {middle(counted, ',.0f')}   {rows_s:,.1f} rows/s")
+            self.numbers["rounds"][f"{name} {system}"] = counted
+        own = speeds[Journeyman.name]
         for peer, target in goals.items():
-            pairs = zip(taken[peer][1:], taken[Journeyman.name][1:], strict=True)
-            ratios = [theirs.seconds / ours.seconds for theirs, ours in pairs]
+            ratios = [
+                (own[number] + own[number + 1]) / 2 / theirs
+                for number, theirs in list(speeds[peer].items())[1:]
+            ]
             self.goal(f"capture/{name} vs {peer}", target, ratios)
 
     def goal(self, name: str, target: float, ratios: list[float]) -> None:

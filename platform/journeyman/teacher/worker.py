@@ -47,6 +47,8 @@ class Capture:
         select = _Draws(draws) if draws else _TopK()
         runner._get_prompt_logprobs_dict = _PromptLogprobs(runner, select)
         runner.sampler.gather_logprobs = select.sampled
+        if runner.device.type == "cpu":
+            runner.sampler.greedy_sample = likeliest
         return ""
 
 
@@ -217,6 +219,19 @@ def uniform(seed: int, position: int, n_positions: int, k: int) -> np.ndarray:
     blocks = -(-k // 4)  # Philox makes four numbers a block
     generator = np.random.Generator(np.random.Philox(key=seed, counter=position * blocks))
     return generator.random((n_positions, 4 * blocks))[:, :k]
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """int64[n]: the first of the largest entries of each row, by way of block maxima: ``argmax`` of
+    PyTorch 2.13 takes 20 to 38 us a row on a CPU, a ninth of generating with a small teacher, and
+    this 3 to 8."""
+    n, vocabulary = logits.shape
+    if vocabulary % _BLOCK:
+        return logits.argmax(-1)
+    blocks = logits.view(n, -1, _BLOCK)
+    best = blocks.amax(-1).argmax(-1, keepdim=True)
+    inside = blocks.gather(1, best.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1)
+    return best.squeeze(1) * _BLOCK + inside.argmax(-1)
 
 
 def _top_k(logprobs: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -98,3 +98,14 @@ def test_the_largest_entries_by_blocks_are_the_largest_of_all(vocabulary: int):
     got, ids = worker._top_k(values, 10)
     torch.testing.assert_close(got, values.topk(10, dim=-1).values)
     torch.testing.assert_close(values.gather(1, ids), got)
+
+
+@pytest.mark.parametrize("vocabulary", [640, 49_152, 50_257])
+def test_the_likeliest_token_by_blocks_is_the_first_of_the_largest(vocabulary: int):
+    values = torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(1))
+    values[3] = 0.0
+    values[4, [100, 90, 600]] = 50.0  # in two blocks, and twice in one
+    values[5] = -torch.inf
+    values[5, 7] = -3.0
+    found = worker.likeliest(values)
+    np.testing.assert_array_equal(found.numpy(), values.numpy().argmax(axis=1))

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+import ray
 
 from journeyman import corpus, steps, summary
 from journeyman.errors import DataError
@@ -32,6 +33,23 @@ def test_every_row_of_the_corpus_is_labeled_once(small_run: steps.Run):
     assert totals["rows"] == totals["ok"] == len(ids)
     sums = np.exp(np.array(table["class_logprobs"].to_pylist())).sum(axis=1)
     np.testing.assert_allclose(sums, 1, atol=1e-5)
+
+
+def test_the_nodes_logs_say_what_became_of_each_shard_and_never_a_text(small_run: steps.Run):
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path()) / "journeyman"
+    written = "".join(path.read_text() for path in folder.glob("label-*.log"))
+    said = [json.loads(line) for line in written.splitlines()]
+    own = [line for line in said if line["labels"] == str(small_run.path("label").resolve())]
+    assert {(line["run"], line["recipe"]) for line in own} == {("small", small_run.recipe.hash)}
+    committed = [line for line in own if line["event"] == "shard committed"]
+    rows = {s["name"]: s["rows"] for s in corpus.read_manifest(small_run.path("prepare"))["shards"]}
+    assert {line["shard"]: line["ok"] for line in committed} == rows
+    trained = "".join(path.read_text() for path in folder.glob("train-*.log"))
+    events = [line["event"] for line in map(json.loads, trained.splitlines())
+              if line["run"] == "small"]  # fmt: skip
+    assert events[0] == "training" and events.count("evaluation") == 2
+    texts = corpus.read_shard(small_run.path("prepare") / min(rows))["text"].to_pylist()
+    assert texts and not any(text in written for text in texts)
 
 
 def test_prior_is_fitted_on_train_rows_alone(small_run: steps.Run):

@@ -23,7 +23,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            ["__init__", "errors", "files", "object_store", "probabilities", "progress"],
+            ["__init__", "errors", "files", "logs", "object_store", "probabilities", "progress"],
             [
                 "recipe",
                 "models",

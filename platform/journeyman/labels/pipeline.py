@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from journeyman.labels.progress import LabelProgress, Meter, Tally
 from journeyman.labels.replica import Replica, ReplicaSpec, Trial, Work, codec_of
 from journeyman.labels.schema import Commit
 from journeyman.labels.store import LabelStore
+from journeyman.logs import Log
 from journeyman.models import Model
 from journeyman.recipe import Recipe, Teacher
 from journeyman.teacher import tasks
@@ -32,6 +34,8 @@ _POLL_S = 0.5
 _PACKED, _SHARDS_PER_BLOCK = 1000, 20  # from so many shards on, so many at most a Ray Data block
 _JUDGED = 200  # rows after which a run may be stopped for what it quarantines
 _TRIED_SHARDS = 4
+_LOGGED = ("rows", "ok", "quarantined", "filtered", "prompt_tokens", "output_tokens", "seconds",
+           "engine_restarts")  # fmt: skip
 # Engine arguments that change what a model says.
 _DECIDING_ARGUMENTS = ("quantization", "kv_cache_dtype", "hf_overrides", "load_format")
 
@@ -193,23 +197,39 @@ class _ShardLabeler:
 
     def __init__(self, spec: ReplicaSpec, tally: Any) -> None:
         self._failed = ""
-        if cloud := spec.recipe.cluster.spot:
+        run = spec.recipe
+        name = f"label-{uuid.uuid4().hex[:8]}"
+        self._log = Log.of_ray(name, run=run.name, recipe=run.hash, labels=spec.labels)
+        if cloud := run.cluster.spot:
             spot.watch(cloud)
         try:
             self._replica = Replica(spec, lambda *report: tally.add.remote(*report))
+            self._log.info("replica started", seconds=round(self._replica.start_seconds, 1))
         except JourneymanError as error:
             self._failed = str(error)
+            self._log.error("replica did not start", error=self._failed)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """An error of ours comes back as a value: Ray Data would wrap it, and try again."""
         if self._failed:
             return {"commit": [""], "error": [self._failed]}
         try:
-            commits = [self._replica.label(_work(str(work))) for work in batch["work"]]
+            commits = [self._labeled(_work(str(work))) for work in batch["work"]]
         except JourneymanError as error:
             return {"commit": [""], "error": [str(error)]}
         records = [json.dumps(dataclasses.asdict(commit)) for commit in commits]
         return {"commit": records, "error": [""] * len(records)}
+
+    def _labeled(self, work: Work) -> Commit:
+        about = {"shard": work.shard, "generation": work.generation}
+        self._log.info("shard begun", **about)
+        try:
+            commit = self._replica.label(work)
+        except JourneymanError as error:
+            self._log.error("shard failed", **about, error=str(error))
+            raise
+        self._log.info("shard committed", **about, **{n: getattr(commit, n) for n in _LOGGED})
+        return commit
 
 
 def _work(text: str) -> Work:

@@ -48,11 +48,12 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreed:
-    """n_teachers: that run, where they may sleep; accept_above: what the audits leave of the
-    certified threshold, None where none watches."""
+    """n_teachers: that run, where they may sleep; n_replicas: of the ingress; accept_above: what
+    the audits leave of the certified threshold, None where none watches."""
 
     breaker: Shared
     n_teachers: int
+    n_replicas: int
     accept_above: float | None = None
     n_audits: int = 0
     rung: int | None = 0
@@ -74,6 +75,7 @@ class Agreement:
         self._breaker = SharedBreaker(probe_timeout_s)
         self._watches: dict[str, Watch] = {}
         self._seen: dict[tuple[str, str], _Seen] = {}
+        self._heard_at: dict[str, float] = {}  # by replica
         self._writing = asyncio.Lock()
         self._billing = Billing()
         self._n_teachers, self._counted_at = 0, -EVERY_S
@@ -84,10 +86,11 @@ class Agreement:
         self._breaker.heard(report.news, now)
         shared = self._breaker.state(report.replica, now)
         await self._count_teachers(now)
+        n_replicas = self._count_replicas(report.replica, now)
         async with self._writing:
             watch = await self._watch(report)
             if watch is None:
-                return Agreed(breaker=shared, n_teachers=self._n_teachers)
+                return Agreed(breaker=shared, n_teachers=self._n_teachers, n_replicas=n_replicas)
             seen = self._seen.setdefault((report.replica, report.bundle), _Seen())
             seen.at, seen.n_pending = now, report.n_pending
             audits = [*report.audits] if report.batch > seen.batch else []
@@ -101,6 +104,7 @@ class Agreement:
         return Agreed(
             breaker=shared,
             n_teachers=self._n_teachers,
+            n_replicas=n_replicas,
             accept_above=watch.threshold,
             n_audits=watch.n_audits,
             rung=watch.rung,
@@ -109,6 +113,12 @@ class Agreement:
     async def settle(self, bill: Bill) -> dict[str, float]:
         """See ``Billing.settle``."""
         return await self._billing.settle(bill)
+
+    def _count_replicas(self, replica: str, now: float) -> int:
+        """Of the ingress, the one that asks included."""
+        self._heard_at = {r: at for r, at in self._heard_at.items() if now - at <= GONE_AFTER_S}
+        self._heard_at[replica] = now
+        return len(self._heard_at)
 
     async def _count_teachers(self, now: float) -> None:
         """Here, so that the controller is asked once, however many replicas want to know."""
@@ -153,7 +163,7 @@ class Member:
     auditor: Auditor | None
     tighten: Callable[[float], None]
     ask: Callable[[Report], Awaitable[Agreed]]
-    teachers: Callable[[int], None]  # told how many run
+    heard: Callable[[Agreed], None]
     last: Agreed | None = field(default=None, init=False)
     failure: str | None = field(default=None, init=False)  # why it goes on alone
     _batch: int = field(default=0, init=False)
@@ -190,7 +200,7 @@ class Member:
         self.last, self.failure, self._audits = agreed, None, ()
         if self.breaker.news is news:
             self.breaker.news = None
-        self.teachers(agreed.n_teachers)
+        self.heard(agreed)
         self.breaker.follow(agreed.breaker, time.monotonic())
         if agreed.accept_above is not None:
             self.tighten(agreed.accept_above)

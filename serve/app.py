@@ -20,11 +20,12 @@ from journeyman import cluster
 from journeyman.cascade import keys
 from journeyman.errors import JourneymanError, RecipeError
 from journeyman.recipe import Recipe
-from journeyman.recipe.serving import TeacherReplicas
+from journeyman.recipe.serving import StudentReplicas, TeacherReplicas
 from serve import loading
 from serve.agreement import Agreement
 from serve.ingress import STUDENT_CPUS, Ingress, IngressSpec
 from serve.ports import check_port_of_serve_run
+from serve.scaling import BusyStudents
 from serve.teacher import Teacher
 
 # Serve counts a request that waits for the teacher as load on the ingress. The bounds that refuse
@@ -32,6 +33,7 @@ from serve.teacher import Teacher
 _ROOM_FOR_ACCEPTED = 500
 _UPSCALE_DELAY_S = 5.0  # an engine takes longer to start than a burst to show
 _LOOK_BACK_S = 5.0
+_REPORT_EVERY_S = 1.0
 
 
 class AppArgs(BaseModel):
@@ -89,6 +91,7 @@ def build(bundle_dir: Path) -> Application:
         serve.ingress()(Ingress),
         name="Cascade",
         max_ongoing_requests=cascade.max_queued_requests + _ROOM_FOR_ACCEPTED,
+        **_scaling_students(cascade.student_replicas),
         ray_actor_options={"num_cpus": STUDENT_CPUS, "runtime_env": runtime_env},
     )
     spec = IngressSpec(loaded=loaded, keys=_keys(loaded.recipe))
@@ -110,6 +113,26 @@ def _scaling(replicas: TeacherReplicas) -> dict[str, Any]:
             "min_replicas": replicas.min,
             "max_replicas": replicas.max,
             "target_ongoing_requests": replicas.requests_per_replica,
+            "upscale_delay_s": _UPSCALE_DELAY_S,
+            "downscale_delay_s": replicas.idle_s,
+            "look_back_period_s": _LOOK_BACK_S,
+        }
+    }
+
+
+def _scaling_students(replicas: StudentReplicas) -> dict[str, Any]:
+    if replicas.min == replicas.max:
+        return {"num_replicas": replicas.min}
+    policy = {
+        "policy_function": f"{BusyStudents.__module__}:{BusyStudents.__name__}",
+        "policy_kwargs": {"wanted": replicas.busy},
+    }
+    return {
+        "autoscaling_config": {
+            "min_replicas": replicas.min,
+            "max_replicas": replicas.max,
+            "policy": policy,
+            "metrics_interval_s": _REPORT_EVERY_S,
             "upscale_delay_s": _UPSCALE_DELAY_S,
             "downscale_delay_s": replicas.idle_s,
             "look_back_period_s": _LOOK_BACK_S,

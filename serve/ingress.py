@@ -32,13 +32,14 @@ from journeyman.recipe import Feedback, digest
 from journeyman.student.inputs import Inputs
 from journeyman.student.models import Classifier
 from serve import loading
-from serve.agreement import Member
+from serve.agreement import Agreed, Member
 from serve.asking import TeacherByHandle
 from serve.billing import settle
 from serve.http import api
 from serve.live import Live, Served
 from serve.loading import Loaded
 from serve.metrics import Health, Measured
+from serve.scaling import BUSY
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -71,10 +72,12 @@ class Ingress:
         self._spec = spec
         self._agreement = agreement
         self._replica = uuid.uuid4().hex
+        self._busy_s, self._reported_at = 0.0, time.monotonic()
         may_sleep = spec.loaded.recipe.cascade.teacher_replicas.min == 0
         self._teacher = TeacherByHandle(teacher, may_sleep)
         limits = {k.sha256: k.dollars_per_day for k in spec.keys if k.dollars_per_day is not None}
         self._purse = Purse(limits)
+        self._keyring = Keyring(spec.keys, time.monotonic)
         first = self._served(spec.loaded, _student(spec.loaded), _watch(spec.loaded))
         timeout_s = spec.loaded.recipe.cascade.request_timeout_s
         self._live = Live(first, self._load, close_after_s=timeout_s)
@@ -88,7 +91,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the replica is made."""
-        keyring = Keyring(self._spec.keys, time.monotonic) if self._spec.keys else None
+        keyring = self._keyring if self._spec.keys else None
         return api(self._live, lambda: self._teacher.unready, keyring, self._purse)
 
     async def __del__(self) -> None:
@@ -100,11 +103,25 @@ class Ingress:
         """Serve calls this when ``user_config`` has changed; see ``live.UserConfig``."""
         self._live.follow(user_config)
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for this where it scales the ingress; see ``scaling``."""
+        now = time.monotonic()
+        busy = self._busy_s / max(now - self._reported_at, 1e-9)
+        self._busy_s, self._reported_at = 0.0, now
+        return {BUSY: min(1.0, busy)}
+
+    def _worked(self, seconds: float) -> None:
+        self._busy_s += seconds
+
     async def _load(self, bundle_dir: Path) -> Served:
         loaded = await asyncio.to_thread(loading.load, bundle_dir)
         loading.check_same_teacher(loaded.bundle, self._spec.loaded.bundle)
         student, watch = await asyncio.to_thread(lambda: (_student(loaded), _watch(loaded)))
         return self._served(loaded, student, watch)
+
+    def _heard(self, agreed: Agreed) -> None:
+        self._teacher.count(agreed.n_teachers)
+        self._keyring.share(agreed.n_replicas)
 
     def _served(self, loaded: Loaded, student: Classifier, watch: Watch | None) -> Served:
         """Everything that answers by one bundle, started."""
@@ -112,7 +129,7 @@ class Ingress:
         rule = _Rule(loaded, student)
         if watch:
             rule.tighten(watch.threshold)
-        batcher = Batcher(rule.decide, settings.max_batch_size)
+        batcher = Batcher(rule.decide, settings.max_batch_size, self._worked)
         cascade = Cascade(rule.policy, batcher, self._teacher, settings)
         answering: Answering = cascade
         if settings.remembered_texts:
@@ -138,7 +155,7 @@ class Ingress:
             auditor=auditor,
             tighten=rule.tighten,
             ask=self._agreement.exchange.remote,
-            teachers=self._teacher.count,
+            heard=self._heard,
         )
         health = Health(member, self._purse, Stability(bundle.curve, bundle.served.n), journal)
         measured = Measured(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,18 @@ def test_without_feedback_only_the_breaker_is_shared():
     assert agreed.accept_above is None and agreed.breaker.open_for_s is None
 
 
+def test_replicas_are_counted_as_long_as_they_are_heard(monkeypatch: pytest.MonkeyPatch):
+    shared = Agreement(30.0)
+
+    def counted(replica: str) -> int:
+        return exchange(shared, report(None, replica=replica)).n_replicas
+
+    assert [counted("a"), counted("b"), counted("b"), counted("a")] == [1, 2, 2, 2]
+    now = time.monotonic()
+    monkeypatch.setattr(agreement.time, "monotonic", lambda: now + agreement.GONE_AFTER_S + 1)
+    assert [counted("b"), counted("c")] == [1, 2]
+
+
 def test_the_ladder_comes_from_the_bundles_curve(tmp_path: Path):
     run = tiny.write_run(tmp_path)
     points = [
@@ -127,7 +140,7 @@ def test_the_ladder_comes_from_the_bundles_curve(tmp_path: Path):
 
 
 def test_a_member_hands_on_once_and_goes_on_alone_where_nobody_answers(tmp_path: Path):
-    shared, tightened, sent, counted = Agreement(30.0), [], [], []
+    shared, tightened, sent, heard = Agreement(30.0), [], [], []
     auditor = Auditor(None, None, busy=lambda: True)  # type: ignore[arg-type]
     away = True
 
@@ -141,7 +154,7 @@ def test_a_member_hands_on_once_and_goes_on_alone_where_nobody_answers(tmp_path:
     member = Member(
         replica="a", bundle="b", fresh=a_watch(), feedback=str(tmp_path),
         breaker=Breaker(Settings()), auditor=auditor,
-        tighten=tightened.append, ask=ask, teachers=counted.append,
+        tighten=tightened.append, ask=ask, heard=heard.append,
     )  # fmt: skip
     auditor._outcomes += [WRONG] * 12
 
@@ -156,6 +169,7 @@ def test_a_member_hands_on_once_and_goes_on_alone_where_nobody_answers(tmp_path:
 
     asyncio.run(scenario())
     assert tightened == [float("inf")] * 2 and member.failure is None
+    assert [agreed.n_replicas for agreed in heard] == [1, 1]
     assert member.last and member.last.n_audits == 13
     assert json.loads((tmp_path / "watch" / "b.json").read_text())["n_audits"] == 13
     assert [len(one.audits) for one in sent] == [12, 12, 1]

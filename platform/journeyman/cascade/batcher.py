@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +32,15 @@ class Batcher(Generic[Item, Result]):
     so that an error reaches only the callers whose items it is about.
     """
 
-    def __init__(self, work: Callable[[Sequence[Item]], Sequence[Result]], max_size: int) -> None:
+    def __init__(
+        self,
+        work: Callable[[Sequence[Item]], Sequence[Result]],
+        max_size: int,
+        worked: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        """worked: told after each batch how many seconds it took."""
         self._work = work
+        self._worked = worked
         self._max_size = max_size
         self._waiting: deque[_Waiting[Item, Result]] = deque()
         self._arrived = asyncio.Event()
@@ -109,7 +117,13 @@ class Batcher(Generic[Item, Result]):
 
     async def _work_on(self, batch: list[_Waiting[Item, Result]]) -> Sequence[Result]:
         items = [waiting.item for waiting in batch]
-        results = await asyncio.get_running_loop().run_in_executor(self._thread, self._work, items)
+        began = time.monotonic()
+        try:
+            results = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._work, items
+            )
+        finally:
+            self._worked(time.monotonic() - began)
         if len(results) != len(items):
             raise RuntimeError(f"{len(items)} items went in and {len(results)} results came out")
         return results

@@ -78,7 +78,7 @@ def read(path: Path) -> tuple[Key, ...]:
 
 
 class Keyring:
-    """Knows keys and remembers how often each was used. Limits are those of one replica."""
+    """Knows keys and remembers how often each was used, at one of several replicas."""
 
     def __init__(self, keys: tuple[Key, ...], clock: Callable[[], float]) -> None:
         self._keys = keys
@@ -96,20 +96,44 @@ class Keyring:
         bucket = self._buckets.get(key.sha256)
         return bucket.take() if bucket else 0.0
 
+    def share(self, n_replicas: int) -> None:
+        """From now on this one lets through its part: requests go to each about as often."""
+        for bucket in self._buckets.values():
+            bucket.share(n_replicas)
+
 
 class Bucket:
-    """A token bucket that holds a minute's worth."""
+    """A token bucket that holds a minute's worth, at least one."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
-        self._size, self._rate, self._clock = float(per_minute), per_minute / 60, clock
+        self._per_minute, self._clock = per_minute, clock
+        self._n_sharing = 1
         self._level, self._at = self._size, clock()
+
+    @property
+    def _size(self) -> float:
+        return max(1.0, self._per_minute / self._n_sharing)
+
+    @property
+    def _rate(self) -> float:
+        return self._per_minute / 60 / self._n_sharing
+
+    def share(self, n_sharing: int) -> None:
+        """One of so many buckets that hold a minute's worth together."""
+        if n_sharing != self._n_sharing:
+            self._fill()
+            self._level *= self._n_sharing / n_sharing
+            self._n_sharing = n_sharing
 
     def take(self) -> float:
         """0, or the seconds to wait."""
-        now = self._clock()
-        self._level = min(self._size, self._level + (now - self._at) * self._rate)
-        self._at = now
+        self._fill()
         if self._level < 1:
             return (1 - self._level) / self._rate
         self._level -= 1
         return 0.0
+
+    def _fill(self) -> None:
+        now = self._clock()
+        self._level = min(self._size, self._level + (now - self._at) * self._rate)
+        self._at = now

@@ -134,6 +134,26 @@ class TeacherReplicas(Section):
         return self
 
 
+class StudentReplicas(Section):
+    """How many replicas of the ingress serve, each with the student in it, as Ray Serve scales
+    them. Requests that wait for the teacher do not count."""
+
+    min: Count = Field(1, description="Replicas at least.")
+    max: Count = Field(1, description="Replicas at most.")
+    busy: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.7, description="Share of the time that a student is to compute."
+    )
+    idle_s: Seconds = Field(
+        300.0, description="After so long with less to do a replica is taken away."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> StudentReplicas:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) must not exceed max ({self.max})")
+        return self
+
+
 class Cascade(Section):
     """Serving: the student answers what it may, the teacher the rest."""
 
@@ -169,6 +189,7 @@ class Cascade(Section):
     max_queued_requests: Count = Field(
         512, description="Requests waiting for the teacher before further ones get 503."
     )
+    student_replicas: StudentReplicas = Field(default_factory=StudentReplicas)
     teacher_replicas: TeacherReplicas = Field(default_factory=TeacherReplicas)
     teacher_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="Ray CPUs a teacher.")
     teacher_gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="Ray GPUs a teacher.")

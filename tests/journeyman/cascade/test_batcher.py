@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
@@ -151,3 +152,22 @@ def test_closing_cancels_who_still_waits():
         assert [type(o) for o in outcomes] == [asyncio.CancelledError] * 2
 
     run(1, test)
+
+
+def test_it_tells_how_long_each_batch_took_a_failing_one_too() -> None:
+    took: list[float] = []
+
+    def work(items: Sequence[int]) -> list[int]:
+        time.sleep(0.01)
+        return [1 // item for item in items]
+
+    async def ask() -> None:
+        batcher: Batcher[int, int] = Batcher(work, 4, took.append)
+        batcher.start()
+        assert await batcher.submit([1]) == [1]
+        with pytest.raises(ZeroDivisionError):
+            await batcher.submit([0])
+        await batcher.close()
+
+    asyncio.run(ask())
+    assert len(took) == 2 and min(took) >= 0.01

@@ -1,6 +1,7 @@
 """Who may ask, and how often."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,30 @@ def test_a_key_without_a_limit_never_waits(tmp_path: Path):
     key = keys.new_key()
     ring = Keyring(keys.read(written(tmp_path, keys.line_of("ops", key, None))), Clock())
     assert {ring.wait_s(ring.find(key)) for _ in range(1000)} == {0.0}  # type: ignore[arg-type]
+
+
+def test_replicas_let_through_no_more_than_the_limit_together(tmp_path: Path):
+    shop = keys.new_key()
+    [key] = keys.read(written(tmp_path, keys.line_of("shop", shop, 60)))
+    clock = Clock()
+    rings = [Keyring((key,), clock) for _ in range(3)]
+    for ring in rings:
+        ring.share(3)
+
+    def let_through(rings: list[Keyring]) -> int:
+        return sum(ring.wait_s(key) == 0 for ring in rings for _ in range(100))
+
+    assert let_through(rings) == 60
+    clock.now += 30
+    assert let_through(rings) == 30
+    rings[0].share(1)  # the others have gone: one second's request is its own now
+    clock.now += 2
+    assert let_through(rings[:1]) == 2
+    seldom = Keyring((replace(key, per_minute=1),), clock)
+    seldom.share(4)
+    assert let_through([seldom]) == 0
+    clock.now += 180  # a quarter was there, the rest comes at a quarter of the rate
+    assert let_through([seldom]) == 1 and seldom.wait_s(key) == 240
 
 
 def test_a_line_that_is_none_is_named_by_its_number_and_never_quoted(tmp_path: Path):

@@ -37,7 +37,9 @@ from journeyman.recipe import Training
 from journeyman.student import batches, token_dataset, worker
 from journeyman.student.causal_learner import Causal
 from journeyman.student.checkpoints import Checkpoints
-from journeyman.student.lesson import Task, prepare
+from journeyman.student.lesson import Task, load, prepare
+from journeyman.student.place import Place
+from journeyman.student.plan import Plan
 from journeyman.student.token_dataset import TokenBatch
 
 RECIPE = sentences.ROOT / "jobs" / "recipes" / "language_model.yaml"
@@ -83,7 +85,7 @@ class FullLogits(Causal):
 
     def loss(self, parallel: Any, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         arguments = self._arguments(batch)
-        hidden, weight, _ = self.module.hidden(arguments)
+        hidden, weight, _ = parallel(**arguments)
         logits = hidden @ weight.T
         with torch.no_grad():
             whole = self.teacher(
@@ -174,17 +176,18 @@ class Study:
                 rows_dir=self._folder / method.record,
             ),
         )
-        lesson = prepare(task, None, torch.device("cpu"))
-        learner: Any = lesson.learner
+        place = Place(rank=0, world_size=1, device=torch.device("cpu"))
+        learner: Any = load(task, None, place.device)
         learner.teacher = self._teacher
-        learner.module.train()
-        place = worker.Place(rank=0, world_size=1, device=torch.device("cpu"))
+        lesson = prepare(task, None, learner, place)
         order = batches.epoch_batches(learner.lengths, BATCH, seed=seed, epoch=0)
-        shares = [worker._share(batch, training, place) for batch in order]
+        shares = [worker.share(batch, training, place) for batch in order]
         loaded = learner.batches(part for share in shares for part in share.parts)
+        plan = Plan.of(training, lesson.state.total_steps)
+        steps = worker.Steps(task, lesson, place, plan, None)
         started = time.monotonic()
         for step, share in enumerate(shares):
-            worker._step(learner.module, share, loaded, step, task, lesson, place)
+            steps.take(step, share, loaded)
         seconds = time.monotonic() - started
         kl, perplexity = self._measure(learner.module.model.eval())
         return Outcome(kl=kl, perplexity=perplexity, seconds=seconds)

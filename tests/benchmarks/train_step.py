@@ -40,7 +40,9 @@ from journeyman.recipe import Training
 from journeyman.student import causal, token_dataset, worker
 from journeyman.student.causal_learner import Causal
 from journeyman.student.checkpoints import Checkpoints
-from journeyman.student.lesson import Task, prepare
+from journeyman.student.lesson import Task, load, prepare
+from journeyman.student.place import Place
+from journeyman.student.plan import Plan
 
 RECIPE = sentences.ROOT / "jobs" / "recipes" / "language_model.yaml"
 ROWS, LENGTH = 16, 128  # of a step
@@ -139,7 +141,7 @@ class Journeyman:
             torch.distributed.init_process_group(
                 "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size
             )
-        self._place = worker.Place(rank=rank, world_size=world_size, device=torch.device("cpu"))
+        self._place = Place(rank=rank, world_size=world_size, device=torch.device("cpu"))
         base = recipe.load(RECIPE)
         settings = {"workers": 1, "epochs": 1, "batch_size": ROWS, "learning_rate": RATE}
         training = Training.model_validate(
@@ -156,14 +158,15 @@ class Journeyman:
                 rows_dir=folder / "rows",
             ),
         )
-        self._lesson = prepare(self._task, None, torch.device("cpu"))
-        self._parallel = worker._parallel(self._lesson.learner.module, self._place)
+        learner = load(self._task, None, torch.device("cpu"))
+        self._lesson = prepare(self._task, None, learner, self._place)
+        plan = Plan.of(training, self._lesson.state.total_steps)
+        self._steps = worker.Steps(self._task, self._lesson, self._place, plan, None)
 
     def step(self, number: int) -> None:
         batch = np.arange(number * ROWS, (number + 1) * ROWS)
-        share = worker._share(batch, self._task.training, self._place)
-        loaded = self._lesson.learner.batches(iter(share.parts))
-        worker._step(self._parallel, share, loaded, number, self._task, self._lesson, self._place)
+        share = worker.share(batch, self._task.training, self._place)
+        self._steps.take(number, share, self._lesson.learner.batches(iter(share.parts)))
 
 
 class JourneymanText(Journeyman):

@@ -147,6 +147,12 @@ class Training(Section):
         "the cluster has no room for all; it restarts with more as soon as it has. Rows of a step "
         "and of a micro-batch stay the same. Default, as many as workers.",
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="ddp: each worker holds the whole student. fsdp: each holds a part of every "
+        "tensor, with its gradient and its optimizer state, for students that do not fit (PyTorch "
+        "FSDP2); a layer is put together while it is computed. May change between two starts.",
+    )
     cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1.0, description="Ray CPUs a worker.")
     gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0.0, description="Ray GPUs a worker.")
     epochs: Count = Field(4, description="Passes over the train rows.")
@@ -287,6 +293,12 @@ class Training(Section):
         return self
 
     @model_validator(mode="after")
+    def _compiles_whole_students(self) -> Training:
+        if self.parallel == "fsdp" and self.compile:
+            raise ValueError("compile goes with parallel: ddp")
+        return self
+
+    @model_validator(mode="after")
     def _uld_is_of_ranks(self) -> Training:
         if self.divergence != "uld":
             return self
@@ -321,6 +333,6 @@ class Training(Section):
 
 
 _WHERE_AND_HOW = {
-    "workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "accumulate",
+    "workers", "min_workers", "parallel", "cpus_per_worker", "gpus_per_worker", "accumulate",
     "activation_checkpointing", "compile", "checkpoint_every_s", "max_failures", "trackers",
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Causal:
         if training.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._device, self._precision = device, training.precision
-        self.module = _Projected(model.to(device), objective(training))
+        self.module = _Projected(model, objective(training))
         if training.compile:  # the projection is part of the loss, which is our own code
             acceleration.compile_in_place(causal.backbone_and_head(model)[0], device)
         self.work = self._work()
@@ -144,7 +144,7 @@ class Causal:
         order = answers[np.argsort(self._held_out.lengths[answers], kind="stable")]
         parts = np.array_split(order, -(-len(order) // _EVALUATION_BATCH))
         sums = np.zeros(5)
-        with torch.inference_mode():
+        with torch.no_grad():  # in inference mode sharded weights could not learn afterwards
             for batch in token_dataset.prefetch(iter(parts), self._held_out):
                 sums += self._measured(batch)
         self.module.train()
@@ -162,7 +162,7 @@ class Causal:
         texts of which every token is the first choice."""
         arguments = self._arguments(batch)
         teacher, targets = arguments["teacher"], arguments["targets"]
-        hidden, weight, bias = self.module.hidden(arguments)
+        hidden, weight, bias = self.module(**arguments)
         own, first = projection.projected_logprobs_at(hidden, weight, bias, targets[:, None])
         nll = -own[:, 0]
         missed = batch.token_rows[(first != targets).cpu().numpy()]
@@ -177,18 +177,13 @@ class Causal:
         sums = each.double().sum().item(), nll.double().sum().item()
         return np.array([len(nll), agreed, *sums, exact])
 
-    def snapshot(self) -> Callable[[Path], None]:
-        model, tokenizer = models.copy_on_cpu(self.module.model), self._tokenizer
-
-        def write(folder: Path) -> None:
-            matrices = lora.adapter(model)
-            with models.quiet():
-                lora.merged(model).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            if matrices:
-                torch.save(matrices, folder / LORA)
-
-        return write
+    def write(self, module: Any, folder: Path) -> None:
+        matrices = lora.adapter(module.model)
+        with models.quiet():
+            lora.merged(module.model).save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+        if matrices:
+            torch.save(matrices, folder / LORA)
 
 
 class _Projected(torch.nn.Module):
@@ -200,25 +195,25 @@ class _Projected(torch.nn.Module):
         self.model = model
         self._objective = objective
 
-    def hidden(self, arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Hidden states float[m, h] at the learned positions; output weights and bias."""
-        backbone, weight, bias = causal.backbone_and_head(self.model)
+    def forward(self, *, weights: torch.Tensor | None = None, **arguments: Any) -> Any:
+        """The weighted sum of the losses and each one's; without weights what they are made of:
+        hidden states float[m, h] at the learned positions, output projection and its bias."""
+        backbone, projected, bias = causal.backbone_and_head(self.model)
         states = backbone(
             input_ids=arguments["input_ids"],
             attention_mask=arguments["attention_mask"],
             use_cache=False,
         ).last_hidden_state
-        return states.flatten(0, 1)[arguments["at"]], weight, bias
-
-    def forward(self, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, weight, bias = self.hidden(arguments)
+        hidden = states.flatten(0, 1)[arguments["at"]]
+        if weights is None:
+            return hidden, projected, bias
         return projection.projected_loss(
             hidden,
-            weight,
+            projected,
             bias,
             arguments["teacher"],
             arguments["targets"],
-            arguments["weights"],
+            weights,
             self._objective,
         )
 

@@ -51,7 +51,7 @@ class Classifying:
             batches.tokenise(self._tokenizer, inputs.all(part.columns), student.max_length)
             for part in (self._train, self._held_out)
         )
-        self.module = models.build(folder or model_dir, rows.labels, training.seed).to(device)
+        self.module = models.build(folder or model_dir, rows.labels, training.seed)
         if training.compile:
             acceleration.compile_in_place(self.module, device)
         self.work = flops.of_layers(self.module.base_model, self.module.config)
@@ -151,15 +151,10 @@ class Classifying:
             n_rows=len(gold),
         )
 
-    def snapshot(self) -> Callable[[Path], None]:
-        model, tokenizer = models.copy_on_cpu(self.module), self._tokenizer
-
-        def write(folder: Path) -> None:
-            with models.quiet():
-                model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-
-        return write
+    def write(self, module: Any, folder: Path) -> None:
+        with models.quiet():
+            module.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
 
 
 def _split(rows: ClassRows, name: str) -> ClassRows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import time
@@ -12,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from journeyman.logs import Log
 from journeyman.student.checkpoint_writer import CheckpointWriter
 from journeyman.student.checkpoints import Evaluation, read_curve
+from journeyman.student.learner import Measured
 from journeyman.student.lesson import Lesson, Task
 from journeyman.student.live import WINDOW_S, Pace, TrainProgress
 from journeyman.student.plan import Plan
@@ -38,13 +39,16 @@ class Journal:
         self._writer = CheckpointWriter(task.checkpoints)
         self._training = task.training
         self._peak_flops = peak_flops
-        self._began = self._saved = time.monotonic()
+        self._began = self._saved = self._evaluation_began = time.monotonic()
         self._shown = -_SHOW_EVERY_S
         self._seconds_before, self._first_step = lesson.state.seconds, lesson.state.step
         self._losses: list[float] = []  # since the last record
         self._loss = math.nan
         self._since_record = Pace()
         self._pace = Pace(WINDOW_S)
+        self._log = Log.of_ray(f"train-{task.checkpoints.attempt[:8]}", run=task.name)
+        self._log.info("training", step=lesson.state.step, of=lesson.state.total_steps,
+                       workers=n_workers)  # fmt: skip
         self._trackers = Trackers(
             task.training.trackers,
             task.name,
@@ -54,10 +58,14 @@ class Journal:
             read_curve(task.checkpoints.curve),
         )
 
-    def after_step(self, step: int, loss: float, rows: np.ndarray) -> None:
-        """step: done so far; loss: mean over the step's rows, int64[b], of all workers.
+    def after_step(
+        self, step: int, loss: float, rows: np.ndarray, gradient_norm: float | None
+    ) -> bool:
+        """Whether a checkpoint is due behind this step.
 
-        Raises ClusterError, also for a checkpoint that was begun behind an earlier step."""
+        step: done so far; loss: mean over the step's rows, int64[b], of all workers; gradient_norm:
+        of a step that the plan records. Raises ClusterError, also for a checkpoint that was begun
+        behind an earlier step."""
         busy = self._writer.busy()
         self._losses.append(loss)
         self._loss = sum(self._losses) / len(self._losses)
@@ -67,22 +75,22 @@ class Journal:
         self._pace.add(*did)
         self._since_record.add(*did)
         self._show(step, evaluating=False)
-        if not self._plan.records(step):
-            return
-        self._record_steps(step)
         # Only behind a record: what a resumed run records is then what it would have recorded.
-        if not self._plan.evaluates(step) and not busy and self._due():
-            self._save(step)
-            self._go_on()
+        if not self._plan.records(step):
+            return False
+        self._record_steps(step, gradient_norm)
+        return not self._plan.evaluates(step) and not busy and self._due()
 
-    def evaluate(self, step: int) -> bool:
-        """Evaluate behind a step's record, and save what may be needed; whether training ends.
-
-        If it does, the last checkpoint is whole. Raises DataError or ClusterError."""
+    def evaluating(self, step: int) -> None:
+        """An evaluation begins behind a step's record."""
+        self._evaluation_began = time.monotonic()
         self._show(step, evaluating=True)
-        began = time.monotonic()
-        measured = self._lesson.learner.evaluate()
-        rate = round(measured.n_rows / max(time.monotonic() - began, 1e-9), 1)
+
+    def evaluated(self, step: int, measured: Measured) -> bool:
+        """Whether a checkpoint is to be saved of what was measured; ``state`` says whether training
+        ends with it. Raises ClusterError, for a checkpoint that was begun earlier."""
+        took = time.monotonic() - self._evaluation_began
+        rate = round(measured.n_rows / max(took, 1e-9), 1)
         epoch = self._plan.epoch(step)
         found = Evaluation(epoch=epoch, step=step, **dataclasses.asdict(measured))
         self.metrics = {k: v for k, v in dataclasses.asdict(found).items() if v is not None}
@@ -94,16 +102,24 @@ class Journal:
         assert best is not None
         if stops:
             self._record(kind="stopped", step=step, best_step=best.step)
-        if best.step == step or stops or self._plan.ends_epoch(step) or self._due():
-            self._save(step)
+        saves = best.step == step or stops or self._plan.ends_epoch(step) or self._due()
+        if saves:
+            self._writer.wait()
+        return saves
+
+    def save(self, step: int, snapshot: Callable[[], Callable[[Path], None]]) -> None:
+        """Have a checkpoint written of what ``snapshot`` takes of the step that is done."""
+        self.state = dataclasses.replace(self.state, step=step, seconds=self._seconds())
+        self._writer.begin(self.state, snapshot, _bytes_of(self._lesson))
+        self._saved = time.monotonic()
+        self._log.info("checkpoint begun", step=step)
+
+    def go_on(self, step: int) -> None:
+        """Steps go on behind an evaluation or a checkpoint, which are in no rate; if none are left,
+        the last checkpoint is whole first. Raises ClusterError."""
         if self.state.finished:
             self._writer.wait()
         self._show(step, evaluating=False, now=True)
-        self._go_on()
-        return stops
-
-    def _go_on(self) -> None:
-        """What is no step is in no rate."""
         self._pace.go_on()
         self._since_record.go_on()
 
@@ -115,7 +131,7 @@ class Journal:
     def _due(self) -> bool:
         return time.monotonic() - self._saved > self._training.checkpoint_every_s
 
-    def _record_steps(self, step: int) -> None:
+    def _record_steps(self, step: int, gradient_norm: float | None) -> None:
         rates = self._since_record.rates()
         used = self._used(rates.flops_per_s)
         self._record(
@@ -126,7 +142,7 @@ class Journal:
             loss=self._loss,
             learning_rate=self._lesson.schedule.get_last_lr()[0],
             workers=self._n_workers,
-            gradient_norm=self._gradient_norm(),
+            gradient_norm=gradient_norm,
             rows_per_s=round(rates.rows_per_s, 1),
             tokens_per_s=round(rates.tokens_per_s, 1),
             **({} if used is None else {"mfu": round(used, 4)}),
@@ -136,14 +152,9 @@ class Journal:
 
     def _record(self, **values: Any) -> None:
         self._checkpoints.record(**values)
+        if values["kind"] != "steps":
+            self._log.info(values["kind"], **{k: v for k, v in values.items() if k != "kind"})
         self._trackers.record(values)
-
-    def _gradient_norm(self) -> float:
-        """Of the last step, over all parameters; its gradients stay until the next step."""
-        import torch
-
-        gradients = [p.grad for p in self._lesson.learner.module.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
 
     def _used(self, flops_per_s: float) -> float | None:
         return None if self._peak_flops is None else flops_per_s / self._peak_flops
@@ -178,37 +189,6 @@ class Journal:
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._began
-
-    def _save(self, step: int) -> None:
-        self.state = dataclasses.replace(self.state, step=step, seconds=self._seconds())
-        self._writer.begin(self.state, self._snapshot, _bytes_of(self._lesson))
-        self._saved = time.monotonic()
-
-    def _snapshot(self) -> Callable[[Path], None]:
-        import torch
-
-        write_model = self._lesson.learner.snapshot()
-        tensors = {
-            "optimizer": _on_cpu(self._lesson.optimizer.state_dict()),
-            "schedule": self._lesson.schedule.state_dict(),
-        }
-
-        def write(folder: Path) -> None:
-            write_model(folder / "model")
-            torch.save(tensors, folder / "optimizer.pt")
-
-        return write
-
-
-def _on_cpu(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """A copy of an optimizer's state, its tensors in the host's memory."""
-    return {
-        "state": {
-            number: {name: value.to("cpu", copy=True) for name, value in of_one.items()}
-            for number, of_one in optimizer["state"].items()
-        },
-        "param_groups": copy.deepcopy(optimizer["param_groups"]),
-    }
 
 
 def _bytes_of(lesson: Lesson) -> int:

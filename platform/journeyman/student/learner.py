@@ -6,7 +6,7 @@ steps, ranks and checkpoints, and nothing of what a row is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -55,7 +55,8 @@ class Learner(Protocol):
 
     @property
     def module(self) -> torch.nn.Module:
-        """What is trained, as data parallelism wraps it; ``loss`` calls it or its wrapper."""
+        """What is trained, made on the CPU and spread by ``holding``; ``loss`` calls it or its
+        wrapper."""
 
     @property
     def row_ids(self) -> Sequence[str]:
@@ -89,6 +90,6 @@ class Learner(Protocol):
     def evaluate(self) -> Measured:
         """The student on the held-out rows. Raises DataError where it says nothing any more."""
 
-    def snapshot(self) -> Callable[[Path], None]:
-        """What writes the student, as it is now, as a Hugging Face folder; may be called in another
-        thread while this one trains on. Until it is dropped, a copy of the weights is in memory."""
+    def write(self, module: Any, folder: Path) -> None:
+        """Write ``module``, a copy of the own one on the CPU, as a Hugging Face folder, and use it
+        up; may be called in another thread while this one trains on."""

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from journeyman.recipe import Training
 from journeyman.student import batches
 from journeyman.student.checkpoints import Checkpoints, State
+from journeyman.student.holding import Holding, hold
 from journeyman.student.learner import Learner
+from journeyman.student.place import Place
 
 if TYPE_CHECKING:
     import torch
@@ -37,29 +39,56 @@ class Lesson:
     """What a worker has loaded, as the checkpoint has it."""
 
     learner: Learner
+    held: Holding
     optimizer: Any  # torch.optim.AdamW
     schedule: Any  # torch.optim.lr_scheduler.LambdaLR
     state: State
 
-
-def prepare(task: Task, state: State | None, device: torch.device) -> Lesson:
-    """Rows, tokens, model, optimizer; raises DataError or ModelError."""
-    folder = task.checkpoints.path(state.step) if state else None
-    learner = task.load(folder and folder / "model", device)
-    n_rows = len(learner.row_ids)
-    total = task.training.epochs * batches.n_batches(n_rows, task.training.batch_size)
-    optimizer, schedule = _optimizer(learner, task.training, total)
-    if folder:
+    def snapshot(self) -> Callable[[Path], None]:
+        """What writes a checkpoint's tensors as they are now, on rank 0; ``Holding`` says whether
+        this is a meeting point. Until it is dropped, a copy of the tensors is in memory."""
         import torch
 
-        saved = torch.load(folder / "optimizer.pt", map_location=device)
-        optimizer.load_state_dict(saved["optimizer"])
+        module = self.held.copy()
+        tensors = {
+            "optimizer": self.held.optimizer_state(self.optimizer),
+            "schedule": self.schedule.state_dict(),
+        }
+
+        def write(folder: Path) -> None:
+            self.learner.write(module, folder / "model")
+            torch.save(tensors, folder / "optimizer.pt")
+
+        return write
+
+
+def load(task: Task, state: State | None, device: torch.device) -> Learner:
+    """Rows, tokens and the model as its checkpoint has it; raises DataError or ModelError."""
+    folder = task.checkpoints.path(state.step) / "model" if state else None
+    return task.load(folder, device)
+
+
+def prepare(task: Task, state: State | None, learner: Learner, place: Place) -> Lesson:
+    """Spread what was loaded over the workers, and make its optimizer; a meeting point."""
+    import torch
+
+    total = task.training.epochs * batches.n_batches(len(learner.row_ids), task.training.batch_size)
+    held = hold(learner.module, place, task.training.parallel)
+    optimizer, schedule = _optimizer(learner, task.training, total)
+    if state:
+        file = task.checkpoints.path(state.step) / "optimizer.pt"
+        saved = torch.load(file, map_location="cpu")
+        held.restore(optimizer, saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
     return Lesson(
         learner=learner,
+        held=held,
         optimizer=optimizer,
         schedule=schedule,
-        state=state or State(step=0, total_steps=total, seconds=0.0, n_rows=n_rows, evaluations=()),
+        state=state
+        or State(
+            step=0, total_steps=total, seconds=0.0, n_rows=len(learner.row_ids), evaluations=()
+        ),
     )
 
 

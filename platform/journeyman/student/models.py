@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,12 +64,17 @@ def load_tokenizer(folder: Path, max_length: int | None = None) -> Any:
 
 def copy_on_cpu(model: Any) -> Any:
     """The model with a copy of its weights in the host's memory; shared weights stay shared."""
+    return copied(model, lambda weight: weight.to("cpu", copy=True))
+
+
+def copied(model: Any, take: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The model with other weights, made by ``take`` of its own; shared ones stay shared."""
     import torch
 
     copies: dict[int, Any] = {id(b): b.to("cpu", copy=True) for b in model.buffers()}
     for weight in model.parameters():
-        copied = weight.detach().to("cpu", copy=True)
-        copies[id(weight)] = torch.nn.Parameter(copied, requires_grad=weight.requires_grad)
+        taken = take(weight.detach())
+        copies[id(weight)] = torch.nn.Parameter(taken, requires_grad=weight.requires_grad)
     return copy.deepcopy(model, copies)
 
 
@@ -95,7 +100,7 @@ def logits_of(
     n_labels = model.config.num_labels
     result = np.empty((len(rows), n_labels), np.float32)
     order = np.argsort(rows.lengths, kind="stable")
-    with torch.inference_mode():
+    with torch.no_grad():  # in inference mode sharded weights could not learn afterwards
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             input_ids, mask = tensors(rows, batch, pad_id, model.device)
@@ -143,10 +148,12 @@ class Classifier:
 
     def logits(self, texts: Sequence[Input], batch_size: int = 32) -> np.ndarray:
         """float32[n, c], columns as in ``labels``; texts: as the recipe's ``Inputs`` makes them."""
+        import torch
+
         rows = tokenise(self._tokenizer, texts, self._tokenizer.model_max_length)
-        return logits_of(
-            self.model, rows, pad_id=self._tokenizer.pad_token_id, batch_size=batch_size
-        )
+        pad_id = self._tokenizer.pad_token_id
+        with torch.inference_mode():
+            return logits_of(self.model, rows, pad_id=pad_id, batch_size=batch_size)
 
 
 @contextlib.contextmanager

@@ -10,264 +10,229 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from journeyman.errors import DataError, JourneymanError
 from journeyman.recipe import Training
-from journeyman.student import batches, flops
+from journeyman.student import batches
 from journeyman.student.checkpoints import State
 from journeyman.student.journal import Journal
-from journeyman.student.lesson import Lesson, Task, prepare
+from journeyman.student.learner import Measured
+from journeyman.student.lesson import Lesson, Task, load, prepare
+from journeyman.student.place import Place
 from journeyman.student.plan import Plan
-
-if TYPE_CHECKING:
-    import torch
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """A worker's place among the others."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def peak_flops(self) -> float | None:
-        """Of all workers' devices, taken to be alike, at best; None where it is not known."""
-        if self.device.type != "cuda":
-            return None
-        import torch
-
-        own = flops.peak(torch.cuda.get_device_name(self.device))
-        return own and own * self.world_size
-
-    def gather(self, value: Any) -> list[Any]:
-        """Everyone's value, in the order of the ranks; a meeting point."""
-        if self.world_size == 1:
-            return [value]
-        from torch import distributed
-
-        values: list[Any] = [None] * self.world_size
-        distributed.all_gather_object(values, value)
-        return values
-
-    def total(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks; a meeting point."""
-        if self.world_size > 1:
-            from torch import distributed
-
-            distributed.all_reduce(value)
-        return value
 
 
 def run(task: Task) -> State | JourneymanError:
     """Train to the end from the newest checkpoint, or from the pretrained model."""
-    place = _place()
+    place = Place.of_ray_train()
     # Rank 0 looks, so that all start from the same checkpoint.
-    begun = _led(place, task.checkpoints.restarted)
+    begun = place.led(task.checkpoints.restarted)
     if isinstance(begun, JourneymanError):
         return begun
     task = dataclasses.replace(task, checkpoints=begun)
     state = place.gather(begun.latest() if place.leads else None)[0]
     if state and state.finished:  # a worker was lost behind its last checkpoint
         return state
-    lesson, error = None, None
+    learner, error = None, None
     try:
-        lesson = prepare(task, state, place.device)
+        learner = load(task, state, place.device)
     except JourneymanError as own:
         error = own
     errors = [e for e in place.gather(error) if e is not None]
-    if errors or lesson is None:
+    if errors or learner is None:
         return errors[0]
-    began = lesson.state.step
-    cut = _led(place, lambda: task.checkpoints.start_curve(began))
+    lesson = prepare(task, state, learner, place)
+    cut = place.led(lambda: task.checkpoints.start_curve(lesson.state.step))
     return cut or _train(task, lesson, place)
-
-
-def _led(place: Place, do: Callable[[], T]) -> T | JourneymanError:
-    """What rank 0 gets from ``do``, or the error that it meets there; a meeting point."""
-    found: T | JourneymanError | None = None
-    if place.leads:
-        try:
-            found = do()
-        except JourneymanError as error:
-            found = error
-    return place.gather(found)[0]
-
-
-def _place() -> Place:
-    import torch
-    from ray import train
-    from ray.train.torch import get_device
-
-    context = train.get_context()
-    device = get_device()
-    if device.type == "cpu":
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // context.get_local_world_size()))
-    return Place(rank=context.get_world_rank(), world_size=context.get_world_size(), device=device)
 
 
 def _train(task: Task, lesson: Lesson, place: Place) -> State | JourneymanError:
     """All steps that the checkpoint has not taken, or until evaluations get no better."""
     plan = Plan.of(task.training, lesson.state.total_steps)
     if not place.leads:
-        return _steps(task, lesson, place, plan, None)
+        return Steps(task, lesson, place, plan, None).all()
     with contextlib.closing(
         Journal(task, lesson, plan, place.world_size, place.peak_flops)
     ) as journal:
-        return _steps(task, lesson, place, plan, journal)
+        return Steps(task, lesson, place, plan, journal).all()
 
 
-def _steps(
-    task: Task, lesson: Lesson, place: Place, plan: Plan, journal: Journal | None
-) -> State | JourneymanError:
-    from ray import train as ray_train
+class Steps:
+    """The steps of one worker."""
 
-    training, begin = task.training, lesson.state
-    per_epoch = plan.per_epoch
-    parallel = _parallel(lesson.learner.module, place)
-    trouble: JourneymanError | None = None  # rank 0's with the disk, which the next step tells all
-    for epoch in range(begin.step // per_epoch, training.epochs):
-        order = batches.epoch_batches(
-            lesson.learner.lengths, training.batch_size, seed=training.seed, epoch=epoch
-        )
-        first = max(begin.step, epoch * per_epoch)
-        shares = [_share(batch, training, place) for batch in order[first % per_epoch :]]
-        loaded = lesson.learner.batches(part for share in shares for part in share.parts)
-        for step, share in enumerate(shares, first):
-            loss = _step(parallel, share, loaded, step, task, lesson, place, trouble)
-            if isinstance(loss, JourneymanError):
-                return loss
-            trouble = _written_down(journal, step + 1, loss, share.batch)
-            if plan.evaluates(step + 1):
-                ends = _led(place, partial(_evaluated, journal, step + 1, trouble))
-                if isinstance(ends, JourneymanError):
-                    return ends
-                if ends:
-                    return journal.state if journal else begin
-        # No more often: Ray takes one report in two seconds, and lets the next one wait.
-        ray_train.report(journal.metrics if journal else {})
-    return journal.state if journal else begin
+    def __init__(
+        self, task: Task, lesson: Lesson, place: Place, plan: Plan, journal: Journal | None
+    ) -> None:
+        """journal: rank 0's."""
+        self._training = task.training
+        self._lesson = lesson
+        self._place = place
+        self._plan = plan
+        self._journal = journal
+        # Rank 0's with the disk, which the next step tells all.
+        self._trouble: JourneymanError | None = None
 
+    def all(self) -> State | JourneymanError:
+        """Where training ended, or what is wrong with it."""
+        from ray import train as ray_train
 
-def _written_down(
-    journal: Journal | None, step: int, loss: float, rows: np.ndarray
-) -> JourneymanError | None:
-    try:
-        if journal:
-            journal.after_step(step, loss, rows)
-    except JourneymanError as error:
-        return error
-    return None
+        learner, training, begin = self._lesson.learner, self._training, self._lesson.state
+        per_epoch = self._plan.per_epoch
+        for epoch in range(begin.step // per_epoch, training.epochs):
+            order = batches.epoch_batches(
+                learner.lengths, training.batch_size, seed=training.seed, epoch=epoch
+            )
+            first = max(begin.step, epoch * per_epoch)
+            shares = [share(batch, training, self._place) for batch in order[first % per_epoch :]]
+            loaded = learner.batches(part for share in shares for part in share.parts)
+            for step, mine in enumerate(shares, first):
+                loss = self.take(step, mine, loaded)
+                if isinstance(loss, JourneymanError):
+                    return loss
+                self.write_down(step + 1, loss, mine.batch)
+                if self._plan.evaluates(step + 1):
+                    ends = self.evaluate(step + 1)
+                    if isinstance(ends, JourneymanError):
+                        return ends
+                    if ends:
+                        return self._state
+            # No more often: Ray takes one report in two seconds, and lets the next one wait.
+            ray_train.report(self._journal.metrics if self._journal else {})
+        return self._state
 
+    @property
+    def _state(self) -> State:
+        return self._journal.state if self._journal else self._lesson.state
 
-def _evaluated(journal: Journal | None, step: int, trouble: JourneymanError | None) -> bool:
-    """Whether rank 0, which evaluates, says that training ends here."""
-    assert journal is not None
-    if trouble:
-        raise trouble
-    return journal.evaluate(step)
+    def take(self, step: int, share: Share, loaded: Iterator[Any]) -> float | JourneymanError:
+        """One optimizer step, the step-th from 0; the mean loss over the global batch, or what is
+        wrong. For a worker's trouble no step is taken and all return it."""
+        import torch
 
+        # A seed a step, in place of saved generators: dropout after a resume, at any step, is what
+        # it would have been.
+        torch.manual_seed(_dropout_seed(self._training.seed, step, self._place.rank))
+        lesson, place = self._lesson, self._place
+        learner, held = lesson.learner, lesson.held
+        size = learner.sizes[share.batch].sum()
+        factor = batches.share_of_mean(size, place.world_size)
+        lesson.optimizer.zero_grad()
+        row_losses = []
+        for i, weight in enumerate(share.weights, 1):
+            with held.in_sync(i == len(share.parts)):
+                loss, of_rows = learner.loss(held.module, next(loaded))
+                (loss * (factor * weight)).backward()
+            row_losses.append(of_rows * weight)
+        found = torch.cat(row_losses)
+        loss_sum = found.double().sum() / size
+        told = torch.stack([loss_sum, torch.full_like(loss_sum, self._trouble is not None)])
+        mean, troubled = place.total(told).tolist()
+        if troubled:
+            return next(e for e in place.gather(self._trouble) if e is not None)
+        if not math.isfinite(mean):
+            bad = np.concatenate(share.parts)[~found.isfinite().cpu().numpy()]
+            return _not_finite(mean, step, [i for part in place.gather(bad) for i in part], lesson)
+        lesson.optimizer.step()
+        lesson.schedule.step()
+        return mean
 
-def _parallel(module: Any, place: Place) -> Any:
-    """The student as its gradients are averaged over the workers."""
-    module.train()
-    if place.world_size == 1:
-        return module
-    from torch.nn.parallel import DistributedDataParallel
+    def write_down(self, step: int, loss: float, rows: np.ndarray) -> None:
+        """What there is to say of a step that is done, and a checkpoint where one is due."""
+        held, journal, due = self._lesson.held, self._journal, False
+        recorded = self._plan.records(step)
+        norm = held.gradient_norm() if recorded and (journal or held.together) else None
+        try:
+            due = journal is not None and journal.after_step(step, loss, rows, norm)
+        except JourneymanError as error:
+            self._trouble = error
+        if held.together and recorded:
+            due = self._place.gather(due)[0]
+        if not due:
+            return
+        self._save(step)
+        try:
+            if journal:
+                journal.go_on(step)
+        except JourneymanError as error:
+            self._trouble = error
 
-    return DistributedDataParallel(
-        module,
-        device_ids=[place.device] if place.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,  # no second copy of the gradients
-    )
+    def evaluate(self, step: int) -> bool | JourneymanError:
+        """Whether rank 0 says that training ends here; what may be needed of it is saved."""
+        place, held, journal = self._place, self._lesson.held, self._journal
+        begun = place.led(lambda: self._begin_evaluation(step))
+        if begun is not None:
+            return begun
+        measured: Measured | JourneymanError | None = None
+        if journal or held.together:
+            try:
+                measured = self._lesson.learner.evaluate()
+            except JourneymanError as error:
+                measured = error
+
+        def written_down() -> bool:
+            if isinstance(measured, JourneymanError):
+                raise measured
+            assert journal is not None and measured is not None
+            return journal.evaluated(step, measured)
+
+        saves = place.led(written_down)
+        if isinstance(saves, JourneymanError):
+            return saves
+        if saves:
+            self._save(step)
+
+        def went_on() -> bool:
+            assert journal is not None
+            journal.go_on(step)
+            return journal.state.stopped_early
+
+        return place.led(went_on)
+
+    def _begin_evaluation(self, step: int) -> None:
+        assert self._journal is not None
+        if self._trouble:
+            raise self._trouble
+        self._journal.evaluating(step)
+
+    def _save(self, step: int) -> None:
+        """A checkpoint, written by rank 0; together where each worker holds a part."""
+        if self._journal:
+            self._journal.save(step, self._lesson.snapshot)
+        elif self._lesson.held.together:
+            self._lesson.snapshot()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Share:
-    """One worker's part of a global batch, in micro-batches; row numbers, int64[b] each.
+class Share:
+    """One worker's part of a global batch, in as many micro-batches as every other worker has.
 
-    weight: 0 for a worker that got no row of a short batch, and still must take part in DDP.
+    parts: row numbers, int64[b] each; weights: of each part, 0 for rows that only fill a place:
+    a worker that got fewer rows of a short batch still must meet the others.
     """
 
     batch: np.ndarray
     parts: list[np.ndarray]
-    weight: float
+    weights: list[float]
 
 
-def _share(batch: np.ndarray, training: Training, place: Place) -> _Share:
+def share(batch: np.ndarray, training: Training, place: Place) -> Share:
+    """This worker's; batch: row numbers, int64[b]."""
     mine = batches.shard(batch, place.rank, place.world_size)
-    if not len(mine):
-        return _Share(batch=batch, parts=[batch[:1]], weight=0.0)
     # As large as they would be with all workers, however few there are.
     most = batches.n_batches(training.batch_size, training.workers * training.accumulate)
-    parts = np.array_split(mine, batches.n_batches(len(mine), most))
-    return _Share(batch=batch, parts=parts, weight=1.0)
-
-
-def _step(
-    parallel: Any,
-    share: _Share,
-    loaded: Iterator[Any],
-    step: int,
-    task: Task,
-    lesson: Lesson,
-    place: Place,
-    trouble: JourneymanError | None = None,
-) -> float | JourneymanError:
-    """One optimizer step; the mean loss over the global batch, or what is wrong with it.
-
-    trouble: a worker's, for which no step is taken and which all return.
-    """
-    import torch
-
-    # A seed a step, in place of saved generators: dropout after a resume, at any step, is what
-    # it would have been.
-    torch.manual_seed(_dropout_seed(task.training.seed, step, place.rank))
-    learner = lesson.learner
-    size = learner.sizes[share.batch].sum()
-    factor = share.weight * batches.share_of_mean(size, place.world_size)
-    lesson.optimizer.zero_grad()
-    row_losses = []
-    for i, _ in enumerate(share.parts, 1):
-        with _in_sync(parallel, i == len(share.parts)):
-            loss, of_rows = learner.loss(parallel, next(loaded))
-            (loss * factor).backward()
-        row_losses.append(of_rows)
-    found = torch.cat(row_losses)
-    loss_sum = found.double().sum() * (share.weight / size)
-    told = torch.stack([loss_sum, torch.full_like(loss_sum, trouble is not None)])
-    mean, troubled = place.total(told).tolist()
-    if troubled:
-        return next(e for e in place.gather(trouble) if e is not None)
-    if not math.isfinite(mean):
-        bad = np.concatenate(share.parts)[~found.isfinite().cpu().numpy()]
-        return _not_finite(mean, step, [i for part in place.gather(bad) for i in part], lesson)
-    lesson.optimizer.step()
-    lesson.schedule.step()
-    return mean
-
-
-def _in_sync(parallel: Any, last: bool) -> AbstractContextManager[Any]:
-    """Gradients are averaged over the workers with a step's last micro-batch only."""
-    if last or not hasattr(parallel, "no_sync"):
-        return contextlib.nullcontext()
-    return parallel.no_sync()
+    n_parts = batches.n_batches(batches.n_batches(len(batch), place.world_size), most)
+    parts = [part for part in np.array_split(mine, n_parts) if len(part)]
+    missing = n_parts - len(parts)
+    return Share(
+        batch=batch,
+        parts=[*parts, *[batch[:1]] * missing],
+        weights=[1.0] * len(parts) + [0.0] * missing,
+    )
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:

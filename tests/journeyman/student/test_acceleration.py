@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from journeyman.errors import ModelError
 from journeyman.models import Model
 from journeyman.recipe import Recipe
+from journeyman.student import models
 from journeyman.student.causal_learner import Causal
 from journeyman.student.classifying import Classifying
 from journeyman.student.lesson import Load
@@ -72,12 +73,13 @@ def test_bf16_is_float32_but_for_its_rounding(
     assert learned(make(precision="fp32"))[0] == full[0]  # what auto is on the CPU
 
 
+@pytest.mark.slow  # half a minute each, for the compiler
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
         ("classifier", {}),
-        pytest.param("causal", {}, marks=pytest.mark.slow),
-        pytest.param("causal", {"activation_checkpointing": True}, marks=pytest.mark.slow),
+        ("causal", {}),
+        ("causal", {"activation_checkpointing": True}),
     ],
 )
 def test_a_compiled_student_learns_the_same(
@@ -99,7 +101,7 @@ def test_a_compiled_student_learns_the_same(
     for name, gradient in plain[1].items():
         torch.testing.assert_close(compiled[1][name], gradient, rtol=1e-3, atol=1e-5)
     learner = make(compile=True)(None, CPU)
-    learner.snapshot()(tmp_path / "model")
+    learner.write(models.copy_on_cpu(learner.module), tmp_path / "model")
     again = make()(tmp_path / "model", CPU)
     for name, value in learner.module.state_dict().items():
         torch.testing.assert_close(again.module.state_dict()[name], value, rtol=0, atol=0)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from journeyman.errors import DataError
 from journeyman.models import Model
-from journeyman.student import loop
+from journeyman.student import loop, models
 from journeyman.student.causal_learner import Causal
 
 from .conftest import make_causal_recipe, write_token_rows
@@ -108,7 +108,7 @@ def test_low_rank_matrices_are_merged_in_a_checkpoint_and_go_on_from_it(
     write_token_rows(tmp_path / "rows", n_train=8, n_calibrate=2)
     first = learner(tiny_llama, None, tmp_path / "rows", lora={"rank": 4})
     before = one_step(first)
-    first.snapshot()(tmp_path / "saved")
+    first.write(models.copy_on_cpu(first.module), tmp_path / "saved")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():

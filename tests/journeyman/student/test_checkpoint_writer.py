@@ -8,17 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from journeyman.errors import ClusterError
+from journeyman.errors import ClusterError, JourneymanError
 from journeyman.models import Model
 from journeyman.student import batches, worker
 from journeyman.student.checkpoints import Checkpoints, State
 from journeyman.student.journal import Journal
-from journeyman.student.lesson import Lesson, Task, prepare
+from journeyman.student.lesson import Lesson, Task, load, prepare
 from journeyman.student.plan import Plan
 
 from .test_worker import ALONE, classifying, model_of, writing
@@ -56,23 +55,31 @@ class Steps:
 
     def __init__(self, kind: str, model: Path, work: Path) -> None:
         make = {"classifier": classifying, "causal": writing}[kind]
-        recipe, load = make(model, workers=1, epochs=6, checkpoint_every_s=0)
-        self.task = Task(training=recipe.training, checkpoints=Checkpoints.claim(work), load=load)
-        self.lesson: Lesson = prepare(self.task, None, ALONE.device)
+        recipe, loads = make(model, workers=1, epochs=6, checkpoint_every_s=0)
+        self.task = Task(training=recipe.training, checkpoints=Checkpoints.claim(work), load=loads)
+        self.lesson: Lesson = prepare(self.task, None, load(self.task, None, ALONE.device), ALONE)
         self.plan = Plan.of(recipe.training, self.lesson.state.total_steps)
         self.journal = Journal(self.task, self.lesson, self.plan, 1, None)
-        self._parallel = worker._parallel(self.lesson.learner.module, ALONE)
+        self.steps = worker.Steps(self.task, self.lesson, ALONE, self.plan, self.journal)
 
     def take(self, step: int) -> None:
         learner, training = self.lesson.learner, self.task.training
         order = batches.epoch_batches(
             learner.lengths, training.batch_size, seed=0, epoch=self.plan.epoch(step) - 1
         )
-        share = worker._share(order[(step - 1) % len(order)], training, ALONE)
-        loaded = learner.batches(iter(share.parts))
-        loss = worker._step(self._parallel, share, loaded, step - 1, self.task, self.lesson, ALONE)
-        assert isinstance(loss, float)
-        self.journal.after_step(step, loss, share.batch)
+        share = worker.share(order[(step - 1) % len(order)], training, ALONE)
+        loss = self.steps.take(step - 1, share, learner.batches(iter(share.parts)))
+        if isinstance(loss, JourneymanError):
+            raise loss
+        self.steps.write_down(step, loss, share.batch)
+        if self.steps._trouble:  # which the next step tells all workers
+            raise self.steps._trouble
+
+    def evaluate(self, step: int) -> bool:
+        ends = self.steps.evaluate(step)
+        if isinstance(ends, JourneymanError):
+            raise ends
+        return ends
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {n: p.detach().clone() for n, p in self.lesson.learner.module.named_parameters()}
@@ -119,7 +126,7 @@ def test_never_two_at_a_time_and_the_end_waits_for_the_last(
         for step in range(1, last + 1):
             steps.take(step)
             if steps.plan.evaluates(step):
-                assert steps.journal.evaluate(step) is False
+                assert steps.evaluate(step) is False
         ended.set()
 
     thread = threading.Thread(target=train)
@@ -174,7 +181,7 @@ def test_what_goes_wrong_in_writing_the_last_one_is_told_by_the_evaluation(
     last = steps.plan.total_steps
     steps.take(last)
     with disk_full(monkeypatch), pytest.raises(ClusterError, match="the disk is full"):
-        steps.journal.evaluate(last)
+        steps.evaluate(last)
 
 
 def test_a_worker_takes_no_step_for_which_another_is_in_trouble(
@@ -182,8 +189,8 @@ def test_a_worker_takes_no_step_for_which_another_is_in_trouble(
 ) -> None:
     steps = Steps("classifier", tiny_encoder.path, tmp_path)
     before, trouble = steps.weights(), ClusterError("the disk is full")
-    share = worker._share(np.array([0, 1]), steps.task.training, ALONE)
-    loaded = steps.lesson.learner.batches(iter(share.parts))
-    told = worker._step(steps._parallel, share, loaded, 0, steps.task, steps.lesson, ALONE, trouble)
-    assert told is trouble
+    steps.steps._trouble = trouble
+    with pytest.raises(ClusterError) as told:
+        steps.take(1)
+    assert told.value is trouble
     assert all(value.equal(before[name]) for name, value in steps.weights().items())

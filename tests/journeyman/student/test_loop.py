@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from journeyman.errors import ClusterError, DataError
 from journeyman.models import Model
 from journeyman.student import checkpoints, export, loop, worker
-from journeyman.student.lesson import Task, prepare
+from journeyman.student.lesson import Task, load
 from journeyman.student.live import TrainProgress
 from journeyman.student.models import Classifier
+from journeyman.student.place import Place
 
 from ..test_probabilities import calibration_error_by_loop
 from .conftest import TOPICS, loader, make_recipe, make_rows
@@ -235,8 +237,8 @@ def test_a_run_that_gets_no_better_stops_on_all_workers_and_stays_stopped(
         training=recipe.training, checkpoints=checkpoints.Checkpoints.claim(work), load=None
     )
     with monkeypatch.context() as patch:  # a worker that Ray has started again
-        alone = worker.Place(rank=0, world_size=1, device=None)
-        patch.setattr(worker, "_place", lambda: alone)
+        alone = Place(rank=0, world_size=1, device=None)
+        patch.setattr(Place, "of_ray_train", lambda: alone)
         state = worker.run(task)
     assert isinstance(state, checkpoints.State) and state.stopped_early
 
@@ -282,8 +284,6 @@ def test_a_row_that_is_no_number_stops_the_run_by_name(
 
 @pytest.mark.parametrize("empty", ["train", "calibrate"])
 def test_empty_split_is_named(empty: str, tiny_encoder: Model, tmp_path: Path) -> None:
-    import torch
-
     rows = make_rows(n_train=0 if empty == "train" else 5, n_calibrate=5 * (empty == "train"))
     (tmp_path / "rows.pickle").write_bytes(pickle.dumps(rows))
     recipe = make_recipe()
@@ -293,7 +293,7 @@ def test_empty_split_is_named(empty: str, tiny_encoder: Model, tmp_path: Path) -
         load=loader(recipe, tiny_encoder.path, tmp_path / "rows.pickle"),
     )
     with pytest.raises(DataError, match=f"has no {empty} rows"):
-        prepare(task, None, torch.device("cpu"))
+        load(task, None, torch.device("cpu"))
 
 
 def test_a_controller_that_ray_loses_is_a_sentence(

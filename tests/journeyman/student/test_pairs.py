@@ -13,6 +13,7 @@ from journeyman import recipe
 from journeyman.errors import RecipeError
 from journeyman.models import Model
 from journeyman.recipe import Student
+from journeyman.student import models
 from journeyman.student.inputs import Inputs
 from journeyman.student.models import Classifier
 from tests.journeyman.student.conftest import FILLERS, loader, make_recipe, make_rows
@@ -43,7 +44,7 @@ def test_the_exported_folder_answers_alike_by_transformers_alone(
     rows = replace(rows, metas=[{"passage": passage} for passage in passages])
     (tmp_path / "rows").write_bytes(pickle.dumps(rows))
     learner = loader(pair_recipe(), tiny_encoder.path, tmp_path / "rows")(None, torch.device("cpu"))
-    learner.snapshot()(tmp_path / "student")
+    learner.write(models.copy_on_cpu(learner.module), tmp_path / "student")
 
     inputs = Inputs(pair_recipe().learner()).all(rows.columns)
     ours = Classifier.load(tmp_path / "student").logits(inputs)

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
@@ -24,7 +26,9 @@ from journeyman.recipe import Recipe
 from journeyman.student import checkpoints, worker
 from journeyman.student.causal_learner import Causal
 from journeyman.student.classifying import Classifying
-from journeyman.student.lesson import Lesson, Load, Task, prepare
+from journeyman.student.lesson import Load, Task, load, prepare
+from journeyman.student.place import Place
+from journeyman.student.plan import Plan
 
 from .conftest import TOPICS, make_causal_recipe, make_recipe, make_rows, write_token_rows
 
@@ -67,36 +71,54 @@ def steps(
     model: Path,
     training: dict[str, Any],
     work: Path,
-    place: worker.Place,
+    place: Place,
     batches: Sequence[Sequence[int]] = BATCHES,
+    begin: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Losses, and the gradients of the last step."""
-    recipe, load = {"classifier": classifying, "causal": writing}[kind](model, **training)
-    task = Task(
-        training=recipe.training, checkpoints=checkpoints.Checkpoints.claim(work), load=load
-    )
-    lesson: Lesson = prepare(task, None, place.device)
+    """Losses, and the gradients of the last step; a checkpoint is left behind it.
+
+    begin: of the batches, the first that work's checkpoint has not learned.
+    """
+    recipe, loads = {"classifier": classifying, "causal": writing}[kind](model, **training)
+    known = checkpoints.Checkpoints(work, "test")
+    task = Task(training=recipe.training, checkpoints=known, load=loads)
+    state = known.latest()
+    assert begin == (state.step if state else 0)
+    lesson = prepare(task, state, load(task, state, place.device), place)
     for module in lesson.learner.module.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # workers draw their own
-    parallel = worker._parallel(lesson.learner.module, place)
-    shares = [worker._share(np.array(batch), task.training, place) for batch in batches]
+    plan = Plan.of(task.training, lesson.state.total_steps)
+    taken = worker.Steps(task, lesson, place, plan, None)
+    shares = [worker.share(np.array(batch), task.training, place) for batch in batches[begin:]]
     loaded = lesson.learner.batches(part for share in shares for part in share.parts)
-    losses = [
-        worker._step(parallel, share, loaded, i, task, lesson, place)
-        for i, share in enumerate(shares)
-    ]
-    gradients = {n: p.grad.numpy() for n, p in lesson.learner.module.named_parameters()}
-    return {"losses": np.array(losses), **gradients}
+    losses = [taken.take(i, share, loaded) for i, share in enumerate(shares, begin)]
+    gradients = {n: whole(p.grad) for n, p in lesson.learner.module.named_parameters()}
+    norm = np.array(lesson.held.gradient_norm())
+    n_held = sum(own(p).nbytes for p in lesson.learner.module.parameters())
+    write = lesson.snapshot()
+    if place.leads:
+        work.mkdir(exist_ok=True)
+        (work / "attempt").write_text("test")
+        known.save(dataclasses.replace(lesson.state, step=len(batches)), write, n_bytes=1)
+    return {"losses": np.array(losses), "norm": norm, "held": np.array(n_held), **gradients}
+
+
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy()
 
 
 def main(rank: int, work: Path) -> None:
-    kind, model, training, batches = json.loads((work / "asked.json").read_text())
+    kind, model, training, batches, begin = json.loads((work / "asked.json").read_text())
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{work / 'meet'}", rank=rank, world_size=2
     )
-    place = worker.Place(rank=rank, world_size=2, device=torch.device("cpu"))
-    found = steps(kind, Path(model), training, work / str(rank), place, batches)
+    place = Place(rank=rank, world_size=2, device=torch.device("cpu"))
+    found = steps(kind, Path(model), training, work, place, batches, begin)
     (work / f"{rank}.pickle").write_bytes(pickle.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -108,9 +130,11 @@ def of_two(
     training: dict[str, Any],
     work: Path,
     batches: Sequence[Sequence[int]] = BATCHES,
+    begin: int = 0,
 ) -> list[dict[str, np.ndarray]]:
     """What each of two workers finds."""
-    (work / "asked.json").write_text(json.dumps([kind, str(model), training, batches]))
+    (work / "meet").unlink(missing_ok=True)
+    (work / "asked.json").write_text(json.dumps([kind, str(model), training, batches, begin]))
     code = (
         "import os, sys; from pathlib import Path; sys.path.append('.'); "
         f"from {__name__} import main; "
@@ -128,7 +152,7 @@ def of_two(
     return [pickle.loads((work / f"{rank}.pickle").read_bytes()) for rank in range(2)]
 
 
-ALONE = worker.Place(rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = Place(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def model_of(kind: str, encoder: Model, llama: Model, folder: Path) -> Path:
@@ -140,16 +164,60 @@ def model_of(kind: str, encoder: Model, llama: Model, folder: Path) -> Path:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("kind", ["classifier", "causal"])
+@pytest.mark.parametrize(
+    ("kind", "accumulate", "parallel"),
+    [
+        ("classifier", 1, "ddp"),
+        ("causal", 3, "ddp"),
+        ("classifier", 3, "fsdp"),
+        ("causal", 3, "fsdp"),
+    ],
+)
 def test_two_workers_take_the_step_of_one(
-    kind: str, accumulate: int, tiny_encoder: Model, tiny_llama: Model, tmp_path: Path
+    kind: str,
+    accumulate: int,
+    parallel: str,
+    tiny_encoder: Model,
+    tiny_llama: Model,
+    tmp_path: Path,
 ) -> None:
     model = model_of(kind, tiny_encoder, tiny_llama, tmp_path)
     alone = steps(kind, model, {}, tmp_path / "alone", ALONE)
-    for shared in of_two(kind, model, {"accumulate": accumulate}, tmp_path):
+    training = {"accumulate": accumulate, "parallel": parallel}
+    whole_student = alone.pop("held")
+    for shared in of_two(kind, model, training, tmp_path):
+        assert shared.pop("held") == pytest.approx(
+            whole_student / (2 if parallel == "fsdp" else 1), rel=0.05
+        )
         for name, expected in alone.items():
             np.testing.assert_allclose(shared[name], expected, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("kind", "then"), [("classifier", "fsdp"), ("causal", "alone")])
+def test_sharded_students_go_on_from_whole_checkpoints(
+    kind: str, then: str, tiny_encoder: Model, tiny_llama: Model, tmp_path: Path
+) -> None:
+    model = model_of(kind, tiny_encoder, tiny_llama, tmp_path)
+    undisturbed = steps(kind, model, {}, tmp_path / "alone", ALONE)
+    sharded, work = {"parallel": "fsdp"}, tmp_path / "work"
+    work.mkdir()
+    of_two(kind, model, sharded, work, BATCHES[:2])
+    if then == "fsdp":
+        resumed = of_two(kind, model, sharded, work, BATCHES, begin=2)[0]
+    else:
+        resumed = steps(kind, model, {}, work, ALONE, BATCHES, begin=2)
+    np.testing.assert_allclose(resumed.pop("losses"), undisturbed["losses"][2:], atol=2e-5)
+    del resumed["held"]
+    for name, gradient in resumed.items():
+        np.testing.assert_allclose(gradient, undisturbed[name], atol=2e-5, err_msg=name)
+    saved, expected = (
+        load_file(folder / "checkpoints" / "step-00000003" / "model" / "model.safetensors")
+        for folder in (work, tmp_path / "alone")
+    )
+    assert saved.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(saved[name], value, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +230,8 @@ def test_fewer_workers_take_more_parts_of_the_same_size(
     training = make_recipe(workers=4, batch_size=12, accumulate=accumulate).training
     batch, shares = np.arange(12), []
     for rank in range(world_size):
-        place = worker.Place(rank=rank, world_size=world_size, device=ALONE.device)
-        shares.append(worker._share(batch, training, place))
+        place = Place(rank=rank, world_size=world_size, device=ALONE.device)
+        shares.append(worker.share(batch, training, place))
     assert [len(part) for part in shares[0].parts] == parts
     rows = np.concatenate([part for share in shares for part in share.parts])
     assert sorted(rows) == batch.tolist()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from journeyman.errors import ModelError
 from journeyman.models import Model
@@ -111,7 +112,7 @@ class Engine:
             except (ValueError, RuntimeError, TypeError, OSError) as error:
                 raise ModelError(
                     f"{self.settings.model}: vLLM did not start with these settings "
-                    f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+                    f"({_reason(error)}); "
                     "its own log, in the replica's log file, says more. Look at teacher.dtype, "
                     "max_model_len, gpu_memory_utilization or cpu_kv_cache_gib, and engine_args."
                 ) from error
@@ -290,6 +291,14 @@ class Engine:
         for deadline in tuple(self._deadlines):
             if not deadline.expired():
                 deadline.reschedule(died.get_loop().time())
+
+
+def _reason(error: Exception) -> str:
+    """In a line. What vLLM's settings refuse is a validation error of pydantic, whose first line
+    says how many there are."""
+    if isinstance(error, ValidationError):
+        return error.errors()[0]["msg"].removeprefix("Value error, ").rstrip(".")
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _structured(sampling: Sampling) -> Any:

@@ -1,14 +1,16 @@
 """Each kind of label by the real engine, against a float32 forward pass of the same model by
 transformers."""
 
+import asyncio
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from journeyman.errors import RecipeError
+from journeyman.errors import ModelError, RecipeError
 from journeyman.labels import schema
 from journeyman.labels.codec import Codec
 from journeyman.labels.replica import Replica
@@ -16,7 +18,8 @@ from journeyman.models import Model
 from journeyman.recipe import Classes, Generate, Logits, Rationales
 from journeyman.teacher import tasks
 from journeyman.teacher.answers import ContextOverflow, EmptyTarget
-from journeyman.teacher.engine import engine_arguments
+from journeyman.teacher.engine import Engine, engine_arguments
+from tests.conftest import small_recipe
 
 TEXTS = [
     "how do i send money to my sister",
@@ -355,6 +358,12 @@ def test_a_text_too_long_is_cut_at_the_side_asked_for(replica: Replica, referenc
 def test_an_answer_longer_than_the_context_is_refused(replica: Replica):
     with pytest.raises(RecipeError, match=r"labels\.max_tokens \(600\) leaves no room"):
         tasks.local(Generate(prompt="{{ text }}", max_tokens=600), replica._backend)
+
+
+def test_settings_that_vllm_refuses_are_named_with_its_reason(teacher_model: Model):
+    settings = small_recipe(Path("none"), "teacher.tensor_parallel_size=2").teacher
+    with pytest.raises(ModelError, match=r"attention heads \(9\) must be divisible by tensor"):
+        asyncio.run(Engine(settings, teacher_model).start())
 
 
 def test_engine_arguments_name_every_gpu_of_a_teacher(replica: Replica, teacher_model: Model):

@@ -152,6 +152,9 @@ class Jobs:
                 if n_told > n_written:
                     write(text[n_written - n_told :])
                     n_written = n_told
+        task = asyncio.current_task()
+        if task and task.cancelling():
+            raise asyncio.CancelledError  # Ctrl-C, which the client took for a broken line
         return n_written
 
     def log(self, id: str) -> str:

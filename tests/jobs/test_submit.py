@@ -1,9 +1,11 @@
 """``journeyman submit`` and ``jobs`` against a Ray cluster with a dashboard and a token."""
 
+import asyncio
 import dataclasses
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import httpx
@@ -11,6 +13,7 @@ import pytest
 import yaml
 
 from journeyman import corpus, recipe
+from journeyman.jobs import Jobs
 from journeyman.labels.store import LabelStore
 from tests import ray_head
 from tests.conftest import DEMO, ROOT, SMALL
@@ -83,6 +86,24 @@ def test_a_running_job_is_let_go_followed_and_stopped(head: Head, work: Path, tm
     ended = submitted(head, work, waiting)
     assert ended.returncode == 1 and "ended as stopped" in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+def test_ctrl_c_that_the_client_takes_for_a_broken_line_still_lets_go():
+    class Client:
+        async def tail_job_logs(self, _: str):
+            yield "begun\n"
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError as error:
+                raise RuntimeError("the line is broken") from error
+
+    said: list[str] = []
+    jobs = Jobs.__new__(Jobs)
+    jobs._client = Client()
+    with pytest.raises(KeyboardInterrupt):
+        jobs.follow("a-job", said.append)
+    assert said == ["begun\n"]
 
 
 @pytest.mark.slow  # ten seconds, and the one beside it meets the same code

@@ -253,6 +253,7 @@ def check_requeued(run: Run, before: Run, generation: int, left: list[str]) -> N
     assert {text: now[text] for text in kept} == kept
 
 
+@pytest.mark.slow  # over a minute; a requeue that nobody kills is in labels/
 @only_stand_in
 def test_a_requeue_labels_what_is_mended_also_when_it_is_killed(run: Run, tmp_path: Path):
     first, run = run, run.copied(tmp_path)

@@ -98,7 +98,7 @@ def test_labels_that_cannot_be_read(
     assert re.search(words, refused(capsys, recipe))
 
 
-@pytest.mark.parametrize("split", ["train", "calibrate"])
+@pytest.mark.parametrize("split", ["train", pytest.param("calibrate", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["classifier", pytest.param("causal", marks=pytest.mark.slow)])
 def test_an_empty_split(
     kind: str, split: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

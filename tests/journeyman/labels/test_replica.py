@@ -123,6 +123,7 @@ def test_an_engine_that_is_killed_is_replaced_and_no_row_is_lost(
     assert store.read_shard(commit)["id"].to_pylist() == ids
 
 
+@pytest.mark.slow  # a stand-in of it is in test_poison
 @pytest.mark.timeout(600)  # four engine starts
 def test_a_row_that_kills_the_engine_each_time_is_found_and_the_others_are_kept(
     replica: Replica, store: LabelStore

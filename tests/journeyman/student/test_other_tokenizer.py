@@ -122,6 +122,7 @@ def test_a_distribution_stands_where_the_teachers_token_begins(
     assert found == {j: expected.token_ids[j].tolist() for j in wanted}
 
 
+@pytest.mark.slow  # half a minute, to learn
 def test_sorted_probabilities_teach_another_vocabulary(
     ray_cluster: None, tiny_llama: Model, bytes_llama: Model, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from tests.benchmarks import tiny_teacher
 from tests.conftest import DEMO
 
 
+@pytest.mark.slow  # an engine of its own
 def test_stock_capture_gives_the_same_arrays(
     teacher_model: Model, tmp_path, monkeypatch: pytest.MonkeyPatch
 ):

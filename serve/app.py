@@ -73,7 +73,10 @@ def build(bundle_dir: Path) -> Application:
         # The ingress logs each request; here it would be each probe, too.
         logging_config={"enable_access_log": False},
         max_ongoing_requests=cascade.max_queued_requests + _ROOM_FOR_ACCEPTED,
-        **_scaling(cascade.teacher_replicas),
+        **_scaling(
+            cascade.teacher_replicas,
+            target_ongoing_requests=cascade.teacher_replicas.requests_per_replica,
+        ),
         ray_actor_options={
             "num_cpus": cascade.teacher_cpus,
             "num_gpus": cascade.teacher_gpus,
@@ -91,7 +94,7 @@ def build(bundle_dir: Path) -> Application:
         serve.ingress()(Ingress),
         name="Cascade",
         max_ongoing_requests=cascade.max_queued_requests + _ROOM_FOR_ACCEPTED,
-        **_scaling_students(cascade.student_replicas),
+        **_scaling(cascade.student_replicas, **_by_busy_students(cascade.student_replicas.busy)),
         ray_actor_options={"num_cpus": STUDENT_CPUS, "runtime_env": runtime_env},
     )
     spec = IngressSpec(loaded=loaded, keys=_keys(loaded.recipe))
@@ -105,38 +108,29 @@ def build(bundle_dir: Path) -> Application:
     return ingress.bind(spec, teacher, shared)
 
 
-def _scaling(replicas: TeacherReplicas) -> dict[str, Any]:
+def _scaling(replicas: TeacherReplicas | StudentReplicas, **by: Any) -> dict[str, Any]:
+    """Of a deployment; by: what Serve's autoscaling config says of the load."""
     if replicas.min == replicas.max:
         return {"num_replicas": replicas.min}
     return {
         "autoscaling_config": {
             "min_replicas": replicas.min,
             "max_replicas": replicas.max,
-            "target_ongoing_requests": replicas.requests_per_replica,
             "upscale_delay_s": _UPSCALE_DELAY_S,
             "downscale_delay_s": replicas.idle_s,
             "look_back_period_s": _LOOK_BACK_S,
+            **by,
         }
     }
 
 
-def _scaling_students(replicas: StudentReplicas) -> dict[str, Any]:
-    if replicas.min == replicas.max:
-        return {"num_replicas": replicas.min}
-    policy = {
-        "policy_function": f"{BusyStudents.__module__}:{BusyStudents.__name__}",
-        "policy_kwargs": {"wanted": replicas.busy},
-    }
+def _by_busy_students(wanted: float) -> dict[str, Any]:
     return {
-        "autoscaling_config": {
-            "min_replicas": replicas.min,
-            "max_replicas": replicas.max,
-            "policy": policy,
-            "metrics_interval_s": _REPORT_EVERY_S,
-            "upscale_delay_s": _UPSCALE_DELAY_S,
-            "downscale_delay_s": replicas.idle_s,
-            "look_back_period_s": _LOOK_BACK_S,
-        }
+        "policy": {
+            "policy_function": f"{BusyStudents.__module__}:{BusyStudents.__name__}",
+            "policy_kwargs": {"wanted": wanted},
+        },
+        "metrics_interval_s": _REPORT_EVERY_S,
     }
 
 

@@ -67,6 +67,7 @@ def build(bundle_dir: Path) -> Application:
     loaded = loading.load(bundle_dir)
     cascade = loaded.recipe.cascade
     runtime_env = {"env_vars": {"PYTHONPATH": cluster.python_path()}}
+    spread = loaded.recipe.teacher.spread  # then the engine has its GPUs reserved itself
     teacher_deployment = serve.deployment(
         Teacher,
         name="Teacher",
@@ -79,7 +80,7 @@ def build(bundle_dir: Path) -> Application:
         ),
         ray_actor_options={
             "num_cpus": cascade.teacher_cpus,
-            "num_gpus": cascade.teacher_gpus,
+            "num_gpus": 0 if spread else cascade.teacher_gpus,
             "runtime_env": runtime_env,
         },
     )

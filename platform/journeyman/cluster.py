@@ -59,11 +59,11 @@ def _runtime_env() -> dict[str, Any]:
     return {} if "PYTHONPATH" in told else {"env_vars": {"PYTHONPATH": python_path()}}
 
 
-def lacking(settings: Cluster, needed: dict[str, float], knobs: str) -> str:
+def lacking(needed: dict[str, float], knobs: str) -> str:
     """What the cluster has too little of now, in words, empty if nothing; needed: by Ray's names.
 
-    Raises ClusterError where it cannot grow: a Ray of our own on this machine. knobs: settings
-    that lower what is needed.
+    Raises ClusterError where it cannot grow: a Ray of this process's own. knobs: settings that
+    lower what is needed.
     """
     import ray
 
@@ -74,12 +74,19 @@ def lacking(settings: Cluster, needed: dict[str, float], knobs: str) -> str:
         if amount > have.get(name, 0)
     ]
     words = " and ".join(short)
-    if words and not settings.address and os.environ.get("RAY_ADDRESS", "local") == "local":
+    if words and _is_own():
         raise ClusterError(
             f"this needs {words}: this machine alone. Lower {knobs}, or name a larger cluster "
             "(cluster.address)."
         )
     return words
+
+
+def _is_own() -> bool:
+    """Whether this process started the Ray that it uses; Ray has no public way to ask."""
+    from ray._private.worker import global_worker
+
+    return bool(global_worker.node and global_worker.node.head)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from journeyman import cluster, corpus, files, node_report
 from journeyman.errors import JourneymanError
+from journeyman.labels import resources
 from journeyman.node_report import NodeReport
 from journeyman.recipe import Cluster, Recipe, Teacher
 
@@ -132,10 +133,10 @@ def disk(reports: Sequence[NodeReport]) -> Finding:
 
 def _room(teacher: Teacher, settings: Cluster, node: Node, report: NodeReport) -> float:
     """Bytes that a replica may use of a node; 0 where none fits."""
-    n_gpus = teacher.tensor_parallel_size * teacher.pipeline_parallel_size
+    n_gpus = teacher.n_workers
     if not settings.gpus_per_replica:
         return node.memory if node.cpus >= settings.cpus_per_replica else 0.0
-    if teacher.engine_args.get("distributed_executor_backend") != "ray":
+    if not teacher.spread:
         return sum(sorted(report.gpu_bytes)[-n_gpus:]) * teacher.gpu_memory_utilization
     return max(report.gpu_bytes, default=0) * n_gpus * teacher.gpu_memory_utilization
 
@@ -225,7 +226,7 @@ def _a_replica_fits(recipe: Recipe, wait_s: float) -> Finding:
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    bundles = _bundles(recipe)
+    bundles = resources.bundles(recipe, recipe.teacher)
     asked = ", ".join(
         f"{sum(b.get(k, 0) for b in bundles):g} {k}"
         for k in ("CPU", "GPU")
@@ -249,18 +250,6 @@ def _a_replica_fits(recipe: Recipe, wait_s: float) -> Finding:
 def _labeled(recipe: Recipe) -> str:
     labels = recipe.cluster.node_labels
     return f" with {', '.join(f'{name}={value}' for name, value in labels.items())}" * bool(labels)
-
-
-def _bundles(recipe: Recipe) -> list[dict[str, float]]:
-    """What a replica takes, node by node, as the labeling run asks for it."""
-    settings, teacher = recipe.cluster, recipe.teacher
-    actor, gpu = {"CPU": settings.cpus_per_replica}, settings.gpus_per_replica
-    if gpu and not teacher.gives_text_alone:
-        n_gpus = teacher.tensor_parallel_size * teacher.pipeline_parallel_size
-        if teacher.engine_args.get("distributed_executor_backend") == "ray":
-            return [actor, *([{"GPU": gpu}] * n_gpus)]
-        actor["GPU"] = gpu * n_gpus
-    return [actor]
 
 
 @contextlib.contextmanager

@@ -149,9 +149,7 @@ class Run(RunFolder):
             return there, False
         cluster.connect(self.recipe.cluster)
         lacking = cluster.lacking(
-            self.recipe.cluster,
-            training.resources(),
-            "training.workers or training.cpus_per_worker",
+            training.resources(), "training.workers or training.cpus_per_worker"
         )
         with LiveLine() as line:
             line.show(

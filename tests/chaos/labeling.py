@@ -72,10 +72,10 @@ def until(true: Callable[[], Any], seconds: float = _PATIENCE_S, poll_s: float =
 class Cluster:
     """Several raylets on this machine, see nodes.py."""
 
-    def __init__(self, n_nodes: int, env: dict[str, str]) -> None:
+    def __init__(self, n_nodes: int, env: dict[str, str], n_gpus: int = 0) -> None:
         self._n_nodes = n_nodes
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("nodes.py")), str(n_nodes)],
+            [sys.executable, Path(__file__).with_name("nodes.py"), str(n_nodes), str(n_gpus)],
             cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._listen()
@@ -112,9 +112,9 @@ def nothing_but_a_name(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def cluster(n_nodes: int, folder: Path, **more: str) -> Iterator[Cluster]:
-    """Ends with no process left."""
-    started = Cluster(n_nodes, environment(folder, **more))
+def cluster(n_nodes: int, folder: Path, n_gpus: int = 0, **more: str) -> Iterator[Cluster]:
+    """n_gpus: of a node. Ends with no process left."""
+    started = Cluster(n_nodes, environment(folder, **more), n_gpus)
     try:
         yield started
     finally:

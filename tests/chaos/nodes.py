@@ -1,11 +1,11 @@
 """A Ray cluster of several raylets on this machine, apart from the process that tests it.
 
-    python nodes.py N
+    python nodes.py N [GPUS]
 
-A head without CPUs and N nodes of one CPU. Says, in a line of JSON, its address and the process
-ids of the nodes' raylets; then again whenever a line comes in: what is left of nodes whose raylets
-have been killed is cleared away, and nodes are added until there are as many as the line says. Ends
-when its input does.
+A head without CPUs and N nodes of one CPU, and what Ray takes for so many GPUs. Says, in a line of
+JSON, its address and the process ids of the nodes' raylets; then again whenever a line comes in:
+what is left of nodes whose raylets have been killed is cleared away, and nodes are added until
+there are as many as the line says. Ends when its input does.
 """
 
 import itertools
@@ -43,6 +43,7 @@ def run() -> None:
             "_system_config": _HEALTH_CHECK,
         },
     )
+    n_gpus = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     for wanted in itertools.chain([sys.argv[1]], sys.stdin):
         # No more than there are: then one has been killed, and may take a while to die.
         while not (dead := dead_nodes(cluster)) and len(cluster.worker_nodes) >= int(wanted):
@@ -50,7 +51,7 @@ def run() -> None:
         for node in dead:
             cluster.remove_node(node, allow_graceful=False)
         while len(cluster.worker_nodes) < int(wanted):
-            cluster.add_node(num_cpus=1)
+            cluster.add_node(num_cpus=1, num_gpus=n_gpus)
         say(cluster)
     cluster.shutdown()
 

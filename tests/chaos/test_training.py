@@ -54,6 +54,22 @@ def test_a_training_that_is_killed_in_mid_epoch_ends_with_the_same_student(
 
 
 @pytest.mark.slow
+def test_a_student_in_parts_on_two_workers_is_the_one_that_each_could_hold_whole(tmp_path: Path):
+    """``training.parallel: fsdp`` over two nodes, one worker killed in mid-epoch."""
+    with labeling.cluster(2, tmp_path) as nodes:
+        disturbed = Disturbed(tmp_path, "causal", nodes, parallel="fsdp")
+        try:
+            disturbed.at_step(PER_EPOCH + 5)
+            disturbed.kill("worker")
+            disturbed.command.wait(240)
+        finally:
+            disturbed.command.stop()
+        undisturbed = training.train_undisturbed(tmp_path, "causal", nodes.address)
+    assert disturbed.command.statuses == [0], disturbed.command.log()
+    assert_same(disturbed.run, undisturbed, AS_GOOD_AS_EQUAL)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["causal", "classifier"])
 def test_a_training_that_loses_a_node_goes_on_with_fewer_workers_and_grows_back(
     tmp_path: Path, student: str, monkeypatch: pytest.MonkeyPatch

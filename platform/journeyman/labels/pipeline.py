@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from journeyman import corpus, models, spot
+from journeyman import cluster, corpus, models, spot
 from journeyman.cluster import quiet_ray_data, reason_of
 from journeyman.errors import ClusterError, DataError, JourneymanError
-from journeyman.labels import ensemble, planning
+from journeyman.labels import ensemble, planning, resources
 from journeyman.labels.cost import Estimate, estimate
 from journeyman.labels.finishing import finish
 from journeyman.labels.progress import LabelProgress, Meter, Tally
@@ -108,16 +108,19 @@ def label_ensemble(
     labels: str | Path,
     on_progress: OnProgress = lambda _: None,
 ) -> dict[str, Any]:
-    """Label with each teacher, into a dataset of its own, and commit the mean of their class
-    probabilities; returns that dataset's manifest. Raises as ``label``."""
+    """Label with each teacher, into a dataset of its own, and commit the mean of their
+    distributions; returns that dataset's manifest. Raises as ``label``, and DataError where
+    teachers of ``logits`` do not read text as the same tokens."""
     store = LabelStore(labels)
+    ensemble.check(store.manifest()["identity"])
     stores = []
     for name, teacher in members(recipe):
         own = model if name == "teacher" else models.teacher(teacher)
         stores.append(LabelStore(ensemble.member(store.where, name)))
         label(recipe, own, corpus_dir, stores[-1].where, on_progress, teacher=teacher)
     manifest = corpus.read_manifest(corpus_dir)
-    store.finish({"codec": None})
+    codec = ensemble.codec_of([each.manifest()["codec"] for each in stores])
+    store.finish({"codec": codec.describe() if codec else None})
     ensemble.combine(store, stores, [shard["name"] for shard in manifest["shards"]])
     return finish(store, recipe, recipe.teacher, manifest)
 
@@ -138,12 +141,7 @@ def estimated(
                  identity(recipe, model, manifest["digest"]))  # fmt: skip
     step = max(1, len(todo) // _TRIED_SHARDS)
     tried = [shard["name"] for shard in todo[::step][:_TRIED_SHARDS]]
-    settings = recipe.cluster
-    actor = (
-        ray.remote(_Trier)
-        .options(num_cpus=settings.cpus_per_replica, num_gpus=settings.gpus_per_replica or None)
-        .remote(spec)
-    )
+    actor = ray.remote(_Trier).options(**resources.of_actor(recipe, recipe.teacher)).remote(spec)
     try:
         trials = ray.get(actor.run.remote(tried, -(-n_rows // len(tried))))
     except ray.exceptions.RayError as error:
@@ -151,7 +149,7 @@ def estimated(
     finally:
         ray.kill(actor)
     rows = sum(shard["rows"] for shard in todo)
-    return estimate(trials, rows, settings.replicas.max, recipe.teacher.price)
+    return estimate(trials, rows, recipe.cluster.replicas.max, recipe.teacher.price)
 
 
 class _Trier:
@@ -265,6 +263,7 @@ class _Run:
     def run(self) -> None:
         import ray
 
+        self._lacking()
         self._tally = self._start_tally()
         dataset = self._dataset()
         quiet_ray_data()
@@ -325,8 +324,13 @@ class _Run:
                 max_tasks_in_flight_per_actor=2 * in_flight,
                 enable_true_multi_threading=True,
             ),
-            **_resources(recipe, self._spec.teacher),
+            **resources.of_actor(recipe, self._spec.teacher),
         )
+
+    def _lacking(self) -> str:
+        """What no replica can have yet, in words; raises ClusterError where none ever will."""
+        needed = resources.needed(self._spec.recipe, self._spec.teacher)
+        return cluster.lacking(needed, resources.KNOBS)
 
     def _watch(self, stop: threading.Event) -> None:
         while not stop.wait(_POLL_S):
@@ -336,7 +340,8 @@ class _Run:
         import ray
 
         counts, replicas = ray.get(self._tally.total.remote())
-        progress = self._meter.read(counts, replicas, self._left)
+        waiting_for = "" if counts.rows else self._lacking()
+        progress = self._meter.read(counts, replicas, self._left, waiting_for)
         self._tally.show.remote(progress)
         self._on_progress(progress)
         share = self._spec.recipe.labels.max_quarantined
@@ -346,45 +351,6 @@ class _Run:
                 f"than labels.max_quarantined = {share:g} allows; look at them with journeyman "
                 "labels stats, mend the cause, and label again."
             )
-
-
-def _resources(recipe: Recipe, teacher: Teacher) -> dict[str, Any]:
-    """What a replica asks of the cluster.
-
-    A teacher on several GPUs of one node is one actor that holds them all. With
-    ``engine_args.distributed_executor_backend: ray`` vLLM starts a worker for each GPU, on any
-    node, inside the placement group that the actor is made in.
-    """
-    settings = recipe.cluster
-    n_gpus = teacher.tensor_parallel_size * teacher.pipeline_parallel_size
-    placed = {"label_selector": settings.node_labels} if settings.node_labels else {}
-    if teacher.gives_text_alone:
-        return {"num_cpus": settings.cpus_per_replica, **placed}
-    if n_gpus > 1 and teacher.engine_args.get("distributed_executor_backend") == "ray":
-        return {"num_cpus": 0, "ray_remote_args_fn": _PlacementGroup(recipe, n_gpus)}
-    gpus = settings.gpus_per_replica * n_gpus if n_gpus > 1 else settings.gpus_per_replica
-    return {"num_cpus": settings.cpus_per_replica, "num_gpus": gpus or None, **placed}
-
-
-class _PlacementGroup:
-    """Makes a placement group for each replica: a bundle for its actor, and one for each GPU."""
-
-    def __init__(self, recipe: Recipe, n_gpus: int) -> None:
-        cpus, gpus = recipe.cluster.cpus_per_replica, recipe.cluster.gpus_per_replica
-        worker = {"GPU": gpus} if gpus else {"CPU": cpus}
-        self._bundles = [{"CPU": cpus}, *([worker] * n_gpus)]
-        self._labels = [recipe.cluster.node_labels] * len(self._bundles)
-
-    def __call__(self) -> dict[str, Any]:
-        from ray.util.placement_group import placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        group = placement_group(self._bundles, strategy="PACK", bundle_label_selector=self._labels)
-        return {
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
-            )
-        }
 
 
 def members(recipe: Recipe) -> Iterator[tuple[str, Teacher]]:

@@ -14,7 +14,8 @@ from journeyman.progress import duration
 from journeyman.recipe import Price
 
 _RATE_WINDOW_S = 30.0
-_GONE_AFTER_S = 15.0  # a replica that has not reported for so long
+# A replica that has not reported for so long; and one that has said no more than that it starts.
+_GONE_AFTER_S, _NOT_STARTED_AFTER_S = 15.0, 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,7 @@ class LabelProgress:
     engine_restarts: int
     dollars: float
     eta_s: float | None
+    waiting_for: str = ""  # what the cluster has too little of
 
     def text(self) -> str:
         """Three lines for a person: how far, how fast, and what else is to be known."""
@@ -43,7 +45,9 @@ class LabelProgress:
         if self.eta_s is not None:
             done += f", {duration(self.eta_s)} left"
         elif not self.rows_done:
-            done += ", the teacher is starting"
+            done += ", the teacher is starting" if self.replicas else ", waiting for a node"
+            if self.waiting_for:
+                done += f" (a replica takes {self.waiting_for})"
         if self.dollars:
             done += f", ${self.dollars:,.2f}"
         fast = (
@@ -72,18 +76,19 @@ class Tally:
 
     def __init__(self, run: str) -> None:
         self._total = Counts()
-        self._last_report: dict[str, float] = {}
+        self._gone_at: dict[str, float] = {}  # when a replica is, unless it reports again
         self._metrics = _Metrics(run)
 
     def add(self, replica: str, more: Counts) -> None:
         self._total = added(self._total, more)
-        self._last_report[replica] = time.monotonic()
+        patience = _GONE_AFTER_S if replica in self._gone_at else _NOT_STARTED_AFTER_S
+        self._gone_at[replica] = time.monotonic() + patience
         self._metrics.add(more)
 
     def total(self) -> tuple[Counts, int]:
         """Sums so far, and replicas that report."""
         now = time.monotonic()
-        alive = sum(now - at < _GONE_AFTER_S for at in self._last_report.values())
+        alive = sum(now < at for at in self._gone_at.values())
         return self._total, alive
 
     def show(self, progress: LabelProgress) -> None:
@@ -127,7 +132,9 @@ class Meter:
         self._rows, self._before, self._price = rows, rows_before, price
         self._seen: deque[tuple[float, Counts]] = deque()
 
-    def read(self, counts: Counts, replicas: int, shards_waiting: int) -> LabelProgress:
+    def read(
+        self, counts: Counts, replicas: int, shards_waiting: int, waiting_for: str = ""
+    ) -> LabelProgress:
         now = time.monotonic()
         if counts.rows:  # engines have started
             self._seen.append((now, counts))
@@ -154,6 +161,7 @@ class Meter:
             engine_restarts=counts.engine_restarts,
             dollars=dollars(self._price, counts),
             eta_s=max(0, left) / rate("rows") if rate("rows") else None,
+            waiting_for=waiting_for,
         )
 
 

@@ -140,7 +140,8 @@ class Replica:
             max_num_seqs = self._spec.teacher.max_num_seqs
         else:
             model = models.here(self._spec.model, lambda: models.teacher(self._spec.teacher))
-            engine = Engine(self._spec.teacher, model, draws=_draws(labels))
+            nodes = self._spec.recipe.cluster.node_labels
+            engine = Engine(self._spec.teacher, model, _draws(labels), nodes)
             await self._start_engine(engine)
             self._backend, task = engine, tasks.local(labels, engine)
             max_num_seqs = engine.max_num_seqs

@@ -62,9 +62,11 @@ class RowLabeler:
         in_flight: int,
         on_restart: Callable[[], None],
         outage_s: float = 600.0,
+        blamed_at_first: int = 3,
     ) -> None:
         """in_flight: rows that the backend has at a time; outage_s: how long to wait for a
-        teacher that answers no row at all, before ClusterError stops the run."""
+        teacher that answers no row at all, before ClusterError stops the run; blamed_at_first:
+        rows that may kill an engine which has answered none, before ModelError stops it."""
         self._labels = labels
         self._backend = backend
         self._task = task
@@ -73,6 +75,8 @@ class RowLabeler:
         self._slots_alone = asyncio.Semaphore(in_flight)
         self._on_restart = on_restart
         self._outage = _Outage(outage_s)
+        self._blamed_at_first = blamed_at_first
+        self._n_blamed = 0
         self._suspects: list[_Suspect] = []
         self._settling: asyncio.Task[None] | None = None
 
@@ -169,6 +173,14 @@ class RowLabeler:
             (suspect,) = died
             suspect.deaths_alone += 1
             if suspect.deaths_alone >= self._labels.max_attempts:
+                self._n_blamed += 1
+                if not self._outage.successes and self._n_blamed >= self._blamed_at_first:
+                    raise ModelError(
+                        f"vLLM's engine died on each of {self._n_blamed} rows that it was given "
+                        "alone, and has answered none: it is not the rows. Its own log, in the "
+                        "replica's log file, says why; look at teacher.dtype, max_model_len, "
+                        "tensor_parallel_size, pipeline_parallel_size and engine_args."
+                    )
                 message = "the engine died on this row alone, again and again."
                 suspect.fate.set_result(
                     quarantined(suspect.row, "EngineDied", message, suspect.attempts)

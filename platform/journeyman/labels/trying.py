@@ -14,6 +14,7 @@ import numpy as np
 from journeyman import corpus
 from journeyman.cluster import reason_of
 from journeyman.errors import DataError, JourneymanError, RecipeError
+from journeyman.labels import resources
 from journeyman.labels.candidates import Asked, Judged, judge
 from journeyman.labels.replica import Counts
 from journeyman.labels.rows import columns_of
@@ -51,12 +52,9 @@ def tried(recipe: Recipe, model: Model, corpus_dir: Path, n_rows: int) -> list[J
 
     asked_ways = ways(recipe)
     rows, gold = _rows(recipe, corpus_dir, n_rows)
-    settings = recipe.cluster
-    actor = (
-        ray.remote(_Trying)
-        .options(num_cpus=settings.cpus_per_replica, num_gpus=settings.gpus_per_replica or None)
-        .remote(recipe.teacher, model)
-    )
+    asked_of = resources.of_actor(recipe, recipe.teacher)
+    nodes = recipe.cluster.node_labels
+    actor = ray.remote(_Trying).options(**asked_of).remote(recipe.teacher, model, nodes)
     try:
         said = {}
         for name, labels in asked_ways.items():
@@ -91,8 +89,8 @@ def _rows(recipe: Recipe, corpus_dir: Path, n_rows: int) -> tuple[list[dict[str,
 class _Trying:
     """An actor with the teacher in it."""
 
-    def __init__(self, teacher: Teacher, model: Model) -> None:
-        self._teacher, self._model = teacher, model
+    def __init__(self, teacher: Teacher, model: Model, node_labels: dict[str, str]) -> None:
+        self._teacher, self._model, self._node_labels = teacher, model, node_labels
         self._backend: Engine | RemoteTeacher | None = None
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="trying", daemon=True).start()
@@ -136,7 +134,7 @@ class _Trying:
             backend = (
                 RemoteTeacher(self._teacher)
                 if self._teacher.url
-                else Engine(self._teacher, self._model)
+                else Engine(self._teacher, self._model, node_labels=self._node_labels)
             )
             await backend.start()
             self._backend = backend

@@ -41,8 +41,8 @@ class Recipe(Section):
     teacher: Teacher
     ensemble: dict[str, Teacher] = Field(
         default_factory=dict,
-        description="classes: further teachers by name; each labels the corpus, each one's labels "
-        "are kept, and the dataset holds the mean of their class probabilities.",
+        description="classes and logits: further teachers by name; each labels the corpus, each "
+        "one's labels are kept, and the dataset holds the mean of their probabilities.",
     )
     labels: Labels
     student: Student | None = Field(
@@ -102,9 +102,22 @@ class Recipe(Section):
         return value
 
     @model_validator(mode="after")
-    def _ensemble_of_classes(self) -> Recipe:
-        if self.ensemble and self.labels.kind != "classes":
-            raise ValueError(f"ensemble goes with labels.kind: classes, got {self.labels.kind}")
+    def _ensemble_of_distributions(self) -> Recipe:
+        if self.ensemble and self.labels.kind not in ("classes", "logits"):
+            raise ValueError(
+                "ensemble averages what its teachers say of the same text, so it goes with "
+                f"labels.kind: classes or logits, and not with {self.labels.kind}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _spread_over_gpus(self) -> Recipe:
+        gpus = self.cluster.gpus_per_replica
+        if gpus != 1 and any(t.spread for t in (self.teacher, *self.ensemble.values())):
+            raise ValueError(
+                "engine_args.distributed_executor_backend: ray gives each of a teacher's workers a "
+                f"GPU of its own: set cluster.gpus_per_replica to 1, it is {gpus:g}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -86,6 +86,16 @@ class Teacher(Section):
         """Whether it is not an engine of ours, and so has neither tokens nor distributions."""
         return bool(self.url or self.column)
 
+    @property
+    def n_workers(self) -> int:
+        """Workers of an engine, each on its GPUs."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def spread(self) -> bool:
+        """Whether its workers are Ray's, on any nodes, and not those of one node."""
+        return self.n_workers > 1 and self.engine_args.get("distributed_executor_backend") == "ray"
+
     @model_validator(mode="after")
     def _column_is_read(self) -> Teacher:
         if self.column and (self.url or self.lora):

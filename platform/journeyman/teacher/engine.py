@@ -28,6 +28,7 @@ from journeyman.recipe import Teacher
 from journeyman.teacher import capture, lifeline, worker
 from journeyman.teacher.answers import Completion, Recorded, Spoken
 from journeyman.teacher.prompting import Sampling
+from journeyman.teacher.spread import Spread
 from journeyman.teacher.worker import SEED
 
 if TYPE_CHECKING:
@@ -60,15 +61,23 @@ class Scored:
 class Engine:
     """An AsyncLLM with the settings of a recipe's teacher. Use it from one event loop.
 
-    ``draws``: record so many true draws of each position instead of top-k entries.
+    ``draws``: record so many true draws of each position instead of top-k entries. ``node_labels``:
+    of the nodes that Ray may put its workers on, where it is spread over several.
     """
 
-    def __init__(self, settings: Teacher, model: Model, draws: int = 0) -> None:
+    def __init__(
+        self,
+        settings: Teacher,
+        model: Model,
+        draws: int = 0,
+        node_labels: dict[str, str] | None = None,
+    ) -> None:
         self.settings = settings
         self.model = model
         self.draws = draws
         self.stock_capture = ""  # why vLLM's own way of capturing is used, if it is
         self._llm: Any = None
+        self._spread = Spread(settings.n_workers, node_labels or {}) if settings.spread else None
         self._last_sampling: tuple[Any, Any, SamplingParams] | None = None
         self._died: asyncio.Future[None]  # of the engine that runs now
         self._deadlines: set[asyncio.Timeout] = set()  # of the requests in it
@@ -101,11 +110,16 @@ class Engine:
             self.close()
             _set_environment(self.settings, draws=bool(self.draws))
             from vllm import AsyncEngineArgs
+            from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.async_llm import AsyncLLM
 
+            group = await asyncio.to_thread(self._spread.place) if self._spread else None
             try:
-                arguments = engine_arguments(self.settings, self.model)
-                self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+                arguments = AsyncEngineArgs(**engine_arguments(self.settings, self.model))
+                config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+                if group:
+                    config.parallel_config.placement_group = group
+                self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
                 await self._take_over_capture()
                 self._died = asyncio.get_running_loop().create_future()
                 self._watcher = asyncio.create_task(self._watch(self._llm, self._died))
@@ -123,6 +137,8 @@ class Engine:
             self._end_requests(self._died)
             self._llm.shutdown()
             self._llm = None
+        if self._spread:
+            self._spread.give_back()
 
     async def _take_over_capture(self) -> None:
         capture.install()
@@ -383,7 +399,7 @@ def _set_environment(settings: Teacher, draws: bool) -> None:
         return
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.cpu_kv_cache_gib)))
     # By itself vLLM leaves one core idle; on two cores that is half of the machine.
-    n_workers = settings.tensor_parallel_size * settings.pipeline_parallel_size
+    n_workers = settings.n_workers
     if os.environ.get(_BIND, "").count("|") != n_workers - 1 or _BIND not in os.environ:
         os.environ[_BIND] = cores_of_workers(sorted(os.sched_getaffinity(0)), n_workers)
     # Ray sets one thread for an actor that holds one CPU; the engine is told its cores above.

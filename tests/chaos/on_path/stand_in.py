@@ -55,7 +55,7 @@ def engine(module):
 
         stock_capture = ""
 
-        def __init__(self, settings, model, draws=0):
+        def __init__(self, settings, model, draws=0, node_labels=None):
             self.settings = settings
             self.max_num_seqs = settings.max_num_seqs
             self.max_model_len = settings.max_model_len

@@ -81,7 +81,7 @@ def test_each_way_is_asked_of_one_engine_as_labeling_asks_it(replica: Replica):
         "labels.candidates={short: {prompt: 'About {{ label }}:'}, direct: {scoring: direct, "
         "prompt: '{{ text }}'}}",
     )
-    trying = _Trying(recipe.teacher, replica._spec.model)
+    trying = _Trying(recipe.teacher, replica._spec.model, {})
     trying._backend = replica._backend
     rows = [{"text": "pay my bill"}, {"text": "a flight"}, {"text": "x " * 600}, {"text": "eggs"}]
     said = {name: replica._call(trying._ask(way, rows)) for name, way in ways(recipe).items()}

@@ -67,6 +67,13 @@ def test_progress_counts_what_was_done_before():
     assert "3 replicas, 1 shard left, 2 in quarantine" in text
 
 
+def test_the_view_says_what_a_run_waits_for_before_its_first_row():
+    meter = Meter(rows=10, rows_before=0, price=PRICE)
+    nobody = meter.read(Counts(), replicas=0, shards_waiting=1, waiting_for="2 GPUs, where ...")
+    assert "0 of 10 rows (0%), waiting for a node (a replica takes 2 GPUs" in nobody.text()
+    assert "the teacher is starting\n" in meter.read(Counts(), 1, shards_waiting=1).text()
+
+
 def test_a_view_of_several_lines_is_one_line_where_there_is_no_terminal():
     stream = io.StringIO()
     with LiveLine(stream) as line:

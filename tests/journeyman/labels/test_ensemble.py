@@ -4,10 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
+from journeyman.errors import DataError
 from journeyman.labels import ensemble
+from journeyman.labels.codec import Codec
 from journeyman.labels.schema import Commit, Quarantined, label_schema, record
 from journeyman.labels.store import LabelStore
+from journeyman.teacher.answers import LogitLabels, Recorded
 from tests.journeyman.labels.synthetic import classes
 
 SHARD = "part-00000.parquet"
@@ -79,3 +83,114 @@ def test_an_ensembles_identity_names_each_teacher_and_its_order_of_labels():
         got["teacher"]["weights"]
         != ensemble.identity({"one": members["one"]})["teacher"]["weights"]
     )
+
+
+VOCABULARY = 300
+FP16 = 3 / 1024  # a step of topk_fp16
+
+
+def dense(n: int, seed: int) -> np.ndarray:
+    """float64[n, VOCABULARY] next-token probabilities of one teacher."""
+    logits = np.random.default_rng(seed).normal(scale=3, size=(n, VOCABULARY))
+    return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+
+def said(tokens: list[int], codec: Codec, p: np.ndarray, seed: int) -> LogitLabels:
+    """What a teacher records of these distributions, one a token."""
+    if codec.name == "sampled":
+        generator = np.random.default_rng(seed)
+        ids = np.array([generator.choice(VOCABULARY, codec.k, p=row) for row in p])
+    else:
+        ids = np.argsort(-p, axis=1)[:, : codec.k]
+    logprobs = np.log(np.take_along_axis(p, ids, axis=1)).astype(np.float32)
+    return LogitLabels(
+        token_ids=np.array(tokens),
+        recorded=Recorded(token_ids=ids.astype(np.int32), logprobs=logprobs),
+        n_prompt_tokens=len(tokens),
+        n_cached_tokens=0,
+        n_output_tokens=0,
+        finish_reason="length",
+        truncated=False,
+    )
+
+
+def of_logits(
+    folder: Path, name: str, codec: Codec, p: np.ndarray, tokens: list[int], tokenizer: str = "t"
+) -> LabelStore:
+    """A finished dataset of one row."""
+    store = LabelStore(folder / name)
+    store.open({"kind": "logits", "labels": {},
+                "teacher": {"model": name, "weights": name, "tokenizer": tokenizer}})  # fmt: skip
+    row = record(ROWS[0], said(tokens, codec, p, seed=len(name)), codec)
+    table = pa.Table.from_pylist([row], schema=label_schema("logits"))
+    store.write(commit(rows=1, ok=1, quarantined=0), table, [], [])
+    store.finish({"log_prior": None, "codec": codec.describe()})
+    return store
+
+
+def together(folder: Path, members: list[LabelStore]) -> tuple[LabelStore, Codec]:
+    store = LabelStore(folder / "together")
+    facts = {s.manifest()["identity"]["teacher"]["model"]: s.manifest()["identity"]
+             for s in members}  # fmt: skip
+    store.open(ensemble.identity(facts))
+    ensemble.check(store.manifest()["identity"])
+    codec = ensemble.codec_of([s.manifest()["codec"] for s in members])
+    assert codec is not None
+    store.finish({"codec": codec.describe()})
+    ensemble.combine(store, members, [SHARD])
+    return store, codec
+
+
+@pytest.mark.parametrize("k", [VOCABULARY, 40])
+def test_the_mean_of_next_token_distributions_is_that_of_dense_ones(tmp_path: Path, k: int):
+    tokens = [5, 299, 7, 1, 1, 20]
+    p = [dense(len(tokens), seed) for seed in (1, 2, 3)]
+    codec = Codec(name="topk_fp16", vocab_size=VOCABULARY, k=k)
+    stores = [of_logits(tmp_path, f"teacher-{i}", codec, each, tokens) for i, each in enumerate(p)]
+    store, own = together(tmp_path, stores)
+    [done] = store.commits().values()
+    [row] = store.read_shard(done).to_pylist()
+    assert own.unpack_ids(row["token_ids"]).tolist() == tokens
+    got = own.decode(row["logprobs"], row["n_positions"])
+    exact = np.mean(p, axis=0)
+    # Off by a step of the teachers' codec and one of the mean's own; and, where teachers left an
+    # entry out, by no more than their smallest entries.
+    lacking = sum(np.sort(each, axis=1)[:, -k, None] for each in p) / 3 if k < VOCABULARY else 0.0
+    there = got.token_ids >= 0
+    expected = np.take_along_axis(exact, np.maximum(got.token_ids, 0), axis=1)
+    off = np.abs(np.exp(got.logprobs.astype(np.float64)) - expected)
+    assert (off <= expected * FP16 * 1.1 + lacking)[there].all()
+    kept = np.exp(got.logprobs.astype(np.float64)).sum(axis=1)
+    np.testing.assert_allclose(kept + np.exp(got.log_tail_mass), 1, atol=2e-3)
+    # The tokens that all have recorded are exact but for the codec.
+    heads = np.argmax(exact, axis=1)
+    np.testing.assert_array_equal(got.token_ids[:, 0], heads)
+
+
+def test_draws_of_several_teachers_are_draws_from_their_mean(tmp_path: Path):
+    tokens = list(range(8))
+    codec = Codec(name="sampled", vocab_size=VOCABULARY, k=50)
+    p = [dense(len(tokens), seed) for seed in (1, 2)]
+    stores = [of_logits(tmp_path, name, codec, each, tokens)
+              for name, each in zip(("one", "second"), p, strict=True)]  # fmt: skip
+    store, own = together(tmp_path, stores)
+    assert (own.name, own.k) == ("sampled", 100)
+    counts = np.zeros((3, len(tokens), VOCABULARY))
+    for i, (each, theirs) in enumerate([(store, own), (stores[0], codec), (stores[1], codec)]):
+        [row] = each.read_shard(next(iter(each.commits().values()))).to_pylist()
+        got = theirs.decode(row["logprobs"], row["n_positions"])
+        at = got.token_ids >= 0
+        counts[i, np.nonzero(at)[0], got.token_ids[at]] = np.exp(got.logprobs[at]) * theirs.k
+    np.testing.assert_allclose(counts[0], counts[1] + counts[2], atol=1e-3)
+
+
+def test_teachers_of_other_tokens_have_no_mean(tmp_path: Path):
+    codec = Codec(name="topk_fp16", vocab_size=VOCABULARY, k=4)
+    p = dense(3, 0)
+    one = of_logits(tmp_path, "one", codec, p, [1, 2, 3])
+    other = of_logits(tmp_path, "other", codec, p, [1, 2, 3], tokenizer="another")
+    with pytest.raises(DataError, match="other has another tokenizer than one"):
+        together(tmp_path, [one, other])
+    cut = of_logits(tmp_path, "cut", codec, p[:2], [1, 2])
+    with pytest.raises(DataError, match="as different tokens"):
+        together(tmp_path / "again", [one, cut])

@@ -129,11 +129,14 @@ def row(text: str) -> dict[str, Any]:
 class Labeling:
     """A labeler on an engine, as a replica uses it."""
 
-    def __init__(self, engine: Engine, in_flight: int = 8, **labels: Any) -> None:
+    def __init__(
+        self, engine: Engine, in_flight: int = 8, blamed_at_first: int = 10**6, **labels: Any
+    ) -> None:
         self.engine = engine
         self.restarts = 0
         self.labeler = RowLabeler(
-            Logits(**labels), engine, engine, in_flight, self._restarted  # type: ignore[arg-type]
+            Logits(**labels), engine, engine, in_flight, self._restarted,  # type: ignore[arg-type]
+            blamed_at_first=blamed_at_first,
         )  # fmt: skip
 
     def _restarted(self) -> None:
@@ -241,6 +244,25 @@ def test_a_row_is_not_blamed_for_a_death_that_it_was_not_alone_in():
     fate = within_seconds(Labeling(engine, max_attempts=1).fate("kills: it"))
     assert (fate.error_class, fate.attempts) == ("EngineDied", 2)
     assert "on this row alone" in fate.message
+
+
+def test_an_engine_that_dies_on_whatever_it_is_given_is_to_blame_itself():
+    """As with settings that vLLM takes and then fails on: no row is labeled, none is blamed."""
+    rows = [f"kills: {i}" for i in range(40)]
+    engine = Engine()
+    with pytest.raises(ModelError, match=r"on each of 3 rows .* and has answered none"):
+        within_seconds(Labeling(engine, blamed_at_first=3, max_attempts=3).all(rows))
+    assert engine.deaths < 15
+
+
+def test_an_engine_that_has_answered_is_not_to_blame_for_rows_that_kill_it():
+    async def label() -> dict[str, Any]:
+        labeling = Labeling(Engine(), blamed_at_first=3, max_attempts=3)
+        assert await labeling.fate("fine: 0") is SAID
+        return await labeling.all([f"kills: {i}" for i in range(40)])
+
+    fates = within_seconds(label())
+    assert {fate.error_class for fate in fates.values()} == {"EngineDied"}
 
 
 def test_deaths_that_are_nobodys_fault_quarantine_nobody():

@@ -387,6 +387,7 @@ def _set_environment(settings: Teacher, draws: bool) -> None:
     # Prompts are encoded one by one: handing each to a thread costs more than encoding it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ[lifeline.PARENT] = str(os.getpid())
+    os.environ[lifeline.SPREAD] = "1" if settings.spread else ""
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(settings.start_timeout_s))
     if draws:
         # Draws are made in the first model runner; on GPUs vLLM 0.29 takes the second by itself.

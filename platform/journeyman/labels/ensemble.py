@@ -155,7 +155,11 @@ def _mean_logits(manifests: Sequence[Mapping[str, Any]]) -> _Mean:
             payload = own.encode(draws, np.empty(0))
         else:
             payload = own.encode(*pooled(decoded, own.vocab_size, own.k))
-        return {"token_ids": own.pack_ids(tokens[0]), "logprobs": payload}
+        return {
+            "n_prompt_tokens": rows[0]["n_prompt_tokens"],  # training finds the text's end by it
+            "token_ids": own.pack_ids(tokens[0]),
+            "logprobs": payload,
+        }
 
     return mean
 

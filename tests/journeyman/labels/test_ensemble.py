@@ -151,6 +151,9 @@ def test_the_mean_of_next_token_distributions_is_that_of_dense_ones(tmp_path: Pa
     [done] = store.commits().values()
     [row] = store.read_shard(done).to_pylist()
     assert own.unpack_ids(row["token_ids"]).tolist() == tokens
+    assert row["n_prompt_tokens"] == len(
+        tokens
+    )  # as each teacher read them, and as they are learned
     got = own.decode(row["logprobs"], row["n_positions"])
     exact = np.mean(p, axis=0)
     # Off by a step of the teachers' codec and one of the mean's own; and, where teachers left an

@@ -207,6 +207,7 @@ class Run(RunFolder):
                 student.weights_digest,
                 prompt_digest(self.recipe.classes()),
                 self.recipe.certify.model_dump(mode="json"),
+                *(["mixture"] if self.recipe.cascade.combine == "mixture" else []),
             ]
         )
         there = _read(folder / MANIFEST)

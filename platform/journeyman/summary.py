@@ -93,15 +93,17 @@ def _learned(run: RunFolder) -> list[SummaryRow]:
 
 def _test_rows(rows: ClassRows, bundle_dir: Path, bundle: PolicyBundle) -> TestRows:
     student, confidence = bundle.confidence.of(read_test_logits(bundle_dir))
+    teacher = np.exp(rows.logprobs)
     return TestRows(
         ids=rows.ids,
         texts=rows.texts,
         gold=rows.gold,
-        teacher=np.exp(rows.logprobs),
+        teacher=teacher,
         student=student,
         confidence=confidence,
         accepted=confidence > bundle.accept_above,
         metas=rows.metas,
+        mixed=bundle.mixture.of(student, teacher) if bundle.mixture else None,
     )
 
 
@@ -110,9 +112,12 @@ def _quality(measured: Measured, test: TestRows) -> list[SummaryRow]:
     lines = [("student agrees with teacher", f"{agreement:.3f}", "answering everything")]
     if gold := measured.gold:
         majority = np.bincount(test.gold[test.has_gold]).max() / gold.n
+        both = ("accuracy of both, mixed", f"{gold.escalated / gold.n:.3f}", "all escalated")
+        mixed = [] if test.mixed is None else [both]
         lines = [
             ("teacher accuracy", f"{gold.teacher / gold.n:.3f}", f"majority class {majority:.3f}"),
             ("student accuracy", f"{gold.student / gold.n:.3f}", ""),
+            *mixed,
             ("cascade accuracy", f"{gold.cascade / gold.n:.3f}", ""),
             *lines,
         ]
@@ -175,7 +180,7 @@ def realised(measured: Measured, guarantee: Guarantee) -> str:
     """What the guarantee bounds, as it came out on the test rows."""
     if guarantee.kind == "accuracy":
         gold = measured.gold
-        return "no gold" if gold is None else f"{(gold.teacher - gold.cascade) / gold.n:+.1%}"
+        return "no gold" if gold is None else f"{(gold.escalated - gold.cascade) / gold.n:+.1%}"
     system = guarantee.kind == "system_agreement"
     return share(measured.n_accepted_differs, measured.n if system else measured.n_accepted)
 

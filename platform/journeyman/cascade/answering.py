@@ -123,8 +123,7 @@ class Cascade:
         for (i, student), label in zip(escalated.items(), labels, strict=True):
             if isinstance(label, Unlabeled):
                 raise TextRefused(i, label.reason)
-            confidence = student.confidence if student else None
-            decisions[i] = self._policy.teacher_decision(label.class_logprobs, confidence)
+            decisions[i] = self._policy.teacher_decision(label.class_logprobs, student)
             read += label.n_prompt_tokens
             written += label.n_output_tokens
         return Answers(

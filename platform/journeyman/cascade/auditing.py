@@ -72,5 +72,5 @@ class Auditor:
         assert decision.confidence is not None
         if isinstance(label, Unlabeled):  # nobody will ever know
             return Audit(score=decision.confidence, loss=1)
-        teacher = self._policy.teacher_decision(label.class_logprobs)
-        return Audit(score=decision.confidence, loss=int(teacher.label != decision.label))
+        escalated = self._policy.teacher_decision(label.class_logprobs, decision)
+        return Audit(score=decision.confidence, loss=int(escalated.label != decision.label))

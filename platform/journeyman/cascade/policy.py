@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from journeyman.certify.bundle import PolicyBundle
 from journeyman.certify.confidence import Confidence
+from journeyman.certify.mixture import Mixture
 from journeyman.errors import DataError
 from journeyman.labels.prior import corrected
 from journeyman.probabilities import FloatArray
@@ -27,7 +28,8 @@ class Decision:
     """One text's answer.
 
     confidence: the student's score, None if it was not asked; probabilities: float64[c], of who
-    answered, in the order of the bundle's label names.
+    answered (of the mixture, where the bundle has one and the teacher was asked), in the order of
+    the bundle's label names.
     """
 
     answered_by: AnsweredBy
@@ -51,6 +53,7 @@ class Policy:
     confidence: Confidence
     accept_above: float
     teacher_log_prior: FloatArray | None
+    mixture: Mixture | None = None
 
     @classmethod
     def from_bundle(cls, bundle: PolicyBundle) -> Policy:
@@ -60,6 +63,7 @@ class Policy:
             confidence=bundle.confidence,
             accept_above=bundle.accept_above,
             teacher_log_prior=None if prior is None else np.array(prior, dtype=np.float64),
+            mixture=bundle.mixture,
         )
 
     def tightened(self, accept_above: float) -> Policy:
@@ -90,14 +94,17 @@ class Policy:
         ]
 
     def teacher_decision(
-        self, class_logprobs: npt.ArrayLike, confidence: float | None = None
+        self, class_logprobs: npt.ArrayLike, student: Decision | None = None
     ) -> Decision:
         """class_logprobs: float[c] of one text, before prior correction, as labeling has them.
 
-        confidence: the student's, where it was asked first.
+        student: what it said, where it was asked first; its opinion counts if the bundle mixes.
         """
-        logprobs = corrected(np.asarray(class_logprobs), self.teacher_log_prior)
-        return self._decision("teacher", np.exp(logprobs), confidence)
+        probabilities = np.exp(corrected(np.asarray(class_logprobs), self.teacher_log_prior))
+        if self.mixture and student:
+            mixed = self.mixture.of(student.probabilities[None], probabilities[None])
+            probabilities = mixed[0]
+        return self._decision("teacher", probabilities, student.confidence if student else None)
 
     def _decision(
         self, answered_by: AnsweredBy, probabilities: FloatArray, confidence: float | None

@@ -24,6 +24,7 @@ from journeyman.certify.confidence import Confidence
 from journeyman.certify.curve import CurvePoint
 from journeyman.certify.deferral_head import DeferralHead
 from journeyman.certify.ledger import LedgerEntry
+from journeyman.certify.mixture import Mixture
 from journeyman.certify.scores import ScoreName
 from journeyman.certify.thresholds import WrittenThreshold, read_threshold
 from journeyman.errors import BundleMismatch
@@ -98,6 +99,9 @@ class PolicyBundle(_Part):
     teacher_log_prior: tuple[float, ...] | None = Field(
         description="subtracted from the teacher's class log-probabilities; null if none"
     )
+    mixture: Mixture | None = Field(
+        default=None, description="what escalated requests are answered with; null: the teacher's"
+    )
     threshold: WrittenThreshold = Field(
         description="the student answers strictly above it; null escalates everything"
     )
@@ -110,7 +114,9 @@ class PolicyBundle(_Part):
     )
     curve: tuple[CurvePoint, ...]
     student_accuracy: Share | None = Field(default=None, description="against gold, if any")
-    teacher_accuracy: Share | None = Field(default=None, description="against gold, if any")
+    teacher_accuracy: Share | None = Field(
+        default=None, description="against gold, if any; of the mixture where there is one"
+    )
     ledger: tuple[LedgerEntry, ...]
     recommendation: Text
 

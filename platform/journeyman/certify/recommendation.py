@@ -20,19 +20,22 @@ def recommend(
     certificate: Certificate,
     student_right: npt.ArrayLike | None = None,
     teacher_right: npt.ArrayLike | None = None,
+    whose: str = "the teacher's",
 ) -> str:
     """Say what to do with this certificate, given gold or without it.
 
     Args:
         certificate: the one that serving will use.
         student_right: bool[n] against gold, or None without gold.
-        teacher_right: bool[n] against gold on the same rows, or None without gold.
+        teacher_right: bool[n] against gold on the same rows, or None without gold; of what an
+            escalated row is answered with.
+        whose: that answer, in words.
     """
     plan = _plan(certificate)
     if student_right is None or teacher_right is None or not len(np.asarray(student_right)):
         return f"{plan} There is no gold to tell whether the student or the teacher is right."
     student, teacher = np.asarray(student_right, bool), np.asarray(teacher_right, bool)
-    accuracies = f"{student.mean():.3f} against the teacher's {teacher.mean():.3f}"
+    accuracies = f"{student.mean():.3f} against {whose} {teacher.mean():.3f}"
     if _better(student, teacher):
         if certificate.kind == "accuracy":
             return (

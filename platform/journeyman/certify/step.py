@@ -26,6 +26,7 @@ from journeyman.certify.deferral_head import class_features, cross_fitted, fit_d
 from journeyman.certify.design import choose_score
 from journeyman.certify.guarantees import Outcomes, ScoredOutcomes, certify_kind, forecast
 from journeyman.certify.ledger import LedgerEntry, rows_digest, spend
+from journeyman.certify.mixture import Mixture, fit_mixture
 from journeyman.certify.per_class import certify_each_class
 from journeyman.certify.recommendation import recommend
 from journeyman.certify.scores import ScoreName, refined, score
@@ -51,38 +52,47 @@ class StudentScorer(Protocol):
 class ScoredRows:
     """Rows as teacher and student see them.
 
-    teacher: float64[n, c], probabilities, prior corrected; logits: float32[n, c], the student's.
+    teacher: float64[n, c], probabilities, prior corrected; logits: float32[n, c], the student's;
+    mixed: float64[n, c], what an escalated row is answered with, None where that is the teacher's.
     """
 
     rows: ClassRows
     logits: npt.NDArray[np.float32]
+    mixed: npt.NDArray[np.float64] | None = None
 
     @property
     def teacher(self) -> npt.NDArray[np.float64]:
         return np.exp(self.rows.logprobs)
 
     @property
+    def escalated(self) -> IntArray:
+        """int64[n]: the answer that each row has if it is escalated."""
+        opinion = self.rows.logprobs if self.mixed is None else self.mixed
+        return np.asarray(opinion.argmax(axis=1))
+
+    @property
     def differs(self) -> npt.NDArray[np.bool_]:
-        return np.asarray(self.logits.argmax(axis=1) != self.rows.logprobs.argmax(axis=1))
+        return np.asarray(self.logits.argmax(axis=1) != self.escalated)
 
     @property
     def outcomes(self) -> Outcomes:
         """What each row costs if the student answers it."""
         gold = self.rows.gold
         student_right = self.logits.argmax(axis=1) == gold
-        teacher_right = self.rows.logprobs.argmax(axis=1) == gold
+        escalated_right = self.escalated == gold
         return Outcomes(
             differs=self.differs,
-            losses=teacher_right.astype(np.int64) - student_right.astype(np.int64),
+            losses=escalated_right.astype(np.int64) - student_right.astype(np.int64),
             has_gold=gold >= 0,
         )
 
     def right(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]] | None:
-        """Student's and teacher's answers against gold, bool[n] each; None unless all have it."""
+        """Against gold, bool[n] each: the student's answers, and those of escalated rows; None
+        unless all have it."""
         gold = self.rows.gold
         if not len(gold) or (gold < 0).any():
             return None
-        return self.logits.argmax(axis=1) == gold, self.rows.logprobs.argmax(axis=1) == gold
+        return self.logits.argmax(axis=1) == gold, self.escalated == gold
 
 
 def certify(
@@ -106,13 +116,15 @@ def certify(
     parts = {
         name: _scored(rows, name, inputs_of, scorer) for name in ("calibrate", "certify", "test")
     }
+    mixture, parts = _mix(parts) if recipe.cascade.combine == "mixture" else (None, parts)
     settings, certified = recipe.certify, parts["certify"]
     ledger = _spend(settings, certified.rows.ids, student, out_dir)
     confidence, certificates, of_classes = decide(settings, parts["calibrate"], certified)
     scores = confidence.of(certified.logits)[1]
     served = certificates[0]
     curve = cost_quality_curve(scores, certified.differs, *(certified.right() or ()))
-    own = confidence.class_thresholds
+    own, right = confidence.class_thresholds, parts["calibrate"].right() or (None, None)
+    whose = "the mixture's" if mixture else "the teacher's"
     bundle = PolicyBundle(
         student=student.reference,
         teacher=teacher.reference,
@@ -128,6 +140,7 @@ def certify(
         class_thresholds=None if own is None else tuple(own.tolist()),
         temperature=confidence.calibrator.temperature,
         teacher_log_prior=None if log_prior is None else tuple(log_prior),
+        mixture=mixture,
         threshold=served.threshold,
         served_guarantee=settings.guarantee,
         guarantees=tuple(map(Guarantee.from_certificate, certificates)),
@@ -136,7 +149,7 @@ def certify(
         student_accuracy=curve.student_accuracy,
         teacher_accuracy=curve.teacher_accuracy,
         ledger=ledger,
-        recommendation=recommend(served, *(parts["calibrate"].right() or ())),
+        recommendation=recommend(served, right[0], right[1], whose),
     )
     with files.replaced_directory(out_dir) as fresh:
         bundles.save(bundle, fresh)
@@ -156,6 +169,25 @@ def decide(
     Whatever is chosen is chosen on calibrate rows; of certify rows only their number is seen by it.
     """
     return _certificates(settings, _design(settings, calibrate, certified.outcomes), certified)
+
+
+def _mix(parts: dict[str, ScoredRows]) -> tuple[Mixture, dict[str, ScoredRows]]:
+    """What escalated rows are answered with, fitted on calibrate rows."""
+    calibrate = parts["calibrate"]
+    calibrator = _calibrator(calibrate)
+
+    def opinions(part: ScoredRows) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        return calibrator.probabilities(part.logits), part.teacher
+
+    mixture = fit_mixture(*opinions(calibrate), calibrate.rows.gold)
+    mixed = {n: replace(part, mixed=mixture.of(*opinions(part))) for n, part in parts.items()}
+    return mixture, mixed
+
+
+def _calibrator(calibrate: ScoredRows) -> Calibrator:
+    """Fitted on the teacher's answers: a probability then says how likely the two agree."""
+    answers = calibrate.rows.logprobs.argmax(axis=1)
+    return Calibrator(temperature=fit_temperature(calibrate.logits, answers))
 
 
 def read_test_logits(bundle_dir: Path) -> npt.NDArray[np.float32]:
@@ -193,9 +225,7 @@ class _Design:
 
 
 def _design(settings: Certify, calibrate: ScoredRows, certify_rows: Outcomes) -> _Design:
-    # Fitted on the teacher's answers: a probability then says how likely the two agree.
-    answers = calibrate.rows.logprobs.argmax(axis=1)
-    calibrator = Calibrator(temperature=fit_temperature(calibrate.logits, answers))
+    calibrator = _calibrator(calibrate)
     probabilities = calibrator.probabilities(calibrate.logits)
     outcomes = calibrate.outcomes
     costs, counted = outcomes.costs(settings.guarantee)

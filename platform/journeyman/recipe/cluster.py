@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from journeyman.recipe.base import Count, Section
+from journeyman.recipe.base import Count, Range, Section
 
 Cloud = Literal["aws", "gcp"]
 
 
-class Replicas(Section):
+class Replicas(Range):
     """The autoscaling pool of labeling replicas."""
 
     min: Count = Field(1, description="Replicas at least.")
     max: Count = Field(1, description="Replicas at most.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Replicas:
-        if self.min > self.max:
-            raise ValueError(f"min ({self.min}) must not exceed max ({self.max})")
-        return self
 
 
 class Cluster(Section):

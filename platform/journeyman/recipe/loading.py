@@ -148,6 +148,10 @@ class Recipe(Section):
             raise ValueError(
                 "certify.guarantee accuracy needs gold labels: set corpus.columns.label"
             )
+        if self.cascade.combine == "mixture" and not self.corpus.columns.label:
+            raise ValueError(
+                "cascade.combine: mixture is weighted by gold labels: set corpus.columns.label"
+            )
         return self
 
     @model_validator(mode="after")

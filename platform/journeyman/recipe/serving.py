@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from journeyman.recipe.base import Count, Seconds, Section, Share
+from journeyman.recipe.base import Count, Range, Seconds, Section, Share
 
 Guarantee = Literal["system_agreement", "selective_agreement", "accuracy"]
 Score = Literal["max_probability", "margin", "entropy", "deferral_head"]
@@ -113,7 +113,7 @@ class Feedback(Section):
     roll_s: Seconds = Field(300.0, description="or so long after its first row.")
 
 
-class TeacherReplicas(Section):
+class TeacherReplicas(Range):
     """How many teachers serve, as Ray Serve scales them. With min 0 the teacher sleeps while
     nothing is escalated: the first text that is wakes it."""
 
@@ -127,14 +127,8 @@ class TeacherReplicas(Section):
         "too where min is 0."
     )  # fmt: skip
 
-    @model_validator(mode="after")
-    def _ordered(self) -> TeacherReplicas:
-        if self.min > self.max:
-            raise ValueError(f"min ({self.min}) must not exceed max ({self.max})")
-        return self
 
-
-class StudentReplicas(Section):
+class StudentReplicas(Range):
     """How many replicas of the ingress serve, each with the student in it, as Ray Serve scales
     them. Requests that wait for the teacher do not count."""
 
@@ -147,12 +141,6 @@ class StudentReplicas(Section):
         300.0, description="After so long with less to do a replica is taken away."
     )
 
-    @model_validator(mode="after")
-    def _ordered(self) -> StudentReplicas:
-        if self.min > self.max:
-            raise ValueError(f"min ({self.min}) must not exceed max ({self.max})")
-        return self
-
 
 class Cascade(Section):
     """Serving: the student answers what it may, the teacher the rest."""
@@ -160,6 +148,12 @@ class Cascade(Section):
     request_timeout_s: Seconds = Field(30.0, description="Deadline of one request.")
     teacher_timeout_s: Seconds | None = Field(
         None, description="Deadline of the teacher's part of it, if it is to be shorter."
+    )
+    combine: Literal["teacher", "mixture"] = Field(
+        "teacher",
+        description="What an escalated request is answered with. teacher: its answer. mixture: the "
+        "student's opinion and the teacher's, weighted as fits gold labels of calibrate rows best; "
+        "certify then promises how often the student differs from that.",
     )
     when_teacher_fails: Literal["reject", "degrade", "wait"] = Field(
         "reject",

@@ -32,6 +32,7 @@ class TestRows:
         confidence: float64[n], the score that the threshold is compared with.
         accepted: bool[n], answered by the student at the bundle's threshold.
         metas: n mappings of further columns; empty where there are none.
+        mixed: float64[n, c], what an escalated row is answered with; None: the teacher's.
     """
 
     __test__: ClassVar[bool] = False  # its name is not meant for pytest
@@ -44,6 +45,7 @@ class TestRows:
     confidence: FloatArray
     accepted: BoolArray
     metas: Sequence[Mapping[str, Any]] = ()
+    mixed: FloatArray | None = None
 
     def column(self, name: str) -> list[Any]:
         """n values; `text` is the request itself."""
@@ -80,9 +82,14 @@ class TestRows:
         return self.student.argmax(axis=1)
 
     @property
+    def escalated_answer(self) -> IntArray:
+        """int64[n], what each row is answered with if it is escalated."""
+        return self.teacher_answer if self.mixed is None else self.mixed.argmax(axis=1)
+
+    @property
     def differs(self) -> BoolArray:
-        """bool[n], whether the two answers differ."""
-        return self.student_answer != self.teacher_answer
+        """bool[n], whether the student answers otherwise than an escalated row is answered."""
+        return self.student_answer != self.escalated_answer
 
     @property
     def has_gold(self) -> BoolArray:

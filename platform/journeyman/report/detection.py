@@ -44,7 +44,7 @@ def detections(rows: TestRows, positive: int) -> tuple[Detection, ...]:
     known = rows.has_gold
     if not known.any():
         return ()
-    cascade = np.where(rows.accepted, rows.student_answer, rows.teacher_answer)
+    cascade = np.where(rows.accepted, rows.student_answer, rows.escalated_answer)
     answers = {"teacher": rows.teacher_answer, "student": rows.student_answer, "cascade": cascade}
     is_there = (rows.gold == positive) & known
     return tuple(

@@ -76,6 +76,7 @@ def pick(rows: TestRows, labels: Sequence[str]) -> tuple[ExampleGroup, ...]:
 def _against_gold(rows: TestRows, labels: Sequence[str]) -> tuple[ExampleGroup, ...]:
     known, escalated = rows.has_gold, ~rows.accepted
     teacher, student = rows.teacher_answer == rows.gold, rows.student_answer == rows.gold
+    helped = rows.escalated_answer == rows.gold
     sure = "those of which the student is surest"
     least = "those of which the student is least sure"
     return (
@@ -91,16 +92,16 @@ def _against_gold(rows: TestRows, labels: Sequence[str]) -> tuple[ExampleGroup, 
         _group(
             rows,
             labels,
-            "Escalated, and it helped: only the teacher is right",
+            "Escalated, and it helped: only its answer is right",
             least,
-            known & escalated & teacher & ~student,
+            known & escalated & helped & ~student,
         ),
         _group(
             rows,
             labels,
             "Escalated, and it harmed: only the student was right",
             least,
-            known & escalated & ~teacher & student,
+            known & escalated & ~helped & student,
         ),
     )
 

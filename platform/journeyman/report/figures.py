@@ -120,7 +120,7 @@ def test_curves(rows: TestRows) -> tuple[CostQualityCurve, CostQualityCurve | No
         rows.confidence[known],
         rows.differs[known],
         (rows.student_answer == rows.gold)[known],
-        (rows.teacher_answer == rows.gold)[known],
+        (rows.escalated_answer == rows.gold)[known],
     )
 
 

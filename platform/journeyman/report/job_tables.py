@@ -87,12 +87,12 @@ def escalations(rows: TestRows) -> Table | None:
     n = int(sent.sum())
     if not n:
         return None
-    teacher, student = rows.teacher_answer == rows.gold, rows.student_answer == rows.gold
+    escalated, student = rows.escalated_answer == rows.gold, rows.student_answer == rows.gold
     kinds = (
-        ("it helped: the teacher is right, the student was not", teacher & ~student),
-        ("it harmed: the student was right, the teacher is not", ~teacher & student),
-        ("for nothing: both are right", teacher & student),
-        ("in vain: both are wrong", ~teacher & ~student),
+        ("it helped: its answer is right, the student's was not", escalated & ~student),
+        ("it harmed: the student was right, its answer is not", ~escalated & student),
+        ("for nothing: both are right", escalated & student),
+        ("in vain: both are wrong", ~escalated & ~student),
     )
     return Table(
         caption=f"What escalating was worth, of {n:,} escalated test rows with gold; 95% intervals "

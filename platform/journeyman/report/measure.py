@@ -25,8 +25,10 @@ class AgainstGold:
     Attributes:
         n: rows with gold.
         teacher, student, cascade: how many of them each gets right.
+        escalated: how many are right if all are escalated: the teacher's, or the mixture's.
         only_student, only_teacher: rows that just one of the two gets right.
-        answered_only_student, answered_only_teacher: those of them that the student answers.
+        answered_only_student, answered_only_escalated: rows that the student answers, and that
+            just one is right on: it, or what the row would be answered with if it were escalated.
         chance: one-sided sign test of the better one: how often a lead like this comes about
             where each is as likely to be the one that is right.
     """
@@ -35,10 +37,11 @@ class AgainstGold:
     teacher: int
     student: int
     cascade: int
+    escalated: int
     only_student: int
     only_teacher: int
     answered_only_student: int
-    answered_only_teacher: int
+    answered_only_escalated: int
     chance: float
 
     @property
@@ -59,8 +62,9 @@ class Measured:
     Attributes:
         n: test rows.
         n_accepted: rows that the student answers.
-        n_differs: rows, answered or not, on which student and teacher differ.
-        n_accepted_differs: rows that the student answers differently from the teacher.
+        n_differs: rows, answered or not, that the student answers otherwise than they are answered
+            if escalated.
+        n_accepted_differs: those of them that the student answers.
         gold: None where no test row has gold.
     """
 
@@ -92,7 +96,7 @@ def chance_of_drop(gold: AgainstGold, alpha: float) -> float:
 
     Binomial, given how many answered rows just one of the two gets right.
     """
-    worse, better = gold.answered_only_teacher, gold.answered_only_student
+    worse, better = gold.answered_only_escalated, gold.answered_only_student
     either = worse + better
     expected = min(0.5 + alpha * gold.n / (2 * either), 1.0) if either else 1.0
     return 1.0 if worse == 0 else float(bdtrc(worse - 1, either, expected))
@@ -104,6 +108,7 @@ def _against_gold(rows: TestRows) -> AgainstGold | None:
         return None
     teacher_right = (rows.teacher_answer == rows.gold)[known]
     student_right = (rows.student_answer == rows.gold)[known]
+    escalated_right = (rows.escalated_answer == rows.gold)[known]
     accepted = rows.accepted[known]
     only_student = int((student_right & ~teacher_right).sum())
     only_teacher = int((teacher_right & ~student_right).sum())
@@ -111,11 +116,12 @@ def _against_gold(rows: TestRows) -> AgainstGold | None:
         n=int(known.sum()),
         teacher=int(teacher_right.sum()),
         student=int(student_right.sum()),
-        cascade=int((student_right & accepted).sum() + (teacher_right & ~accepted).sum()),
+        cascade=int((student_right & accepted).sum() + (escalated_right & ~accepted).sum()),
+        escalated=int(escalated_right.sum()),
         only_student=only_student,
         only_teacher=only_teacher,
-        answered_only_student=int((student_right & ~teacher_right & accepted).sum()),
-        answered_only_teacher=int((teacher_right & ~student_right & accepted).sum()),
+        answered_only_student=int((student_right & ~escalated_right & accepted).sum()),
+        answered_only_escalated=int((escalated_right & ~student_right & accepted).sum()),
         chance=_sign_test(only_student, only_teacher),
     )
 

@@ -74,7 +74,7 @@ def _words_and_tables(data: ReportData) -> dict[str, Any]:
     counts = {name: figures.confusion_counts(data.test, len(data.labels), name) for name in against}
     return {
         "verdict": verdict(measured, data.bundle),
-        "accuracies": tables.accuracies(measured),
+        "accuracies": tables.accuracies(measured, mixed=data.test.mixed is not None),
         "detection": job_tables.detection(_detections(data), data.positive),
         "ranking": job_tables.ranking(_rankings(data), data.rank_by, data.positive),
         "guarantees": tables.guarantees(data.bundle, curve, gold_curve),

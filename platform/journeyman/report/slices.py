@@ -84,7 +84,7 @@ def _lengths(characters: np.ndarray) -> Iterator[tuple[str, str, BoolArray]]:
 def _counted(rows: TestRows, by: str, value: str, members: BoolArray) -> Slice:
     known = members & rows.has_gold
     teacher, student = rows.teacher_answer == rows.gold, rows.student_answer == rows.gold
-    cascade = np.where(rows.accepted, student, teacher)
+    cascade = np.where(rows.accepted, student, rows.escalated_answer == rows.gold)
     return Slice(
         by=by,
         value=value,

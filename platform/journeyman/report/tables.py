@@ -43,8 +43,9 @@ class Table:
     n_words: int = 1
 
 
-def accuracies(measured: Measured) -> Table | None:
-    """Teacher, student and cascade against gold; None without gold."""
+def accuracies(measured: Measured, *, mixed: bool = False) -> Table | None:
+    """Teacher, student and cascade against gold; None without gold. mixed: what is escalated is
+    answered with both opinions."""
     gold = measured.gold
     if gold is None:
         return None
@@ -56,6 +57,7 @@ def accuracies(measured: Measured) -> Table | None:
             (name, f"{right / gold.n:.1%}", interval(right, gold.n), f"{calls:.1%}")
             for name, right, calls in (
                 ("teacher alone", gold.teacher, 1.0),
+                *([("all escalated, both mixed", gold.escalated, 1.0)] if mixed else []),
                 ("student alone", gold.student, 0.0),
                 ("cascade", gold.cascade, escalated),
             )

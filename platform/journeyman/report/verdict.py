@@ -40,6 +40,7 @@ def verdict(measured: Measured, bundle: PolicyBundle) -> Verdict:
         sentences=(
             _who_is_right(measured),
             _who_answers(measured, guarantee),
+            *_both(bundle),
             _promise(guarantee),
             *_others(bundle),
             _realised(measured, guarantee),
@@ -118,6 +119,17 @@ def _who_answers(measured: Measured, guarantee: Guarantee) -> str:
     )
 
 
+def _both(bundle: PolicyBundle) -> list[str]:
+    if bundle.mixture is None:
+        return []
+    return [
+        "An escalated request is answered with two opinions: the student's weighs "
+        f"{bundle.mixture.student_weight:.0%}, the teacher's the rest. Where this page says how "
+        "often the student differs from the teacher, it means that mixture; what it says of the "
+        "teacher alone is the teacher's own."
+    ]
+
+
 def _promise(guarantee: Guarantee) -> str:
     if not guarantee.feasible:
         return (
@@ -188,7 +200,7 @@ def _realised_accuracy(measured: Measured, guarantee: Guarantee) -> str:
     gold = measured.gold
     if gold is None:
         return "The test rows have no gold labels to see the promise by."
-    drop = (gold.teacher - gold.cascade) / gold.n
+    drop = (gold.escalated - gold.cascade) / gold.n
     side = "fewer" if drop > 0 else "more"
     words = (
         f"Realised on test: the cascade is right on {abs(drop):.1%} of the rows {side} than the "
@@ -211,7 +223,7 @@ def _realised_accuracy(measured: Measured, guarantee: Guarantee) -> str:
 
 def _warning(measured: Measured, guarantee: Guarantee) -> tuple[str, str] | None:
     gold = measured.gold
-    if gold is None or gold.student <= gold.teacher:
+    if gold is None or gold.student <= gold.escalated:
         return None
     accuracies = (
         f"On the {gold.n:,} test rows with gold, the student alone is right in "

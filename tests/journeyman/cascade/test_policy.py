@@ -1,6 +1,7 @@
 """The policy decides as the bundle says: against a plain loop over Python floats."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from journeyman.cascade.policy import Decision, Escalation, Policy, student_answers
 from journeyman.certify.calibration import Calibrator
 from journeyman.certify.confidence import Confidence
+from journeyman.certify.mixture import Mixture
 from journeyman.errors import DataError
 
 LABELS = ("banking", "travel", "kitchen & dining")
@@ -95,10 +97,24 @@ def test_the_teachers_prior_is_taken_out_of_its_answer():
     plain = a_policy().teacher_decision(logprobs)
     assert (plain.label, plain.confidence) == ("banking", None)
     assert plain.probabilities == pytest.approx([0.6, 0.3, 0.1])
-    corrected = a_policy(prior=np.log([0.8, 0.1, 0.1])).teacher_decision(logprobs, 0.25)
+    [student] = student_answers([a_policy().decide([0.0, 2.0, 0.0])])
+    corrected = a_policy(prior=np.log([0.8, 0.1, 0.1])).teacher_decision(logprobs, student)
     assert corrected.probabilities == pytest.approx(np.array([0.75, 3, 1]) / 4.75)
-    assert (corrected.label, corrected.confidence) == ("travel", 0.25)
+    assert (corrected.label, corrected.confidence) == ("travel", student.confidence)
     assert corrected.answered_by == "teacher"
+
+
+def test_an_escalated_text_is_answered_with_both_opinions_where_the_bundle_mixes():
+    mixture = Mixture(student_weight=0.25, student_temperature=1.0, teacher_temperature=2.0)
+    policy = replace(a_policy(), mixture=mixture)
+    [student] = student_answers([policy.decide([0.0, 0.0, 3.0])])
+    teacher = np.array([0.64, 0.09, 0.27])
+    squashed = np.sqrt(teacher) / np.sqrt(teacher).sum()
+    answer = policy.teacher_decision(np.log(teacher), student)
+    assert answer.probabilities == pytest.approx(0.25 * student.probabilities + 0.75 * squashed)
+    assert answer.label == policy.label_names[int(np.argmax(answer.probabilities))]
+    alone = policy.teacher_decision(np.log(teacher))  # the student was not asked
+    assert alone.probabilities == pytest.approx(teacher)
 
 
 def test_a_student_with_other_labels_is_refused():

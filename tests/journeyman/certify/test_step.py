@@ -98,6 +98,35 @@ def test_served_decisions_are_those_that_were_certified(tmp_path, overrides):
             assert own.delta == pytest.approx(served.delta / 4)
 
 
+@pytest.mark.parametrize("guarantee", ["system_agreement", "accuracy"])
+def test_with_two_opinions_the_promise_is_about_the_answer_that_both_give(tmp_path, guarantee):
+    rows, student = some_rows(2.0, 2.2)
+    overrides = (f"certify.guarantee={guarantee}", "cascade.combine=mixture")
+    bundle = certified(tmp_path, rows, student, *overrides)
+    assert bundle.mixture is not None and 0 < bundle.mixture.student_weight < 1
+    policy = Policy.from_bundle(bundles.load(tmp_path / "bundle"))
+    errors = gains = 0
+    for i in np.flatnonzero(rows.splits == "certify"):
+        decision = policy.decide(student[i])
+        if isinstance(decision, Decision):
+            both = LABELS.index(policy.teacher_decision(rows.logprobs[i], decision).label)
+            own, gold = LABELS.index(decision.label), rows.gold[i]
+            costs = both != own if guarantee == "system_agreement" else both == gold != own
+            errors, gains = errors + costs, gains + (own == gold != both)
+    assert errors == bundle.served.errors
+    assert guarantee == "system_agreement" or gains == bundle.served.gains
+    # It is certified against a better answer than the teacher's.
+    alone = certified(tmp_path / "alone", rows, student, overrides[0])
+    assert bundle.teacher_accuracy is not None and alone.teacher_accuracy is not None
+    assert bundle.teacher_accuracy > alone.teacher_accuracy
+
+
+def test_two_opinions_are_weighed_by_gold(tmp_path):
+    rows, student = some_rows(2.0, 2.2, gold_share=0.0)
+    with pytest.raises(DataError, match=r"mixture is fitted on calibrate rows with gold"):
+        certified(tmp_path, rows, student, "cascade.combine=mixture")
+
+
 def test_guarantees_besides_are_those_that_would_be_served_alone(tmp_path):
     rows, student = some_rows(2.0, 2.6)
     fixed = "certify.scores=[margin]"

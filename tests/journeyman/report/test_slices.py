@@ -74,7 +74,7 @@ def test_the_page_shows_slices_and_the_rows_of_each_kind():
         "What escalating was worth",
         "The teacher is wrong",
         "The student is wrong, though the teacher is right",
-        "Escalated, and it helped: only the teacher is right",
+        "Escalated, and it helped: only its answer is right",
         "Escalated, and it harmed: only the student was right",
     ):
         assert words in html, words

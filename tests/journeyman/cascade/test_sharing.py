@@ -99,17 +99,19 @@ def test_what_is_newer_here_than_there_is_not_overruled():
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=60))
 def test_never_do_two_replicas_try_at_once(events: list[tuple[int, bool]]):
+    """But for one that nothing was heard of for so long that it counts as lost."""
     replicas, now = opened_by_one(4), 1.0
-    trying: set[int] = set()
+    trying: dict[int, float] = {}  # since when
     for i, succeeds in events:
         now += 0.7
         replicas.exchange(i, now)
         breaker = replicas.each[i]
         if i in trying:
-            trying.discard(i)
+            del trying[i]
             breaker.succeeded() if succeeds else breaker.failed(now)
             replicas.exchange_all(now)
             replicas.exchange_all(now)
         elif not breaker.is_closed and breaker.admit(now):
-            trying.add(i)
-        assert len(trying) <= 1
+            trying[i] = now
+        heard_of = [at for at in trying.values() if now - at <= SETTINGS.probe_timeout_s]
+        assert len(heard_of) <= 1

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from journeyman.cascade.refusals import (
 )
 from journeyman.certify.calibration import Calibrator
 from journeyman.certify.confidence import Confidence
+from journeyman.certify.mixture import Mixture
 from journeyman.recipe import Cascade as Settings
 from journeyman.teacher.answers import ClassLabels
 
@@ -98,6 +100,22 @@ def test_the_teacher_is_asked_once_and_only_for_what_the_student_may_not_answer(
         assert (answers.teacher_prompt_tokens, answers.teacher_output_tokens) == (20, 4)
         assert all(0.5 < d.confidence < 1 for d in answers.decisions)
         assert asked.cascade.waiting.n_waiting == 0
+
+    asyncio.run(test())
+
+
+def test_an_escalated_text_is_answered_with_both_opinions_where_the_bundle_mixes():
+    async def test() -> None:
+        asked = Asked()
+        mixture = Mixture(student_weight=0.9, student_temperature=1.0, teacher_temperature=1.0)
+        mixing = replace(POLICY, mixture=mixture)
+        cascade = Cascade(mixing, asked.student, asked.teacher, Settings())
+        [both] = (await cascade.answer(["hm"])).decisions
+        yes = 1 / (1 + np.exp(-1.0))
+        np.testing.assert_allclose(both.probabilities[1], 0.9 * yes + 0.1 * 0.3, rtol=1e-6)
+        assert (both.label, both.answered_by) == ("yes", "teacher")
+        [alone] = (await cascade.answer(["hm"], "teacher")).decisions
+        assert alone.label == "no"
 
     asyncio.run(test())
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from journeyman.cascade.refusals import TeacherUnavailable
 from journeyman.cascade.watching import LOST
 from journeyman.certify.calibration import Calibrator
 from journeyman.certify.confidence import Confidence
+from journeyman.certify.mixture import Mixture
 from journeyman.teacher.answers import ClassLabels
 
 POLICY = Policy(
@@ -74,6 +76,15 @@ def test_students_answers_are_compared_with_the_teachers():
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
     assert [(a.score, a.loss) for a in auditor.outcomes()] == [(0.8, 0), (0.8, 1), (0.8, 1)]
     assert auditor.outcomes() == []
+
+
+def test_where_the_bundle_mixes_an_audit_compares_with_both_opinions():
+    """The student's .9 for yes outweighs the teacher's .9 for no at three quarters."""
+    mixture = Mixture(student_weight=0.75, student_temperature=1.0, teacher_temperature=1.0)
+    auditor = Auditor(replace(POLICY, mixture=mixture), Teacher(), busy=lambda: False)
+    auditor.add("n", answer("yes"))
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
+    assert [a.loss for a in auditor.outcomes()] == [0]
 
 
 def test_what_the_teacher_answered_is_no_loss_and_asks_nobody():

@@ -106,15 +106,15 @@ class FullLogits(Causal):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed and 60 steps, not 3 and 250")
+    parser.add_argument("--quick", action="store_true", help="one seed and 60 steps, not 3 and 180")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
     parser.add_argument("--seeds", type=int, metavar="N")
     parser.add_argument("--steps", type=int, metavar="N")
     parser.add_argument("--problems", type=int, metavar="N", help="of GSM8K; 0 leaves it out")
     options = parser.parse_args()
     seeds = options.seeds or (1 if options.quick else 3)
-    steps = options.steps or (60 if options.quick else 250)
-    problems = (64 if options.quick else 240) if options.problems is None else options.problems
+    steps = options.steps or (60 if options.quick else 180)
+    problems = (32 if options.quick else 96) if options.problems is None else options.problems
     os.chdir(sentences.ROOT)
     packages = ("journeyman", "torch", "transformers", "numpy")
     print(f"{platform.machine()}, {os.cpu_count()} cores;",

@@ -125,8 +125,9 @@ def _both(bundle: PolicyBundle) -> list[str]:
     return [
         "An escalated request is answered with two opinions: the student's weighs "
         f"{bundle.mixture.student_weight:.0%}, the teacher's the rest. Where this page says how "
-        "often the student differs from the teacher, it means that mixture; what it says of the "
-        "teacher alone is the teacher's own."
+        "often the student differs from the teacher, or on how many rows fewer the cascade is "
+        "right than the teacher, it means that mixture; what it says of the teacher alone is the "
+        "teacher's own."
     ]
 
 

@@ -109,23 +109,34 @@ def encode(tokenizer: PreTrainedTokenizerBase, segments: Sequence[tuple[str, boo
     for piece, is_text in segments:
         if is_text and any(token in piece for token in special):
             if joined:
-                ids += _encoded(tokenizer, joined)
+                ids += encode_texts(tokenizer, [joined])[0]
                 joined = ""
             ids += tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
         else:
             joined += piece
     if joined:
-        ids += _encoded(tokenizer, joined)
+        ids += encode_texts(tokenizer, [joined])[0]
     return ids
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """What ``tokenizer.encode`` gives, without the offsets that nobody reads (89 against 133 us
-    for 130 tokens)."""
+def one_text(
+    tokenizer: PreTrainedTokenizerBase, segments: Sequence[tuple[str, bool]]
+) -> str | None:
+    """What ``encode`` encodes, where that is one piece; None where text spells a special token."""
+    special = _special_tokens(tokenizer)
+    for piece, is_text in segments:
+        if is_text and any(token in piece for token in special):
+            return None
+    return "".join(piece for piece, _ in segments)
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """What ``tokenizer.encode`` gives for each, without the offsets that nobody reads (89 against
+    133 us for 130 tokens)."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None or fast.truncation or fast.padding or fast.encode_special_tokens:
-        return tokenizer.encode(text, add_special_tokens=False)
-    return fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return [e.ids for e in fast.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _mark(value: object) -> object:

@@ -57,7 +57,7 @@ class ClassTask:
 
     async def _direct(self, row: Mapping[str, Any]) -> ClassLabels:
         rendered = self._prompting.render(row, tokenizer=self._encoder.tokenizer)
-        prompt, truncated = self._encoder.fit(rendered)
+        prompt, truncated = await self._encoder.fit_soon(rendered)
         scored = await self._engine.score_next(prompt, self._word_ids)
         logprobs, log_mass = normalised(scored.logprobs)
         return ClassLabels(
@@ -73,7 +73,7 @@ class ClassTask:
         """P(label words | prompt), each the product over its tokens."""
         rendered = self._prompting.render(row, tokenizer=self._encoder.tokenizer)
         longest = max(len(phrase) for phrase in self._phrases)
-        prompt, truncated = self._encoder.fit(rendered, reserve=longest)
+        prompt, truncated = await self._encoder.fit_soon(rendered, reserve=longest)
         loglik, n_cached = await score_phrases(self._engine, prompt, self._phrases)
         logprobs, log_mass = normalised(loglik)
         return ClassLabels(
@@ -87,7 +87,9 @@ class ClassTask:
 
     async def _channel(self, row: Mapping[str, Any]) -> ClassLabels:
         """P(label | text) under a uniform prior, from log P(text | label) (Min et al. 2022)."""
-        prompts = [self._channel_prompt(row, words) for own in self._wordings for words in own]
+        prompts = await asyncio.gather(
+            *(self._channel_prompt(row, words) for own in self._wordings for words in own)
+        )
         scores = await asyncio.gather(
             *(self._engine.score_target(ids, start) for ids, start, _ in prompts)
         )
@@ -102,7 +104,9 @@ class ClassTask:
             truncated=any(truncated for _, _, truncated in prompts),
         )
 
-    def _channel_prompt(self, row: Mapping[str, Any], words: str) -> tuple[list[int], int, bool]:
+    async def _channel_prompt(
+        self, row: Mapping[str, Any], words: str
+    ) -> tuple[list[int], int, bool]:
         """Tokens, where the target starts, whether it was cut. The two are encoded apart, so that
         the boundary is a token's for every label and the target's tokens are the same behind each.
         """
@@ -111,7 +115,7 @@ class ClassTask:
             raise EmptyTarget("labels.prompt is empty for this row, so its first token has no "
                               "probability.")  # fmt: skip
         rendered = self._target.render(row, words)
-        target, truncated = self._encoder.fit_target(rendered.segments, reserve=len(context))
+        target, truncated = await self._encoder.fit_target(rendered.segments, reserve=len(context))
         if not target:
             raise EmptyTarget("labels.target is empty for this row: there is nothing to score.")
         return context + target, len(context), truncated

@@ -18,6 +18,7 @@ from journeyman.prompts import Prompt, encode
 from journeyman.recipe import Example
 from journeyman.recipe.labels import Structured
 from journeyman.teacher.answers import ContextOverflow
+from journeyman.teacher.together import Together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,26 +121,33 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self._overflow = overflow
+        self._together = Together(tokenizer)
         bos = tokenizer.bos_token_id
         self._begin = [bos] if bos is not None and tokenizer.encode("") == [bos] else []
 
     def raw(self, segments: Sequence[Segment], *, begin: bool = False) -> list[int]:
         """Token ids as they are; begin: with the tokenizer's own begin token, where it has one."""
-        ids = encode(self.tokenizer, segments)
-        if begin and self._begin and ids[:1] != self._begin:
-            return [*self._begin, *ids]
-        return ids
+        return self._begun(encode(self.tokenizer, segments), begin)
 
     def fit(self, rendered: Rendered, reserve: int = 0) -> tuple[list[int], bool]:
         """Token ids within ``max_tokens`` less ``reserve``, and whether text was cut for it.
 
         Raises ContextOverflow where the recipe says so, or where the text is not what is too long.
         """
-        return self._fit(rendered.segments, rendered.messages is None, reserve)
+        begin = rendered.messages is None
+        ids = self.raw(rendered.segments, begin=begin)
+        return self._within(ids, rendered.segments, begin, reserve)
 
-    def fit_target(self, segments: Sequence[Segment], reserve: int) -> tuple[list[int], bool]:
+    async def fit_soon(self, rendered: Rendered, reserve: int = 0) -> tuple[list[int], bool]:
+        """The same, encoded together with what other tasks ask for now."""
+        begin = rendered.messages is None
+        ids = self._begun(await self._together.encode(rendered.segments), begin)
+        return self._within(ids, rendered.segments, begin, reserve)
+
+    async def fit_target(self, segments: Sequence[Segment], reserve: int) -> tuple[list[int], bool]:
         """The same for a text that stands behind ``reserve`` tokens of something else."""
-        return self._fit(segments, False, reserve)
+        ids = await self._together.encode(segments)
+        return self._within(ids, segments, False, reserve)
 
     def fit_ids(self, ids: Sequence[int], reserve: int) -> tuple[list[int], bool]:
         """The same for a text that is token ids already."""
@@ -150,11 +158,14 @@ class Encoder:
             raise ContextOverflow(len(ids), limit)
         return list(ids[-limit:] if self._overflow == "truncate_left" else ids[:limit]), True
 
-    def _fit(
-        self, segments: Sequence[Segment], begin: bool, reserve: int
+    def _begun(self, ids: list[int], begin: bool) -> list[int]:
+        return [*self._begin, *ids] if begin and ids[: len(self._begin)] != self._begin else ids
+
+    def _within(
+        self, ids: list[int], segments: Sequence[Segment], begin: bool, reserve: int
     ) -> tuple[list[int], bool]:
+        """The ids of these segments, or of as much of them as there is room for."""
         limit = self.max_tokens - reserve
-        ids = self.raw(segments, begin=begin)
         if len(ids) <= limit:
             return ids, False
         n_tokens = len(ids)

@@ -98,7 +98,7 @@ class _SecondPass:
         distributions, masses, n_prompt, n_cached = [], [], 0, 0
         for reasoning in reasonings:
             behind = with_more(rendered, (reasoning, True), (self._answer_prompt, False))
-            prompt, _ = self._encoder.fit(behind)
+            prompt, _ = await self._encoder.fit_soon(behind)
             loglik, cached = await score_phrases(self._engine, prompt, self._phrases)
             logprobs, log_mass = normalised(loglik)
             distributions.append(logprobs.astype(np.float64))

@@ -49,7 +49,7 @@ class LogitTask:
         if self._tokens:
             target, truncated = self._encoder.fit_ids(row[self._tokens], reserve=len(context))
         else:
-            target, truncated = self._encoder.fit_target(
+            target, truncated = await self._encoder.fit_target(
                 self._target.render(row).segments, reserve=len(context)
             )
         start = max(1, len(context))
@@ -99,7 +99,7 @@ class LocalSpeaker:
         self, row: Mapping[str, Any], sampling: Sampling, n: int, k: int | None
     ) -> Spoken:
         rendered = self.prompting.render(row, tokenizer=self.encoder.tokenizer)
-        ids, truncated = self.encoder.fit(rendered)
+        ids, truncated = await self.encoder.fit_soon(rendered)
         if not ids:
             raise EmptyTarget("labels.prompt is empty for this row.")
         spoken = await self._engine.generate(ids, sampling, n, k)

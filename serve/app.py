@@ -25,7 +25,7 @@ from serve import loading
 from serve.agreement import Agreement
 from serve.ingress import STUDENT_CPUS, Ingress, IngressSpec
 from serve.ports import check_port_of_serve_run
-from serve.scaling import BusyStudents
+from serve.scaling import BusyStudents, RisingLoad
 from serve.teacher import Teacher
 
 # Serve counts a request that waits for the teacher as load on the ingress. The bounds that refuse
@@ -74,10 +74,7 @@ def build(bundle_dir: Path) -> Application:
         # The ingress logs each request; here it would be each probe, too.
         logging_config={"enable_access_log": False},
         max_ongoing_requests=cascade.max_queued_requests + _ROOM_FOR_ACCEPTED,
-        **_scaling(
-            cascade.teacher_replicas,
-            target_ongoing_requests=cascade.teacher_replicas.requests_per_replica,
-        ),
+        **_scaling(cascade.teacher_replicas, **_by_load(cascade.teacher_replicas)),
         ray_actor_options={
             "num_cpus": cascade.teacher_cpus,
             "num_gpus": 0 if spread else cascade.teacher_gpus,
@@ -127,11 +124,22 @@ def _scaling(replicas: TeacherReplicas | StudentReplicas, **by: Any) -> dict[str
 
 def _by_busy_students(wanted: float) -> dict[str, Any]:
     return {
-        "policy": {
-            "policy_function": f"{BusyStudents.__module__}:{BusyStudents.__name__}",
-            "policy_kwargs": {"wanted": wanted},
-        },
+        "policy": _policy(BusyStudents, wanted=wanted),
         "metrics_interval_s": _REPORT_EVERY_S,
+    }
+
+
+def _by_load(replicas: TeacherReplicas) -> dict[str, Any]:
+    return {
+        "policy": _policy(RisingLoad, ahead_s=replicas.ahead_s),
+        "target_ongoing_requests": replicas.requests_per_replica,
+    }
+
+
+def _policy(policy: type, **settings: float) -> dict[str, Any]:
+    return {
+        "policy_function": f"{policy.__module__}:{policy.__name__}",
+        "policy_kwargs": settings,
     }
 
 

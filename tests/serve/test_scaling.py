@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import psutil
 import pytest
+from scipy import stats
 
-from serve.scaling import BUSY, BusyStudents
+from serve.scaling import BUSY, BusyStudents, RisingLoad, rise
 from tests import ray_head
 from tests.conftest import ROOT, children
 from tests.ray_head import free_ports, is_up, until
@@ -29,6 +31,81 @@ def test_students_are_as_busy_as_is_asked_for():
     assert wanted({"a": 0.9, "b": 0.6}) == pytest.approx(3)
     assert wanted({"a": 0.1, "b": 0.0}) == pytest.approx(0.2)  # Serve's bounds make it one
     assert wanted({}) == 2  # nobody has reported: as it is
+
+
+class Teachers:
+    """A policy asked ten times a second, as Serve asks it, with loads meant over five seconds."""
+
+    def __init__(self, ahead_s: float, running: int = 1) -> None:
+        self.policy, self.running = RisingLoad(ahead_s), running
+        self.loads: list[float] = []
+        self.state: dict[str, object] = {}
+
+    def wanted(self, load: float) -> float:
+        """Of replicas that are to have 32 requests each."""
+        self.loads.append(load)
+        config = SimpleNamespace(look_back_period_s=5.0, get_target_ongoing_requests=lambda: 32)
+        context = SimpleNamespace(
+            current_num_replicas=self.running,
+            target_num_replicas=self.running,
+            total_num_requests=float(np.mean(self.loads[-50:])),
+            current_time=1.7e9 + len(self.loads) / 10,
+            policy_state=self.state,
+            config=config,
+        )
+        replicas, self.state = self.policy(context)  # type: ignore[arg-type]
+        return replicas
+
+
+def test_where_the_load_rises_teachers_are_wanted_that_much_earlier():
+    ahead, at_once = Teachers(ahead_s=60), Teachers(ahead_s=0)
+    ramp = [8 + 0.4 * i / 10 for i in range(1200)]  # to 56 in two minutes
+
+    first = next(i for i, load in enumerate(ramp) if ahead.wanted(load) > 1) / 10
+    then = next(i for i, load in enumerate(ramp) if at_once.wanted(load) > 1) / 10
+
+    assert then == pytest.approx(62.5, abs=1)  # 8 + 0.4 * 60 = 32, as meant over five seconds
+    assert then - first > 45  # of the 60 that it could be, less what a trend takes to show
+
+
+@pytest.mark.parametrize("mean", [4, 24, 200])
+def test_an_even_load_wants_no_more_for_its_chance_ups_and_downs(mean: int):
+    """Requests in work where none waits: Poisson arrivals, each there for two seconds."""
+    rng = np.random.default_rng(mean)
+    arrivals = rng.poisson(mean / 20, 36_020)
+    loads = np.convolve(arrivals, np.ones(20), "valid")  # an hour
+    teachers = Teachers(ahead_s=60)
+
+    wanted = np.array([teachers.wanted(load) for load in loads])
+
+    plain = np.convolve(loads, np.ones(50) / 50, "valid") / 32
+    assert np.mean(wanted[49:] - plain) < 0.05 * mean / 32 + 0.01
+    assert np.quantile(wanted[49:] - plain, 0.99) < 0.5 * mean / 32 + 0.1
+
+
+def test_a_falling_load_is_not_foreseen():
+    teachers = Teachers(ahead_s=60)
+
+    wanted = [teachers.wanted(64 - 0.4 * i / 10) for i in range(600)]
+
+    assert wanted[-1] == pytest.approx(np.mean(teachers.loads[-50:]) / 32)
+
+
+def test_a_teacher_that_starts_from_none_is_left_to_serve():
+    assert Teachers(ahead_s=60, running=0).wanted(7) == 0
+
+
+def test_a_rise_is_what_least_squares_is_sure_of():
+    """Against SciPy's slope and its standard error, of points that do not repeat one another."""
+    rng = np.random.default_rng(0)
+    times = np.arange(30.0)
+    loads = 10 + 0.5 * times + rng.normal(0, 1, 30)
+    fit = stats.linregress(times, loads)
+
+    got = rise(list(zip(times, loads, strict=True)), smoothed_s=1.0)
+
+    assert got == pytest.approx(fit.slope - 2 * fit.stderr)
+    assert rise(list(zip(times, loads[::-1], strict=True)), smoothed_s=1.0) == 0
 
 
 @contextmanager

@@ -122,6 +122,10 @@ class TeacherReplicas(Range):
     requests_per_replica: Count = Field(
         32, description="Requests in work and waiting, for each replica, that Serve scales to."
     )
+    ahead_s: Annotated[float, Field(ge=0)] = Field(
+        60.0, description="Where they rise, to those that there will be in so many seconds: as "
+        "long as a teacher takes to start. 0: to those that there are."
+    )  # fmt: skip
     idle_s: Seconds = Field(
         300.0, description="After so long with less to do a replica is taken away, the last one "
         "too where min is 0."

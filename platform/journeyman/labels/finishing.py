@@ -29,8 +29,7 @@ def finish(
 
     Raises DataError where counts do not add up, or where no row was labeled.
     """
-    store.compact()  # each commit is read once: what comes below reads one file
-    commits = store.commits()
+    commits = store.compact()  # each commit is read once: what comes below reads one file
     for shard in corpus_manifest["shards"]:
         _check(commits.get(shard["name"]), shard, store)
     ordered = [commits[s["name"]] for s in corpus_manifest["shards"]]

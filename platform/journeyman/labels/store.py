@@ -16,7 +16,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +33,7 @@ _MANIFEST = "manifest.json"
 _COMMIT = re.compile(r"commits/(?P<stem>.+?)(?:\.g(?P<generation>\d+))?\.json")
 _ATTEMPT = re.compile(r"(?:shards|quarantine|filtered)/.+\.[0-9a-f]{12}\.parquet")
 _REPEATING = {"split", "gold", "finish_reason", "answer", "error_class", "filter"}
+_FILES = ("data", "quarantine", "filtered_file")  # that a commit names
 _DIFFERENCES = 10  # that a refusal names
 _ORPHANED_AFTER_S = 3600.0
 _log = logging.getLogger(__name__)
@@ -125,31 +126,27 @@ class LabelStore:
 
     def commits(self) -> dict[str, Commit]:
         """The commit of each shard's highest generation, by the shard's name, sorted."""
-        highest: dict[str, _CommitFile] = {}
-        for file in self._commit_files():
-            there = highest.get(file.shard)
-            if there is None or file.generation > there.generation:
-                highest[file.shard] = file
-        files = [highest[shard] for shard in sorted(highest)]
+        files = _highest(self._commit_files())
         return {commit.shard: commit for commit in self._read(files, self._compacted())}
 
-    def compact(self) -> int:
-        """Repeat all commits in one file, for ``commits`` to read; returns how many there are.
+    def compact(self) -> dict[str, Commit]:
+        """Repeat all commits in one file, for ``commits`` to read; returns what that gives.
 
         The loose files stay: to be created only if absent is what they are for.
         """
         files = list(self._commit_files())
         held = self._compacted()
-        if all(file.name in held and held[file.name][0] == file.tag for file in files):
-            return len(files)
-        outdated = [listed.name for listed in self.folder.walk("compacted")]
-        content = _compacted_bytes(files, self._read(files, held))
-        name = f"compacted/{hashlib.sha256(content).hexdigest()}.parquet"
-        self.folder.put(name, content)
-        for old in outdated:
-            if old != name:
-                self.folder.delete(old)
-        return len(files)
+        commits = self._read(files, held)
+        if not all(file.name in held and held[file.name][0] == file.tag for file in files):
+            outdated = [listed.name for listed in self.folder.walk("compacted")]
+            content = _compacted_bytes(files, commits)
+            name = f"compacted/{hashlib.sha256(content).hexdigest()}.parquet"
+            self.folder.put(name, content)
+            for old in outdated:
+                if old != name:
+                    self.folder.delete(old)
+        read = {file.name: commit for file, commit in zip(files, commits, strict=True)}
+        return {file.shard: read[file.name] for file in _highest(files)}
 
     def _commit_files(self) -> Iterator[_CommitFile]:
         for listed in self.folder.walk("commits"):
@@ -192,6 +189,14 @@ class LabelStore:
 
         A commit that has been removed, or made anew, since is not listed under the same tag.
         """
+        columns = self._compacted_columns()
+        names, tags = columns.pop("_name", []), columns.pop("_tag", [])
+        rows = zip(*columns.values(), strict=True)
+        commits = (Commit(**dict(zip(columns, row, strict=True))) for row in rows)
+        return dict(zip(names, zip(tags, commits, strict=True), strict=True))
+
+    def _compacted_columns(self, names: Sequence[str] | None = None) -> dict[str, list[Any]]:
+        """Of the newest compacted file, by name; none where there is no such file."""
         listed = sorted(self.folder.walk("compacted"), key=lambda item: item.modified)
         if not listed:
             return {}
@@ -203,7 +208,7 @@ class LabelStore:
         if hashlib.sha256(content).hexdigest() != PurePosixPath(name).stem:
             _log.warning("%s: damaged; reading each commit instead.", self.folder.path(name))
             return {}
-        return _from_compacted(content)
+        return parquet_table(content, names).to_pydict()
 
     # --- shards ---
 
@@ -363,14 +368,28 @@ class LabelStore:
             for listed in itertools.chain.from_iterable(map(self.folder.walk, folders))
             if listed.modified <= limit and _ATTEMPT.fullmatch(listed.name)
         ]
-        named: set[str | None] = set()  # read after the files were listed, and so not missing any
-        for commit in self._read(list(self._commit_files()), self._compacted()):
-            named.update((commit.data, commit.quarantine, commit.filtered_file))
+        named = self._named()  # read after the files were listed, and so not missing any
         orphans = [name for name in written if name not in named]
         for name in orphans:
             self.folder.delete(name)
         self.folder.delete_unfinished(older_than_s)
         return len(orphans)
+
+    def _named(self) -> set[str | None]:
+        """The files that commits name. Of a million commits' other columns nothing is made."""
+        wanted = ("_name", "_tag", *_FILES)
+        columns = self._compacted_columns(wanted)
+        files = list(self._commit_files())
+        tags = {file.name: file.tag for file in files}
+        named: set[str | None] = set()
+        held = set()
+        for name, tag, *there in zip(*(columns.get(c, []) for c in wanted), strict=True):
+            if tags.get(name) == tag:
+                held.add(name)
+                named.update(there)
+        for commit in self._read([file for file in files if file.name not in held], {}):
+            named.update(getattr(commit, field) for field in _FILES)
+        return named
 
     def _json(self, name: str) -> Any:
         """None if there is no such file."""
@@ -419,11 +438,11 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def parquet_table(content: bytes) -> pa.Table:
+def parquet_table(content: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(pa.BufferReader(content)).read()
+    return pq.ParquetFile(pa.BufferReader(content)).read(columns=columns)
 
 
 def _records_table(records: Sequence[Quarantined] | Sequence[Filtered], of: pa.Schema) -> pa.Table:
@@ -442,12 +461,14 @@ def _compacted_bytes(files: Sequence[_CommitFile], commits: Sequence[Commit]) ->
     return parquet_bytes(pa.table(columns))
 
 
-def _from_compacted(content: bytes) -> dict[str, tuple[str, Commit]]:
-    columns = parquet_table(content).to_pydict()
-    names, tags = columns.pop("_name"), columns.pop("_tag")
-    rows = zip(*columns.values(), strict=True)
-    commits = (Commit(**dict(zip(columns, row, strict=True))) for row in rows)
-    return dict(zip(names, zip(tags, commits, strict=True), strict=True))
+def _highest(files: Iterable[_CommitFile]) -> list[_CommitFile]:
+    """Of each shard the file of its highest generation, in the order of the shards' names."""
+    highest: dict[str, _CommitFile] = {}
+    for file in files:
+        there = highest.get(file.shard)
+        if there is None or file.generation > there.generation:
+            highest[file.shard] = file
+    return [highest[shard] for shard in sorted(highest)]
 
 
 def _commit_name(shard: str, generation: int) -> str:

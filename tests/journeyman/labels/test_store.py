@@ -174,7 +174,7 @@ def test_a_store_that_fails_now_and_then_loses_and_doubles_nothing(monkeypatch: 
             ))  # fmt: skip
         assert store.done() == set(shards)
         assert store.commits() == {c.shard: c for c in standing}
-        assert store.compact() == len(shards)
+        assert store.compact() == store.commits()
         assert store.remove_orphans(older_than_s=-1e9) == 0
         for shard, found in store.commits().items():
             assert store.read_shard(found)["id"].to_pylist() == [shard]
@@ -383,17 +383,17 @@ def test_compaction_changes_nothing_but_the_number_of_reads(store: LabelStore):
         store.write(commit(f"part-{i:05d}.parquet"), table(f"{i}"), [BAD_ROW] * (i % 2), [])
     before = store.commits()
     assert list(before) == sorted(before)
-    assert store.compact() == 20
+    assert store.compact() == before
     assert store.commits() == before
     compacted = names(store, "compacted")
-    assert store.compact() == 20
+    assert store.compact() == before
     assert names(store, "compacted") == compacted
     # One more shard, one generation more: both on top of what is compacted.
     new = store.write(commit("part-00020.parquet"), table("20"), [], [])
     again = store.write(commit(generation=1), table("0", "b"), [], [])
     after = before | {SHARD: again, "part-00020.parquet": new}
     assert store.commits() == after
-    assert store.compact() == 22
+    assert list(store.compact().items()) == list(store.commits().items()) == sorted(after.items())
     assert store.commits() == after
     assert len(names(store, "compacted")) == 1
     assert len(names(store, "commits")) == 22
@@ -423,6 +423,22 @@ def test_a_commit_that_was_removed_is_gone_and_made_anew_whatever_is_compacted(s
     again = store.write(commit(), table("other"), [], [])
     assert store.commits() == {again.shard: again, kept.shard: kept}
     assert again != first
+
+
+def test_what_a_removed_commit_named_is_an_orphan_though_it_is_compacted(store: LabelStore):
+    gone = store.write(commit(), table(), [BAD_ROW], [])
+    kept = store.write(commit("part-00001.parquet"), table(), [], [])
+    store.compact()
+    loose = store.write(commit("part-00002.parquet"), table(), [], [LONG_ROW])
+    store.folder.delete("commits/part-00000.json")
+
+    assert store.remove_orphans(older_than_s=-1e9) == 2
+
+    left = {
+        name for folder in ("shards", "quarantine", "filtered") for name in names(store, folder)
+    }
+    assert left.isdisjoint({gone.data, gone.quarantine})
+    assert left == {kept.data, loose.data, loose.filtered_file}
 
 
 def test_a_damaged_compacted_file_is_passed_over(local: LabelStore, caplog):

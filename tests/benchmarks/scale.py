@@ -197,7 +197,7 @@ def commit(store: LabelStore, shards: list[str]) -> int:
     """What replicas do, at no cost of the driver's; returns by how much the store grew."""
     before = peak()
     for shard in shards:
-        store._create(commit_of(shard))
+        store._commits.create(commit_of(shard))
     return peak() - before
 
 

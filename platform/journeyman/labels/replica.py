@@ -18,9 +18,10 @@ from journeyman.labels import attempts, schema
 from journeyman.labels.attempts import Note, Plan
 from journeyman.labels.cache import Cache
 from journeyman.labels.codec import Codec
+from journeyman.labels.parquet import parquet_bytes
 from journeyman.labels.rows import Backend, Fate, Row, RowLabeler, columns_of, quarantined
 from journeyman.labels.schema import Commit, Filtered, Quarantined
-from journeyman.labels.store import LabelStore, in_order, parquet_bytes
+from journeyman.labels.store import LabelStore, in_order
 from journeyman.models import Model
 from journeyman.recipe import Generate, Labels, Logits, Recipe, Teacher
 from journeyman.teacher import tasks

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pytest
 
 from journeyman.labels.cache import Cache
+from journeyman.labels.parquet import parquet_table
 from journeyman.labels.schema import Commit, label_schema, record
-from journeyman.labels.store import parquet_table
 from journeyman.teacher.answers import ClassLabels
 from tests.journeyman.labels.test_store import IDENTITY, commit
 

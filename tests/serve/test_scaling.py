@@ -72,8 +72,8 @@ def test_where_the_load_rises_teachers_are_wanted_that_much_earlier():
 def test_an_even_load_wants_no_more_for_its_chance_ups_and_downs(mean: int):
     """Requests in work where none waits: Poisson arrivals, each there for two seconds."""
     rng = np.random.default_rng(mean)
-    arrivals = rng.poisson(mean / 20, 36_020)
-    loads = np.convolve(arrivals, np.ones(20), "valid")  # an hour
+    arrivals = rng.poisson(mean / 20, 9_020)
+    loads = np.convolve(arrivals, np.ones(20), "valid")  # a quarter of an hour
     teachers = Teachers(ahead_s=60)
 
     wanted = np.array([teachers.wanted(load) for load in loads])

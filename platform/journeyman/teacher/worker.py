@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from journeyman.teacher import norms
+
 if TYPE_CHECKING:
     import torch
 
@@ -49,6 +51,7 @@ class Capture:
         runner.sampler.gather_logprobs = select.sampled
         if runner.device.type == "cpu":
             runner.sampler.greedy_sample = likeliest
+            norms.fuse(runner.model)
         return ""
 
 

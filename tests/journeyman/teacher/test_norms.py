@@ -6,7 +6,6 @@ import torch
 
 from journeyman.teacher import norms
 
-
 WIDTH, EPSILON = 96, 1e-5
 
 

@@ -25,15 +25,15 @@ def _change_engine(module):
     module.Engine = importlib.import_module("deadly").engine(module.Engine)
 
 
-def _change_store(module):
+def _change_commits(module):
     seconds = float(os.environ.get("JOURNEYMAN_TEST_COMMIT_S", "0"))
-    create = module.LabelStore._create
+    create = module.CommitFiles.create
 
     def create_later(self, commit):
         time.sleep(seconds)
         return create(self, commit)
 
-    module.LabelStore._create = create_later
+    module.CommitFiles.create = create_later
 
 
 def _change_steps(module):
@@ -81,7 +81,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self):
         self._changes = {
             "journeyman.teacher.engine": _change_engine,
-            "journeyman.labels.store": _change_store,
+            "journeyman.labels.commits": _change_commits,
             "journeyman.student.worker": _change_steps,
             "journeyman.student.loop": _change_resizing,
             "vllm.platforms.cpu": _change_platform,

@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,13 @@ GOALS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One case: what is asked, of how long prompts, and the rows of a round by teacher."""
+    """One case: what is asked, of how long prompts, the rows of a round by teacher, and the turns
+    of each peer that count."""
 
     labels: Logits | Generate | Classes
     prompt_tokens: int
     rows: dict[str, int]
+    turns: int = 5
 
 
 PLANS = {
@@ -76,13 +78,16 @@ PLANS = {
         ),
         prompt_tokens=128,
         rows={"real": 32, "tiny": 2304},
+        turns=9,  # which take three seconds each, and differ by a tenth
     ),
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two turns of each peer, not five")
+    parser.add_argument(
+        "--quick", action="store_true", help="two turns of each peer, not five or nine"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
     parser.add_argument(
         "--case", default="", metavar="NAME", help="only cases that begin so: tiny, real/logits-k16"
@@ -95,9 +100,10 @@ def main() -> int:
         base = recipe.load("jobs/recipes/demo.yaml")
         for teacher, goals in GOALS.items():
             plans = {n: p for n, p in PLANS.items() if f"{teacher}/{n}".startswith(options.case)}
+            if options.quick:
+                plans = {name: replace(plan, turns=2) for name, plan in plans.items()}
             if plans:
-                turns = 1 + (2 if options.quick else 5)  # of each peer
-                setting = set_up(teacher, plans, 2 * turns + 1, base, Path(folder) / teacher)
+                setting = set_up(teacher, plans, base, Path(folder) / teacher)
                 compare(teacher, setting, goals, report)
     if options.json:
         options.json.write_text(json.dumps(report.numbers, indent=1))
@@ -120,9 +126,7 @@ def compare(teacher: str, setting: Setting, goals: dict[str, float], report: Rep
             report.case(f"{teacher}/{case.name}", case, taken, goals)
 
 
-def set_up(
-    teacher: str, plans: dict[str, Plan], rounds: int, base: Recipe, folder: Path
-) -> Setting:
+def set_up(teacher: str, plans: dict[str, Plan], base: Recipe, folder: Path) -> Setting:
     folder.mkdir()
     model = models.resolve(base.teacher.model)
     if teacher == "tiny":
@@ -141,7 +145,7 @@ def set_up(
             labels=plan.labels,
             rounds=[
                 texts.rows(plan.rows[teacher], plan.prompt_tokens, seed=(i, number))
-                for number in range(rounds)
+                for number in range(2 * (1 + plan.turns) + 1)
             ],
             word_ids=tuple(texts.token_ids(word)[0] for word in WORDS),
         )

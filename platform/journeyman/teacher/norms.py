@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-KERNELS = ("rms_norm", "fused_add_rms_norm")
+_KERNELS = ("rms_norm", "fused_add_rms_norm")
 
 
 def fuse(model: torch.nn.Module) -> int:
@@ -20,7 +20,7 @@ def fuse(model: torch.nn.Module) -> int:
     import torch
     from vllm.model_executor.layers.layernorm import RMSNorm
 
-    if not all(hasattr(torch.ops._C, kernel) for kernel in KERNELS):
+    if not all(hasattr(torch.ops._C, kernel) for kernel in _KERNELS):
         return 0
     norms = [
         module

@@ -117,16 +117,14 @@ def _scaling(replicas: TeacherReplicas | StudentReplicas, **by: Any) -> dict[str
             "upscale_delay_s": _UPSCALE_DELAY_S,
             "downscale_delay_s": replicas.idle_s,
             "look_back_period_s": _LOOK_BACK_S,
+            "metrics_interval_s": _REPORT_EVERY_S,
             **by,
         }
     }
 
 
 def _by_busy_students(wanted: float) -> dict[str, Any]:
-    return {
-        "policy": _policy(BusyStudents, wanted=wanted),
-        "metrics_interval_s": _REPORT_EVERY_S,
-    }
+    return {"policy": _policy(BusyStudents, wanted=wanted)}
 
 
 def _by_load(replicas: TeacherReplicas) -> dict[str, Any]:

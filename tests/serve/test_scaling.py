@@ -2,9 +2,10 @@
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,17 +137,50 @@ def asking(url: str, texts: list[str], n_clients: int) -> Iterator[Counter[str]]
             each.join()
 
 
+def with_settings(run: tiny.Run, folder: Path, **cascade: object) -> Path:
+    """The run's bundle, to be served otherwise."""
+    bundle = folder / "bundle"
+    settings = run.recipe.model_dump(mode="json")
+    settings["cascade"] |= cascade
+    bundle.mkdir()
+    (bundle / "bundle.json").write_bytes((run.bundle_dir / "bundle.json").read_bytes())
+    (bundle / "recipe.json").write_text(json.dumps(settings))
+    return bundle
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_rising_load_starts_a_second_teacher_before_the_first_has_its_fill(
+    run: tiny.Run, tmp_path: Path
+):
+    full, most = 48, 32
+    replicas = {"min": 1, "max": 2, "requests_per_replica": full, "ahead_s": 120, "idle_s": 600}
+    bundle = with_settings(run, tmp_path, teacher_replicas=replicas)
+    [port] = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+
+    def teachers() -> list[psutil.Process]:
+        return children("ServeReplica:cascade:Teacher")
+
+    with ray_head.cluster(4, cwd=ROOT) as head, ExitStack() as clients:
+        head.deploy(tmp_path, port, bundle)
+        until(lambda: is_up(f"{url}/readyz", 200), 300)
+        assert len(teachers()) == 1
+        n_clients = 0
+        while len(teachers()) == 1 and n_clients < most:  # one more every two seconds
+            clients.enter_context(asking(url, run.escalated[:1], 1))
+            n_clients += 1
+            time.sleep(2)
+        until(lambda: len(teachers()) == 2, 10)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_busy_ingress_gets_a_second_replica_and_one_that_is_killed_takes_only_its_own_along(
     run: tiny.Run, tmp_path: Path
 ):
-    bundle = tmp_path / "bundle"
-    settings = run.recipe.model_dump(mode="json")
-    settings["cascade"]["student_replicas"] = {"min": 1, "max": 2, "busy": 0.02, "idle_s": 600}
-    bundle.mkdir()
-    (bundle / "bundle.json").write_bytes((run.bundle_dir / "bundle.json").read_bytes())
-    (bundle / "recipe.json").write_text(json.dumps(settings))
+    replicas = {"min": 1, "max": 2, "busy": 0.02, "idle_s": 600}
+    bundle = with_settings(run, tmp_path, student_replicas=replicas)
     [port] = free_ports(1)
     url, n_clients = f"http://127.0.0.1:{port}", 4
 

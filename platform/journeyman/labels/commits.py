@@ -141,8 +141,9 @@ class CommitFiles:
     def create(self, commit: Commit) -> Commit:
         """Commit a shard; returns the commit that stands.
 
-        Whose commit stands is told by the data file's name: an object store's client that got
-        no answer asks again, and is then told that its own commit exists already."""
+        Whose that is, is told by the data file's name: an object store's client that got no answer
+        asks again, and is then told that its own commit exists already.
+        """
         name = commit_name(commit.shard, commit.generation)
         if self._folder.create(name, as_json(dataclasses.asdict(commit))):
             return commit

@@ -23,7 +23,7 @@ from journeyman.cascade.breaker import Breaker
 from journeyman.cascade.drift import Audit, Watch
 from journeyman.cascade.sharing import News, Shared, SharedBreaker
 from journeyman.errors import JourneymanError
-from journeyman.labels.folder import Folder
+from journeyman.folder import Folder
 from serve.billing import EVERY_S, GONE_AFTER_S, TIMEOUT_S, Bill, Billing
 
 

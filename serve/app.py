@@ -50,7 +50,7 @@ def app(args: AppArgs) -> Application:
     Within ``serve run`` an error, a taken port included, ends the command with one sentence.
     """
     try:
-        application = build(_bundle_dir(args))
+        application = build(_bundle(args))
         check_port_of_serve_run()
         return application
     except JourneymanError as error:
@@ -62,9 +62,9 @@ def app(args: AppArgs) -> Application:
         raise click.ClickException(str(error)) from error
 
 
-def build(bundle_dir: Path) -> Application:
-    """The application of a bundle folder; raises BundleMismatch, ModelError, RecipeError."""
-    loaded = loading.load(bundle_dir)
+def build(bundle: str | Path) -> Application:
+    """The application of a bundle's folder or URL; raises BundleMismatch, ModelError, RecipeError."""
+    loaded = loading.load(bundle)
     cascade = loaded.recipe.cascade
     runtime_env = {"env_vars": {"PYTHONPATH": cluster.python_path()}}
     spread = loaded.recipe.teacher.spread  # then the engine has its GPUs reserved itself
@@ -160,10 +160,10 @@ def _keys(settings: Recipe) -> tuple[keys.Key, ...]:
     return found
 
 
-def _bundle_dir(args: AppArgs) -> Path:
+def _bundle(args: AppArgs) -> str:
     if args.model_extra:
         unknown = ", ".join(args.model_extra)
-        raise RecipeError(f"unknown argument {unknown}; there is one: bundle=FOLDER.")
+        raise RecipeError(f"unknown argument {unknown}; there is one: bundle=FOLDER-or-URL.")
     if not args.bundle:
         raise RecipeError("no bundle named; say which: bundle=runs/demo/bundle.")
-    return Path(args.bundle)
+    return args.bundle

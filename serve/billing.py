@@ -17,7 +17,7 @@ from ray.serve.exceptions import RayServeException
 
 from journeyman.cascade.budgets import Ledger, Purse
 from journeyman.errors import JourneymanError
-from journeyman.labels.folder import Folder
+from journeyman.folder import Folder
 
 # Of every replica's calls to the deployment Agreement.
 EVERY_S = 1.0

@@ -27,7 +27,7 @@ from journeyman.cascade.remembering import Remembering
 from journeyman.cascade.stability import Stability
 from journeyman.columns import unpacked
 from journeyman.errors import BundleMismatch, ClusterError
-from journeyman.labels.folder import Folder
+from journeyman.folder import Folder
 from journeyman.recipe import Feedback, digest
 from journeyman.student.inputs import Inputs
 from journeyman.student.models import Classifier
@@ -113,8 +113,8 @@ class Ingress:
     def _worked(self, seconds: float) -> None:
         self._busy_s += seconds
 
-    async def _load(self, bundle_dir: Path) -> Served:
-        loaded = await asyncio.to_thread(loading.load, bundle_dir)
+    async def _load(self, bundle: str) -> Served:
+        loaded = await asyncio.to_thread(loading.load, bundle)
         loading.check_same_teacher(loaded.bundle, self._spec.loaded.bundle)
         student, watch = await asyncio.to_thread(lambda: (_student(loaded), _watch(loaded)))
         return self._served(loaded, student, watch)
@@ -208,7 +208,7 @@ class _Rule:
 
 def _student(loaded: Loaded) -> Classifier:
     """Raises ModelError, BundleMismatch."""
-    student = Classifier.load(loaded.student.path, threads=STUDENT_CPUS)
+    student = Classifier.load(loading.student_here(loaded), threads=STUDENT_CPUS)
     if student.labels != loaded.bundle.label_names:
         raise BundleMismatch(
             f"{loaded.student.path} answers with the labels {', '.join(student.labels)}, the "

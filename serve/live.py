@@ -12,7 +12,6 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -64,7 +63,7 @@ class Live:
     """Holds what answers, and exchanges it."""
 
     def __init__(
-        self, first: Served, load: Callable[[Path], Awaitable[Served]], close_after_s: float
+        self, first: Served, load: Callable[[str], Awaitable[Served]], close_after_s: float
     ) -> None:
         """load: raises JourneymanError; close_after_s: the longest that a request may take."""
         self._load, self._close_after_s = load, close_after_s
@@ -140,7 +139,7 @@ class Live:
 
     async def _become(self, wanted: UserConfig) -> None:
         if wanted.bundle is not None:
-            fresh = await self._load(Path(wanted.bundle))
+            fresh = await self._load(wanted.bundle)
             if fresh.bundle.bundle_id == self._main.bundle.bundle_id:
                 self._close(fresh)
             else:
@@ -149,7 +148,7 @@ class Live:
                           before.bundle.bundle_id)  # fmt: skip
                 self._close(before)
         if wanted.candidate != self._tried:
-            tried = await self._load(Path(wanted.candidate.bundle)) if wanted.candidate else None
+            tried = await self._load(wanted.candidate.bundle) if wanted.candidate else None
             self._candidate, before_it = tried, self._candidate
             self._tried = wanted.candidate
             if before_it:

@@ -12,7 +12,10 @@ from journeyman.certify import bundle as bundles
 from journeyman.certify.bundle import PolicyBundle
 from journeyman.certify.step import RECIPE_FILE
 from journeyman.errors import BundleMismatch, DataError, RecipeError
+from journeyman.mirror import Mirror, copy_of
 from journeyman.models import Model
+
+_STUDENT = "student"  # the name of its folder beside the bundle's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,14 +26,32 @@ class Loaded:
     recipe: recipe.Recipe
     student: Model
     teacher: Model
+    where: str  # the bundle's folder, or its URL
 
 
-def load(bundle_dir: Path) -> Loaded:
-    """Raises BundleMismatch, ModelError, RecipeError."""
+def here(where: str | Path) -> Path:
+    """A bundle's folder on this node; one behind a URL is fetched, with the student beside it.
+
+    Raises BundleMismatch where there is none; ClusterError.
+    """
+    url = str(where).rstrip("/")
+    if not _far(url):
+        return Path(where)
+    run_url, _, name = url.rpartition("/")
+    run = Mirror(local=copy_of(run_url), url=run_url)
+    for part in (name, _STUDENT):
+        if not run.below(part).pull():
+            raise BundleMismatch(f"{run_url}/{part}: not there, or being written; look at bundle.")
+    return run.local / name
+
+
+def load(where: str | Path) -> Loaded:
+    """Raises BundleMismatch, ModelError, RecipeError, ClusterError."""
+    bundle_dir = here(where)
     bundle = bundles.load(bundle_dir)
     settings = recipe_of(bundle_dir)
     labels = settings.classes()
-    student = models.resolve(str(_student_folder(bundle.student, bundle_dir)))
+    student = models.resolve(str(_student_folder(bundle.student, bundle_dir, str(where))))
     if settings.teacher.url or settings.ensemble:
         raise RecipeError(
             "serving runs the teacher on an engine of its own: a recipe with teacher.url or with "
@@ -38,7 +59,14 @@ def load(bundle_dir: Path) -> Loaded:
         )
     teacher = models.teacher(settings.teacher)
     fitting.check(bundle, student, teacher, labels)
-    return Loaded(bundle=bundle, recipe=settings, student=student, teacher=teacher)
+    return Loaded(
+        bundle=bundle, recipe=settings, student=student, teacher=teacher, where=str(where)
+    )
+
+
+def student_here(loaded: Loaded) -> Path:
+    """The student's folder on this node, which may be another than the one that loaded."""
+    return here(loaded.where).parent / _STUDENT if _far(loaded.where) else loaded.student.path
 
 
 def recipe_of(bundle_dir: Path) -> recipe.Recipe:
@@ -70,7 +98,13 @@ def check_same_teacher(bundle: PolicyBundle, running: PolicyBundle) -> None:
         )
 
 
-def _student_folder(reference: str, bundle_dir: Path) -> Path:
+def _student_folder(reference: str, bundle_dir: Path, where: str) -> Path:
     """Where the student was when it was certified, else beside the bundle, which may have moved."""
     certified = Path(reference)
-    return certified if certified.is_dir() else bundle_dir.resolve().parent / "student"
+    if certified.is_dir() and not _far(where):
+        return certified
+    return bundle_dir.resolve().parent / _STUDENT
+
+
+def _far(where: str) -> bool:
+    return "://" in where

@@ -20,7 +20,7 @@ from ray.serve.schema import DeploymentStatus
 
 from journeyman.errors import ClusterError
 from serve.app import build
-from serve.loading import recipe_of
+from serve.loading import here, recipe_of
 from serve.ports import check_port, free_port
 
 _NAME = "cascade"
@@ -30,14 +30,14 @@ _STOP_TIMEOUT_S = 30.0  # Serve's own
 
 
 @contextlib.contextmanager
-def running(bundle_dir: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+def running(bundle: str | Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """Serve a bundle; yields the base URL once the cascade is ready, and shuts Serve down.
 
     port: 0 takes a free one. Raises ClusterError: the port is taken, Serve runs there already, or
     the cascade does not get ready in time; BundleMismatch, ModelError, RecipeError as ``build``.
     """
-    application = build(bundle_dir)
-    timeout_s = recipe_of(bundle_dir).teacher.start_timeout_s + _EXTRA_START_S
+    application = build(bundle)
+    timeout_s = recipe_of(here(bundle)).teacher.start_timeout_s + _EXTRA_START_S
     port = port or free_port(host)
     check_port(host, port)
     if serve.status().proxies:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from journeyman import files, near_duplicates, sources
 from journeyman.columns import TEXT, unpacked
 from journeyman.errors import DataError
+from journeyman.folder import Folder
 from journeyman.prompts import Prompt
 from journeyman.recipe import SPLITS, Classes, Corpus, Recipe, digest
 from journeyman.sources import Malformed
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
 _LISTED = 20  # malformed rows that the manifest names
 _MIN_ROWS = 100  # below this many rows read, the share of malformed ones says nothing
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -172,12 +174,22 @@ def prepare(recipe: Recipe, out_dir: Path) -> dict[str, Any]:
             "seconds": round(time.monotonic() - started, 3),
             "shards": shards,
         }
-        files.write_json(fresh / "manifest.json", manifest)
+        files.write_json(fresh / MANIFEST, manifest)
     return manifest
 
 
-def read_manifest(corpus_dir: Path) -> dict[str, Any]:
-    manifest = files.read_json(corpus_dir / "manifest.json")
+def read_manifest(corpus_dir: str | Path) -> dict[str, Any]:
+    """Of a corpus in a folder or behind a URL; raises DataError where there is none."""
+    folder = Folder(corpus_dir)
+    where = folder.path(MANIFEST)
+    try:
+        manifest = json.loads(folder.get(MANIFEST))
+    except FileNotFoundError as error:
+        raise DataError(f"{where}: not found; run journeyman prepare first.") from error
+    except ValueError as error:
+        raise DataError(
+            f"{where}: damaged, not JSON ({error}); remove it and run journeyman prepare again."
+        ) from error
     if manifest.get("schema") != SCHEMA_VERSION:
         raise DataError(
             f"{corpus_dir}: a corpus of schema {manifest.get('schema')}, this version reads "
@@ -186,18 +198,20 @@ def read_manifest(corpus_dir: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_shard(path: Path) -> pa.Table:
+def read_shard(corpus_dir: str | Path, name: str) -> pa.Table:
     """One corpus shard; raises DataError if the file is missing, damaged or of another schema."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    folder = Folder(corpus_dir)
+    where = folder.path(name)
     try:
-        return pq.read_table(path, schema=schema())
+        return pq.read_table(pa.BufferReader(folder.get(name)), schema=schema())
     except FileNotFoundError as error:
-        raise DataError(f"{path}: the corpus shard is gone; run journeyman prepare.") from error
+        raise DataError(f"{where}: the corpus shard is gone; run journeyman prepare.") from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{path}: not a readable corpus shard ({str(error).splitlines()[0]}); "
+            f"{where}: not a readable corpus shard ({str(error).splitlines()[0]}); "
             "remove the corpus folder and run journeyman prepare."
         ) from error
 

@@ -254,11 +254,12 @@ def _labeled(recipe: Recipe) -> str:
 
 @contextlib.contextmanager
 def _note(recipe: Recipe | None) -> Iterator[Path | None]:
-    """A file in the recipe's output folder, to be found by other nodes; None if there can be none.
+    """A file in the recipe's output folder, to be found by other nodes; None if there can be none,
+    or need be none, since output is an object store.
 
     That the folder cannot be written is told by each node that tries to.
     """
-    if recipe is None:
+    if recipe is None or recipe.run_url:
         yield None
         return
     path = Path(recipe.output).resolve() / f".doctor-{uuid.uuid4().hex}"

@@ -19,6 +19,11 @@ from journeyman.errors import ClusterError, DataError
 _CHUNK = 1 << 20
 
 
+def cache() -> Path:
+    """``$JOURNEYMAN_CACHE``, else ``~/.cache/journeyman``: what can be had again."""
+    return Path(os.environ.get("JOURNEYMAN_CACHE", "~/.cache/journeyman")).expanduser()
+
+
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
     """Turn a full disk, a read-only folder or a missing right into a sentence."""

@@ -38,8 +38,7 @@ def check(recipe: Recipe, environment: Mapping[str, str]) -> None:
         if where and "://" not in where and not Path(where).is_absolute():
             raise RecipeError(
                 f"{name}: {where} is relative, and a job's own folder goes when the job does: name "
-                "an absolute path on a disk that all nodes share"
-                + ("." if name == "output" else ", or a URL.")
+                "an absolute path on a disk that all nodes share, or a URL."
             )
     for name, model in _models(recipe):
         path = Path(model)

@@ -12,15 +12,14 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from journeyman import files
 from journeyman.errors import ModelError
-from journeyman.files import file_digest, replaced_directory
 from journeyman.recipe import Teacher
 
 _PACKAGE = "package://"
@@ -66,7 +65,7 @@ def resolve(reference: str, revision: str | None = None, cache: Path | None = No
     cache: folder for dequantised GGUF files and digests; default ``$JOURNEYMAN_CACHE``, else
     ``~/.cache/journeyman``.
     """
-    cache = cache or _default_cache()
+    cache = cache or files.cache()
     path = _locate(reference, revision)
     if path.suffix == ".gguf":
         path = _dequantised(path, cache)
@@ -114,7 +113,7 @@ def teacher(settings: Teacher, cache: Path | None = None) -> Model:
             f"{settings.lora}: {adapter} is no LoRA adapter (adapter_config.json and "
             "adapter_model.safetensors); check teacher.lora."
         )
-    own = _digest([adapter / "adapter_config.json", *weights], cache or _default_cache())
+    own = _digest([adapter / "adapter_config.json", *weights], cache or files.cache())
     return dataclasses.replace(
         model,
         reference=f"{model.reference} with {settings.lora}",
@@ -130,8 +129,8 @@ def look(reference: str, revision: str | None = None) -> tuple[int, int]:
     """
     if _on_disk(reference) is None:
         with contextlib.suppress(ModelError):  # no hub in sight: what its cache holds will do
-            files = _from_hub(reference, revision, dry_run=True)
-            weights = [file for file in files if file.filename.endswith((".safetensors", ".bin"))]
+            offered = _from_hub(reference, revision, dry_run=True)
+            weights = [file for file in offered if file.filename.endswith((".safetensors", ".bin"))]
             missing = sum(file.file_size or 0 for file in weights if file.will_download)
             return sum(file.file_size or 0 for file in weights), missing
     return resolve(reference, revision).size_bytes, 0
@@ -153,10 +152,6 @@ def here(elsewhere: Model, resolve_again: Callable[[], Model]) -> Model:
             "nodes see it."
         )
     return found
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("JOURNEYMAN_CACHE", "~/.cache/journeyman")).expanduser()
 
 
 def _locate(reference: str, revision: str | None) -> Path:
@@ -224,7 +219,7 @@ def _dequantised(gguf: Path, cache: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with replaced_directory(folder) as fresh:
+    with files.replaced_directory(folder) as fresh:
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
@@ -246,16 +241,16 @@ def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 
-def _digest(files: list[Path], cache: Path) -> str:
+def _digest(of: list[Path], cache: Path) -> str:
     """SHA-256 over the files' names and contents; remembered by size and time of change."""
-    facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in of]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     remembered = cache / "digests" / key
     if remembered.is_file():
         return remembered.read_text()
     hasher = hashlib.sha256()
-    for file in files:
-        hasher.update(f"{file.name}:{file_digest(file)}\n".encode())
+    for file in of:
+        hasher.update(f"{file.name}:{files.file_digest(file)}\n".encode())
     remembered.parent.mkdir(parents=True, exist_ok=True)
     remembered.write_text(hasher.hexdigest())
     return hasher.hexdigest()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from journeyman import __version__, models
 from journeyman.errors import JourneymanError
-from journeyman.labels.folder import Folder
+from journeyman.folder import Folder
 from journeyman.recipe import Recipe, Teacher
 from journeyman.teacher.remote import RemoteTeacher
 

@@ -1,6 +1,6 @@
 """Object stores by URL: their connections, how long they are asked again, and files on them.
 
-Label datasets go through ``labels.folder``, sources of a corpus through ``Files``; both are patient
+Label datasets go through ``folder``, sources of a corpus through ``Files``; both are patient
 with a store that fails by the same rule.
 """
 

@@ -250,7 +250,7 @@ def _seconds(run: RunFolder) -> dict[str, float]:
         return float(files.read_json(run.path(step) / name)["seconds"])
 
     return {
-        "prepare": float(corpus.read_manifest(run.path("prepare"))["seconds"]),
+        "prepare": float(corpus.read_manifest(run.corpus)["seconds"]),
         "label": float(LabelStore(run.labels).manifest()["seconds"]),
         "train": of("train", "journeyman.json"),
         "certify": of("certify"),

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 from journeyman import files, models
-from journeyman.errors import ClusterError
+from journeyman.errors import ClusterError, DataError
+from journeyman.mirror import Mirror, copy_of
 from journeyman.models import Model
 from journeyman.recipe import Recipe
 
@@ -21,7 +22,22 @@ _FOLDERS = {
     "certify": "bundle",
     "measure": "serving",
     "report": "report",
+    "export": "exports",
 }
+
+
+def here(where: str) -> Path:
+    """A run's folder; of a URL this machine's copy, of what steps made of the labels.
+
+    Raises DataError where there is no run, ClusterError.
+    """
+    if "://" not in where:
+        return Path(where)
+    run = Mirror(local=copy_of(where), url=where.rstrip("/"))
+    there = [run.below(_FOLDERS[step]).pull() for step in ("train", "certify", "measure")]
+    if not any(there):
+        raise DataError(f"{where}: there is no run with a student; run journeyman run first.")
+    return run.local
 
 
 class RunFolder:
@@ -31,14 +47,38 @@ class RunFolder:
         self.recipe = recipe
         self.directory = recipe.run_dir
 
+    @property
+    def where(self) -> str:
+        """As people name it."""
+        return self.recipe.run_url or str(self.directory)
+
     def path(self, step: str) -> Path:
-        """The folder that a step writes."""
+        """The folder that a step writes; the copy on this machine where the run is in a store."""
         return self.directory / _FOLDERS[step]
+
+    def mirror(self, step: str) -> Mirror:
+        """The same, and where it lies."""
+        return self._whole.below(_FOLDERS[step])
+
+    @property
+    def _whole(self) -> Mirror:
+        return Mirror(local=self.directory, url=self.recipe.run_url)
+
+    def fetch(self, *steps: str) -> None:
+        """Have what these steps wrote on this machine, where the run is in a store."""
+        if self.recipe.run_url:
+            for step in steps:
+                self.mirror(step).pull()
+
+    @property
+    def corpus(self) -> str | Path:
+        """Where the corpus is, for every node."""
+        return self.mirror("prepare").url or self.path("prepare")
 
     @property
     def labels(self) -> str | Path:
         """Where the label dataset is."""
-        return self.recipe.labels.destination or self.path("label")
+        return self.recipe.labels.destination or self.mirror("label").url or self.path("label")
 
     @cached_property
     def teacher(self) -> Model:

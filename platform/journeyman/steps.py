@@ -4,6 +4,8 @@ would read has not changed since it wrote.
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from journeyman import cluster, corpus, files, models, traffic
-from journeyman.errors import JourneymanError, RecipeError
+from journeyman.errors import DataError, JourneymanError, RecipeError
 from journeyman.labels import dataset, ensemble, pipeline
 from journeyman.labels.cost import Estimate
 from journeyman.labels.progress import LabelProgress
@@ -23,6 +25,15 @@ from journeyman.teacher.tasks import prompt_digest
 
 NAMES = ("prepare", "label", "train", "certify", "measure", "report")
 MANIFEST = "manifest.json"
+# What a step wants of its own run on this machine. Corpus and labels are read where they lie.
+_READS: dict[str, tuple[str, ...]] = {
+    "prepare": (),
+    "label": (),
+    "train": ("train",),
+    "certify": ("train", "certify"),
+    "measure": ("train", "certify", "measure"),
+    "report": ("train", "certify", "measure", "report"),
+}
 _STUDENT_MANIFEST = "journeyman.json"
 # Test rows that are sent over HTTP, and how many of them student and teacher each answer alone.
 _SENT, _COMPARED = 200, 64
@@ -50,18 +61,26 @@ class Run(RunFolder):
             "measure": self._measure,
             "report": self._report,
         }
+        self.fetch(*_READS[step])
         started = time.monotonic()
         manifest, did = steps[step]()
+        if did and step in _READS[step]:
+            self.mirror(step).push()
         seconds = time.monotonic() - started if did else None
         return StepResult(name=step, manifest=manifest, seconds=seconds)
 
     def _prepare(self) -> tuple[dict[str, Any], bool]:
-        folder = self.path("prepare")
         urls = corpus.source_urls(self.recipe.corpus)
-        there = _read(folder / MANIFEST)
-        if there and there.get("inputs") == corpus.inputs_digest(self.recipe, urls):
-            return there, False
-        return corpus.prepare(self.recipe, folder), True
+        with contextlib.suppress(DataError):  # there is none, or it has to be written again
+            there = corpus.read_manifest(self.corpus)
+            if there.get("inputs") == corpus.inputs_digest(self.recipe, urls):
+                return there, False
+        folder = self.mirror("prepare")
+        manifest = corpus.prepare(self.recipe, folder.local)
+        if folder.url:  # which is where all read it
+            folder.push()
+            shutil.rmtree(folder.local)
+        return manifest, True
 
     def _label(self, new: bool) -> tuple[dict[str, Any], bool]:
         from journeyman.labels import finishing
@@ -91,12 +110,10 @@ class Run(RunFolder):
         cluster.connect(self.recipe.cluster)
         with LiveLine() as line:
             line.show(f"label     starting the teacher to try {n_rows} rows")
-            return pipeline.estimated(
-                self.recipe, self.teacher, self.path("prepare"), self.labels, n_rows
-            )
+            return pipeline.estimated(self.recipe, self.teacher, self.corpus, self.labels, n_rows)
 
     def _identity(self) -> dict[str, Any]:
-        corpus_digest = corpus.read_manifest(self.path("prepare"))["digest"]
+        corpus_digest = corpus.read_manifest(self.corpus)["digest"]
         own = pipeline.identity(self.recipe, self.teacher, corpus_digest)
         if not self.recipe.ensemble:
             return own
@@ -117,11 +134,11 @@ class Run(RunFolder):
 
             if self.recipe.ensemble:
                 manifest = pipeline.label_ensemble(
-                    self.recipe, self.teacher, self.path("prepare"), self.labels, show
+                    self.recipe, self.teacher, self.corpus, self.labels, show
                 )
             else:
                 manifest = pipeline.label(
-                    self.recipe, self.teacher, self.path("prepare"), self.labels, show,
+                    self.recipe, self.teacher, self.corpus, self.labels, show,
                     requeue=requeue,
                 )  # fmt: skip
         seconds = round(time.monotonic() - started, 3)
@@ -158,7 +175,7 @@ class Run(RunFolder):
             given = (
                 self.recipe,
                 LabelStore(self.labels).everywhere,
-                self.path("prepare").resolve(),
+                self.corpus if self.recipe.run_url else self.path("prepare").resolve(),
                 self.base_student,
                 self.teacher,
                 folder,
@@ -177,6 +194,7 @@ class Run(RunFolder):
                     *given,
                     inputs=inputs,
                     labels_digest=labels["digest"],
+                    store=self.recipe.run_url,
                     on_progress=lambda progress: line.show(progress.text()),
                 )
         return files.read_json(folder / _STUDENT_MANIFEST), True
@@ -213,7 +231,7 @@ class Run(RunFolder):
         there = _read(folder / MANIFEST)
         if there and there.get("inputs") == inputs:
             return there, False
-        rows = dataset.read_classes(self.labels, self.path("prepare"))
+        rows = dataset.read_classes(self.labels, self.corpus)
         step.certify(
             self.recipe,
             rows,
@@ -235,10 +253,11 @@ class Run(RunFolder):
             return there, False
         started = time.monotonic()
         cluster.connect(self.recipe.cluster)
-        rows = dataset.read_classes(self.labels, self.path("prepare"), ("test",))
+        rows = dataset.read_classes(self.labels, self.corpus, ("test",))
+        bundle_folder = self.mirror("certify").url or self.path("certify")
         with LiveLine() as line:
             line.show("measure   starting the cascade")
-            with cluster.serve_module("running").running(self.path("certify")) as base_url:
+            with cluster.serve_module("running").running(bundle_folder) as base_url:
                 measured = traffic.send(
                     base_url,
                     [self._request(row) for row in rows.columns[:_SENT]],

@@ -30,7 +30,7 @@ from journeyman.run_folder import RunFolder
 
 def report_data(run: RunFolder) -> ReportData:
     """Everything on the report's page, read from the run's folders."""
-    rows = dataset.read_classes(run.labels, run.path("prepare"))
+    rows = dataset.read_classes(run.labels, run.corpus)
     bundle = bundles.load(run.path("certify"))
     test = _test_rows(rows.split("test"), run.path("certify"), bundle)
     answers = Counter(rows.labels[i] for i in rows.logprobs.argmax(axis=1))
@@ -39,7 +39,7 @@ def report_data(run: RunFolder) -> ReportData:
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         recipe_yaml=yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False),
         labels=rows.labels,
-        label_histogram=corpus.read_manifest(run.path("prepare"))["labels"],
+        label_histogram=corpus.read_manifest(run.corpus)["labels"],
         teacher_histogram={label: answers[label] for label in rows.labels},
         summary=summary(run, test, bundle),
         positive=run.recipe.report.positive,
@@ -214,7 +214,7 @@ def _sizes(run: RunFolder) -> list[SummaryRow]:
 
 
 def _costs(run: RunFolder) -> list[SummaryRow]:
-    prepared = corpus.read_manifest(run.path("prepare"))
+    prepared = corpus.read_manifest(run.corpus)
     labels = LabelStore(run.labels).manifest()
     totals = labels["totals"]
     tokens = totals["prompt_tokens"] + totals["output_tokens"]

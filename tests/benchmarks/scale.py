@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from journeyman import cluster, recipe
+from journeyman.folder import Folder
 from journeyman.labels import finishing, pipeline, planning
-from journeyman.labels.folder import Folder
 from journeyman.labels.progress import Tally
 from journeyman.labels.replica import Counts, ReplicaSpec, Work
 from journeyman.labels.schema import Commit

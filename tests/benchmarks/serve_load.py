@@ -160,8 +160,9 @@ def started(bundle_dir: Path) -> Iterator[tuple[list[System], dict[str, tuple[st
 
 def texts(loaded: loading.Loaded) -> tuple[list[str], list[str]]:
     """Of the run's test rows: those that the student may answer, and the others."""
-    shards = sorted((Path(loaded.student.path).parent / "corpus").glob("part-*.parquet"))
-    rows = [row for shard in shards for row in corpus.read_shard(shard).to_pylist()]
+    folder = Path(loaded.student.path).parent / "corpus"
+    names = [shard["name"] for shard in corpus.read_manifest(folder)["shards"]]
+    rows = [row for name in names for row in corpus.read_shard(folder, name).to_pylist()]
     found = [row["text"] for row in rows if row["split"] == "test"]
     policy = Policy.from_bundle(loaded.bundle)
     decisions = policy.decide_batch(Classifier.load(loaded.student.path).logits(found))

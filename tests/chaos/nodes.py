@@ -8,9 +8,11 @@ what is left of nodes whose raylets have been killed is cleared away, and nodes 
 there are as many as the line says. Ends when its input does.
 """
 
+import ctypes
 import itertools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +20,8 @@ import time
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
+OWN_DISK = "JOURNEYMAN_TEST_OWN_DISK"  # a folder of which each node has one of its own
+_CLONE_NEWNS = 0x00020000
 # Ray takes 15 s by default to call a node dead that does not answer.
 _HEALTH_CHECK = {
     "health_check_initial_delay_ms": 0,
@@ -51,9 +55,19 @@ def run() -> None:
         for node in dead:
             cluster.remove_node(node, allow_graceful=False)
         while len(cluster.worker_nodes) < int(wanted):
+            if folder := os.environ.get(OWN_DISK):
+                mount_own_disk(folder)
             cluster.add_node(num_cpus=1, num_gpus=n_gpus)
         say(cluster)
     cluster.shutdown()
+
+
+def mount_own_disk(folder: str) -> None:
+    """Over that folder, for what this process starts from now on: no other node sees it."""
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
 
 
 def dead_nodes(cluster: Cluster) -> list[Node]:

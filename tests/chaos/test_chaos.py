@@ -62,7 +62,7 @@ class Witness:
             content = path.read_bytes()
             assert self._seen.setdefault(path.name, content) == content, "a commit was changed"
         for shard, commit in self.store.commits().items():
-            rows = corpus.read_shard(self._corpus / shard)
+            rows = corpus.read_shard(self._corpus, shard)
             assert commit.sha256 == files.file_digest(self._labels / commit.data)
             assert commit.rows == commit.ok + commit.quarantined + commit.filtered == len(rows)
             assert self.store.read_shard(commit)["id"].to_pylist() == rows["id"].to_pylist()

@@ -111,7 +111,7 @@ def test_a_shard_whose_replicas_died_runs_in_small_groups_with_no_others_beside(
     seen = replica._backend.seen
     replica.close()
     assert sum(commit.ok for commit in commits) == 12 * len(SHARDS)
-    rows = corpus.read_shard(run.path("prepare") / SHARDS[0]).to_pylist()
+    rows = corpus.read_shard(run.path("prepare"), SHARDS[0]).to_pylist()
     texts = {row["text"]: row["id"] for row in rows}
     suspected = [(inside, note) for inside, note in seen if inside & set(texts)]
     assert {len(inside) for inside, _ in suspected} == {1, 2}  # of twelve, in eight parts at most

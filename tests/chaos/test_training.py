@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from journeyman.mirror import copy_of
 from journeyman.student.checkpoints import Checkpoints, read_curve
 from tests.chaos import labeling, training
+from tests.chaos import nodes as nodes_script
 from tests.chaos.training import N_STEPS, PER_EPOCH, Disturbed, assert_same
 from tests.conftest import ROOT, small_disk
+from tests.journeyman.labels.object_server import Faults, serving
 
 EQUAL = 1e-6  # as many workers: the same sums in the same order
 # Another number of workers adds up in another order, and Adam carries that on.
@@ -67,6 +71,39 @@ def test_a_student_in_parts_on_two_workers_is_the_one_that_each_could_hold_whole
         undisturbed = training.train_undisturbed(tmp_path, "causal", nodes.address)
     assert disturbed.command.statuses == [0], disturbed.command.log()
     assert_same(disturbed.run, undisturbed, AS_GOOD_AS_EQUAL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["causal", "classifier"])
+def test_nodes_that_share_a_store_and_no_disk_lose_one_and_end_with_the_same_student(
+    tmp_path: Path, student: str, monkeypatch: pytest.MonkeyPatch
+):
+    """5% of the store's calls fail."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("JOURNEYMAN_CACHE", str(cache))
+    with (
+        serving(monkeypatch) as (server, url),
+        labeling.cluster(2, tmp_path, **{nodes_script.OWN_DISK: str(cache)}) as nodes,
+    ):
+        disturbed = Disturbed(tmp_path, student, nodes, store=(server, url))
+        server.faults = Faults(share=0.05, random=random.Random(5))
+        try:
+            disturbed.at_step(PER_EPOCH + 5)
+            disturbed.kill("node")
+            nodes.replace_dead_node()
+            disturbed.command.wait(400)
+        finally:
+            disturbed.command.stop()
+        assert server.faults.met, "no call failed"
+        server.faults = None
+        assert disturbed.command.statuses == [0], disturbed.command.log()
+        undisturbed = training.train_undisturbed(tmp_path, student, nodes.address)
+        run = f"{url.removeprefix('s3://')}/disturbed"
+        left = {key.removeprefix(f"{run}/").split("/")[0] for key in server.objects}
+    assert left == {"corpus", "labels", "student"}
+    assert not list(cache.rglob("checkpoints")), "the driver's disk was a worker's"
+    assert_same(copy_of(f"{url}/disturbed"), undisturbed, EQUAL)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from journeyman.recipe import parse
 from journeyman.student.checkpoints import read_curve
 from tests.chaos.labeling import Cluster, Command, journeyman, processes, until
 from tests.journeyman.labels import synthetic as made
+from tests.journeyman.labels.object_server import ObjectServer
 from tests.journeyman.student.conftest import (
     FILLERS,
     TOPICS,
@@ -134,15 +135,34 @@ def train_undisturbed(folder: Path, kind: str, address: str, **training: Any) ->
 class Disturbed:
     """A training in a process of its own, whose processes can be killed at a step."""
 
-    def __init__(self, folder: Path, kind: str, cluster: Cluster, **training: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        kind: str,
+        cluster: Cluster,
+        store: tuple[ObjectServer, str] | None = None,
+        **training: Any,
+    ) -> None:
+        """store: where the run lies then, in place of the folder."""
         self.run = folder / "disturbed"
-        self._folder, self._cluster = folder, cluster
+        self._folder, self._cluster, self._store = folder, cluster, store
         recipe = write_run(folder, kind, "disturbed", **training)
-        address = f"--set=cluster.address={cluster.address}"
-        self.command = Command(folder, "train", str(recipe), address)
+        settings = [f"--set=cluster.address={cluster.address}"]
+        if store:
+            server, url = store
+            for file in filter(Path.is_file, self.run.rglob("*")):
+                key = f"{url.removeprefix('s3://')}/disturbed/{file.relative_to(self.run)}"
+                server.objects[key] = file.read_bytes()
+            settings.append(f"--set=output={url}")
+        self.command = Command(folder, "train", str(recipe), *settings)
 
     def curve(self) -> list[dict[str, Any]]:
-        """Of the run that is under way."""
+        """Of the run that is under way; of one in a store, as of its last checkpoint."""
+        if self._store:
+            keys = [key for key in list(self._store[0].objects)
+                    if key.endswith("/training.jsonl") and "/.student-work-" in key]  # fmt: skip
+            lines = [line for key in keys for line in self._store[0].objects[key].splitlines()]
+            return [r for r in map(json.loads, lines) if r["kind"] == "steps"]
         for work in self.run.glob(".student-work-*"):
             with contextlib.suppress(FileNotFoundError):
                 return [r for r in read_curve(work / "training.jsonl") if r["kind"] == "steps"]

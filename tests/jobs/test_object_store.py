@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,30 +60,40 @@ def test_a_corpus_is_read_and_labels_are_written_without_losing_a_row(
     assert dataset.read(url).equals(undisturbed)
 
 
-def test_a_student_learns_from_labels_there_and_is_certified(
+def test_a_run_there_is_trained_certified_served_and_reported(
     store: tuple[ObjectServer, str], small_run: steps.Run, tmp_path: Path
 ):
+    """All but the teacher's work, which the other test has."""
     server, url = store
-    labels = small_run.path("label")
-    for file in labels.rglob("*"):
-        if file.is_file():
-            key = f"{url.removeprefix('s3://')}/{file.relative_to(labels)}"
-            server.objects[key] = file.read_bytes()
-    run = tmp_path / "small"
-    shutil.copytree(small_run.path("prepare"), run / "corpus")
+    url = url.removesuffix("/labels")
+    prefix = f"{url.removeprefix('s3://')}/{small_run.recipe.name}"
+    for name in ("corpus", "labels"):
+        folder = small_run.directory / name
+        for file in filter(Path.is_file, folder.rglob("*")):
+            server.objects[f"{prefix}/{name}/{file.relative_to(folder)}"] = file.read_bytes()
     server.faults = Faults(share=0.05, random=random.Random(2))
-    settings = [*SMALL, f"output={tmp_path}", f"labels.destination={url}"]
-    for step in ("train", "certify"):
-        done = journeyman(
-            step, str(DEMO), *(f"--set={each}" for each in settings), env=os.environ | ALONE
-        )
+    settings = [f"--set={each}" for each in (*SMALL, f"output={url}")]
+
+    def run(*command: str, cache: str) -> str:
+        here = {"JOURNEYMAN_CACHE": str(tmp_path / cache)}
+        done = journeyman(*command, str(DEMO), *settings, env=os.environ | ALONE | here)
         assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("train", cache="one")
+    run("certify", cache="another")  # a machine that has seen nothing of it
+    again = run("run", cache="one")
     assert server.faults.met, "no call failed"
-    here, far = (
-        files.read_json(folder / "journeyman.json")
-        for folder in (small_run.path("train"), run / "student")
-    )
+    assert [line.split()[0] for line in again.splitlines() if "already done" in line] == [
+        "prepare", "label", "train", "certify",
+    ]  # fmt: skip
+    there = {key.removeprefix(f"{prefix}/") for key in server.objects if key.startswith(prefix)}
+    assert {"student/model.safetensors", "bundle/bundle.json", "serving/manifest.json",
+            "report/index.html"} <= there  # fmt: skip
+    assert not [name for name in there if name.startswith(".student-work")]
+    far = json.loads(server.objects[f"{prefix}/student/journeyman.json"])
+    here = files.read_json(small_run.path("train") / "journeyman.json")
     assert {k: far[k] for k in ("labels", "rows", "steps")} == {
         k: here[k] for k in ("labels", "rows", "steps")
     }
-    assert json.loads((run / "bundle" / "bundle.json").read_text())["ledger"]
+    assert json.loads(server.objects[f"{prefix}/bundle/bundle.json"])["ledger"]

@@ -26,7 +26,7 @@ def test_every_row_of_the_corpus_is_labeled_once(small_run: steps.Run):
     ids = [
         row_id
         for shard in corpus.read_manifest(small_run.path("prepare"))["shards"]
-        for row_id in corpus.read_shard(small_run.path("prepare") / shard["name"])["id"].to_pylist()
+        for row_id in corpus.read_shard(small_run.path("prepare"), shard["name"])["id"].to_pylist()
     ]
     assert table["id"].to_pylist() == ids
     totals = LabelStore(small_run.path("label")).manifest()["totals"]
@@ -48,7 +48,7 @@ def test_the_nodes_logs_say_what_became_of_each_shard_and_never_a_text(small_run
     events = [line["event"] for line in map(json.loads, trained.splitlines())
               if line["run"] == "small"]  # fmt: skip
     assert events[0] == "training" and events.count("evaluation") == 2
-    texts = corpus.read_shard(small_run.path("prepare") / min(rows))["text"].to_pylist()
+    texts = corpus.read_shard(small_run.path("prepare"), min(rows))["text"].to_pylist()
     assert texts and not any(text in written for text in texts)
 
 
@@ -145,7 +145,7 @@ def test_killed_run_finishes_without_losing_or_doubling_rows(tmp_path: Path):
     wanted = [
         row_id
         for shard in corpus.read_manifest(run / "corpus")["shards"]
-        for row_id in corpus.read_shard(run / "corpus" / shard["name"])["id"].to_pylist()
+        for row_id in corpus.read_shard(run, "corpus" / shard["name"])["id"].to_pylist()
     ]
     assert dataset.read(run / "labels")["id"].to_pylist() == wanted
 

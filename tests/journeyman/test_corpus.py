@@ -48,7 +48,7 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def rows_of(directory: Path) -> list[dict[str, Any]]:
     names = [s["name"] for s in corpus.read_manifest(directory)["shards"]]
-    return [row for name in names for row in corpus.read_shard(directory / name).to_pylist()]
+    return [row for name in names for row in corpus.read_shard(directory, name).to_pylist()]
 
 
 def write_parquet(directory: Path) -> Path:

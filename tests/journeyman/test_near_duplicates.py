@@ -145,7 +145,7 @@ def prepared(out: Path, rows: list[dict[str, Any]], **settings: Any) -> tuple[di
     source = out.with_suffix(".jsonl")
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     manifest = corpus.prepare(made(source, **settings), out)
-    shards = [corpus.read_shard(out / s["name"]).to_pylist() for s in manifest["shards"]]
+    shards = [corpus.read_shard(out, s["name"]).to_pylist() for s in manifest["shards"]]
     return manifest, list(itertools.chain.from_iterable(shards))
 
 

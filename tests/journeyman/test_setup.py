@@ -23,7 +23,17 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            ["__init__", "errors", "files", "logs", "object_store", "probabilities", "progress"],
+            [
+                "__init__",
+                "errors",
+                "files",
+                "folder",
+                "logs",
+                "mirror",
+                "object_store",
+                "probabilities",
+                "progress",
+            ],
             [
                 "recipe",
                 "models",

@@ -71,7 +71,7 @@ def test_odd_column_names_and_quoted_newlines(capsys):
     assert settings.classes().classes == {f"a: b{i}": f"a b{i}" for i in range(3)}
     manifest = prepared()
     assert manifest["rows"] + manifest["over_limit"] == 120 and not manifest["malformed"]["rows"]
-    texts = corpus.read_shard(Path("corpus") / manifest["shards"][0]["name"])["text"].to_pylist()
+    texts = corpus.read_shard(Path("corpus"), manifest["shards"][0]["name"])["text"].to_pylist()
     assert all("\nline: " in text for text in texts)
 
 

@@ -15,7 +15,7 @@ from journeyman.cascade.drift import Audit, Watch, start_watch
 from journeyman.certify.bundle import PolicyBundle
 from journeyman.certify.thresholds import ESCALATE_EVERYTHING
 from journeyman.errors import DataError
-from journeyman.labels.folder import Folder
+from journeyman.folder import Folder
 
 # Stricter rungs, by the share that they leave of what the certified threshold lets answer.
 LADDER = (0.75, 0.5, 0.25)

@@ -184,7 +184,7 @@ def _run(options: argparse.Namespace) -> int:
         options.overrides += [f"corpus.feedback={json.dumps(options.from_feedback)}",
                               f"name={loaded.name}-feedback"]  # fmt: skip
         loaded = load(options)
-    print(f"run       {loaded.run_dir}", flush=True)
+    print(f"run       {steps.Run(loaded).where}", flush=True)
     done = steps.run(loaded, _print_result, new_labels=options.new)
     print()
     run = steps.Run(loaded)

@@ -32,7 +32,7 @@ def add_command(commands: Any) -> None:
     compare = command(
         commands, "compare", "finished students side by side", _compare, _WORDS, _EXAMPLES
     )
-    compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder or URL")
     compare.add_argument(
         "--plot", metavar="FILE", type=Path, help="draw size against agreement, as SVG"
     )
@@ -44,9 +44,11 @@ def add_command(commands: Any) -> None:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from journeyman import run_folder
     from journeyman.report import comparison
 
-    students = [comparison.read(run) for run in options.runs]
+    folders = [run_folder.here(run) for run in options.runs]
+    students = [comparison.read(folder) for folder in folders]
     heads = ("run", "MB", "agreement", "accuracy", "KL", "perplexity", "exact", "rows/s",
              "train rows", "steps", "seconds")  # fmt: skip
     print(table([heads, *map(_cells, students)]))
@@ -58,8 +60,8 @@ def _compare(options: argparse.Namespace) -> int:
         files.write_bytes(options.plot, plots.size_agreement(students).encode())
         print(f"\nplot      {options.plot}")
     if options.report:
-        for run in options.runs:
-            comparison.keep(students, run)
+        for folder in folders:
+            comparison.keep(students, folder)
         print("\nkept; journeyman report R draws it on the page of each run")
     return 0
 

@@ -52,10 +52,12 @@ def _export(options: argparse.Namespace) -> int:
 
     run = RunFolder(load(options))
     with run.locked():
+        run.fetch("train")
         for to in dict.fromkeys(options.formats):
             with LiveLine() as line:
                 line.show(f"{to:<9} writing and checking")
                 done = step.export(run, to, options.precision)
+            run.mirror("export").below(to).push()
             print(f"{to:<9} {done.path}\n{done.difference()}\n")
             print(f"{table(done.table())}\n", flush=True)
     return 0

@@ -211,7 +211,7 @@ def _open(where: str, overrides: list[str], corpus_dir: Path | None = None) -> O
     return open_dataset(folder, corpus_dir, run_corpus)
 
 
-def _dataset(where: str, overrides: list[str]) -> tuple[str, Path | None]:
+def _dataset(where: str, overrides: list[str]) -> tuple[str, str | Path | None]:
     """A dataset's folder or URL, and where its run has the corpus if a recipe says so."""
     path = Path(where)
     if path.suffix in (".yaml", ".yml") or path.is_file():
@@ -226,7 +226,7 @@ def _dataset(where: str, overrides: list[str]) -> tuple[str, Path | None]:
                     "that of its run, or the recipe.")  # fmt: skip
 
 
-def _of_recipe(path: Path, overrides: list[str]) -> tuple[str, Path]:
+def _of_recipe(path: Path, overrides: list[str]) -> tuple[str, str | Path]:
     from journeyman.run_folder import RunFolder
 
     loaded = recipe.load(path, overrides)
@@ -234,7 +234,7 @@ def _of_recipe(path: Path, overrides: list[str]) -> tuple[str, Path]:
     where = str(run.labels)
     if "://" not in where and not (Path(where) / "manifest.json").exists():
         raise DataError(f"{where}: there are no labels yet; run journeyman label {path}.")
-    return where, run.path("prepare")
+    return where, run.corpus
 
 
 # --- the actions ---

@@ -25,7 +25,7 @@ def add_command(commands: Any) -> None:
     results = command(
         commands, "results", "finished runs as a page of Markdown", _results, _WORDS, _EXAMPLES
     )
-    results.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
+    results.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder or URL")
     results.add_argument("--to", metavar="FILE", type=Path, help="write the page there")
     results.add_argument(
         "--into",
@@ -36,9 +36,9 @@ def add_command(commands: Any) -> None:
 
 
 def _results(options: argparse.Namespace) -> int:
-    from journeyman import results
+    from journeyman import results, run_folder
 
-    runs = [results.read(run) for run in options.runs]
+    runs = [results.read(run_folder.here(run)) for run in options.runs]
     page = results.page(runs)
     if options.to is None and options.into is None:
         print(page)

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         cluster.connect(recipe.cluster)
         with LiveLine() as line:
             line.show(f"label     trying {len(ways(recipe))} ways on up to {n_rows} train rows")
-            judged = tried(recipe, current.teacher, current.path("prepare"), n_rows)
+            judged = tried(recipe, current.teacher, current.corpus, n_rows)
     print(side_by_side(judged))
     chosen = best(judged)
     if chosen is None:

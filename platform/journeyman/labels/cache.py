@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from journeyman.errors import ClusterError
-from journeyman.labels.folder import Folder
+from journeyman.folder import Folder
 from journeyman.labels.parquet import parquet_bytes, parquet_table
 from journeyman.labels.schema import SCHEMA_VERSION, Commit, label_schema
 from journeyman.labels.store import in_order

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from journeyman.errors import DataError
-from journeyman.labels.folder import Folder
+from journeyman.folder import Folder
 from journeyman.labels.parquet import parquet_bytes, parquet_table
 from journeyman.labels.schema import Commit
 

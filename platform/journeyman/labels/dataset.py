@@ -76,7 +76,7 @@ def finished_manifest(store: LabelStore) -> dict[str, Any]:
     return manifest
 
 
-def check_corpus(labels_dir: str | Path, identity: dict[str, Any], corpus_dir: Path) -> None:
+def check_corpus(labels_dir: str | Path, identity: dict[str, Any], corpus_dir: str | Path) -> None:
     """Raises DataError if the labels were made of another corpus than the folder holds."""
     if corpus.read_manifest(corpus_dir)["digest"] != identity["corpus"]:
         raise DataError(f"{labels_dir} labels another corpus than {corpus_dir} holds now; "
@@ -185,7 +185,7 @@ def to_hf(where: str | Path, *, filtered: bool = False) -> datasets.Dataset:
 
 
 def read_classes(
-    labels_dir: str | Path, corpus_dir: Path, splits: Sequence[str] | None = None
+    labels_dir: str | Path, corpus_dir: str | Path, splits: Sequence[str] | None = None
 ) -> ClassRows:
     """Labeled rows of the wanted splits (all by default), with their texts.
 
@@ -247,11 +247,11 @@ def _kept(table: pa.Table, left_out: pa.Array | None) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["id"], left_out)))
 
 
-def _texts(corpus_dir: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+def _texts(corpus_dir: str | Path) -> dict[str, tuple[str, dict[str, Any]]]:
     """Id to text and further columns."""
     texts: dict[str, tuple[str, dict[str, Any]]] = {}
     for shard in corpus.read_manifest(corpus_dir)["shards"]:
-        table = corpus.read_shard(corpus_dir / shard["name"])
+        table = corpus.read_shard(corpus_dir, shard["name"])
         columns = (table[name].to_pylist() for name in ("id", "text", "meta"))
         for row_id, text, meta in zip(*columns, strict=True):
             texts[row_id] = text, json.loads(meta) if meta else {}

@@ -67,7 +67,7 @@ def identity(
 def label(
     recipe: Recipe,
     model: Model,
-    corpus_dir: Path,
+    corpus_dir: str | Path,
     labels: str | Path,
     on_progress: OnProgress = lambda _: None,
     *,
@@ -104,7 +104,7 @@ def label(
 def label_ensemble(
     recipe: Recipe,
     model: Model,
-    corpus_dir: Path,
+    corpus_dir: str | Path,
     labels: str | Path,
     on_progress: OnProgress = lambda _: None,
 ) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def label_ensemble(
 
 
 def estimated(
-    recipe: Recipe, model: Model, corpus_dir: Path, labels: str | Path, n_rows: int
+    recipe: Recipe, model: Model, corpus_dir: str | Path, labels: str | Path, n_rows: int
 ) -> Estimate:
     """What labeling the rows still to do will take, from trying a few; writes nothing."""
     import ray
@@ -166,7 +166,7 @@ def _spec(
     recipe: Recipe,
     teacher: Teacher,
     model: Model,
-    corpus_dir: Path,
+    corpus_dir: str | Path,
     store: LabelStore,
     of: dict[str, Any] | None = None,
 ) -> ReplicaSpec:
@@ -174,7 +174,7 @@ def _spec(
         recipe=recipe,
         teacher=teacher,
         model=model,
-        corpus_dir=corpus_dir.resolve(),
+        corpus_dir=corpus_dir if "://" in str(corpus_dir) else Path(corpus_dir).resolve(),
         labels=store.everywhere,
         identity=of or store.manifest()["identity"],
     )

@@ -59,7 +59,7 @@ class ReplicaSpec:
     recipe: Recipe
     teacher: Teacher
     model: Model
-    corpus_dir: Path
+    corpus_dir: str | Path
     labels: str
     identity: dict[str, Any]
 
@@ -185,7 +185,7 @@ class Replica:
         standing = await asyncio.to_thread(self._store.standing, work.shard, work.generation)
         if standing is not None:
             return standing
-        table = await asyncio.to_thread(corpus.read_shard, self._spec.corpus_dir / work.shard)
+        table = await asyncio.to_thread(corpus.read_shard, self._spec.corpus_dir, work.shard)
         rows: list[Row] = table.to_pylist()
         kept, kept_out = await self._kept(work)
         waiting = [row for row in rows if row["id"] not in kept and row["id"] not in kept_out]
@@ -331,7 +331,7 @@ class Replica:
             self._cache.add(commit, labels)
 
     async def _try_rows(self, shard: str, n_rows: int) -> Trial:
-        table = await asyncio.to_thread(corpus.read_shard, self._spec.corpus_dir / shard)
+        table = await asyncio.to_thread(corpus.read_shard, self._spec.corpus_dir, shard)
         rows: list[Row] = table.slice(0, n_rows).to_pylist()
         started = time.monotonic()
         settled = await asyncio.gather(*(self._settled(row) for row in rows))

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from journeyman.errors import DataError, JourneymanError
+from journeyman.folder import Folder
 from journeyman.labels import schema
 from journeyman.labels.commits import CommitFiles, as_json, commit_name, from_json, stem
-from journeyman.labels.folder import Folder
 from journeyman.labels.parquet import parquet_bytes, parquet_table
 from journeyman.labels.schema import SCHEMA_VERSION, Commit, Filtered, Quarantined
 

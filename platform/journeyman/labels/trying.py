@@ -43,7 +43,7 @@ def ways(recipe: Recipe) -> dict[str, Classes]:
     return found
 
 
-def tried(recipe: Recipe, model: Model, corpus_dir: Path, n_rows: int) -> list[Judged]:
+def tried(recipe: Recipe, model: Model, corpus_dir: str | Path, n_rows: int) -> list[Judged]:
     """The ways of a recipe on its first so many train rows with gold, or without where none has.
 
     Ray is up. Raises RecipeError, DataError, ModelError, ClusterError.
@@ -69,13 +69,15 @@ def tried(recipe: Recipe, model: Model, corpus_dir: Path, n_rows: int) -> list[J
     return judge(asked_ways, said, gold, recipe.teacher.price)
 
 
-def _rows(recipe: Recipe, corpus_dir: Path, n_rows: int) -> tuple[list[dict[str, Any]], np.ndarray]:
+def _rows(
+    recipe: Recipe, corpus_dir: str | Path, n_rows: int
+) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Columns of each row, and int64[n] gold. The corpus is in a random order already."""
     index = {label: i for i, label in enumerate(recipe.classes().classes)}
     train = [
         row
         for shard in corpus.read_manifest(corpus_dir)["shards"]
-        for row in corpus.read_shard(corpus_dir / shard["name"]).to_pylist()
+        for row in corpus.read_shard(corpus_dir, shard["name"]).to_pylist()
         if row["split"] == "train"
     ]
     if not train:

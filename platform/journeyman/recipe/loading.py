@@ -6,11 +6,14 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import unquote
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from journeyman.errors import RecipeError
+from journeyman.mirror import copy_of
+from journeyman.object_store import PROTOCOLS
 from journeyman.recipe.base import Section, digest
 from journeyman.recipe.cluster import Cluster
 from journeyman.recipe.corpus import Corpus
@@ -34,8 +37,8 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run.")
     output: str = Field(
         "runs",
-        description="Folder in which the run's folder, called by its name, is made; on a cluster "
-        "on a disk that all nodes share. Labels alone may lie behind a URL: labels.destination.",
+        description="Folder in which the run's folder, called by its name, is made: on a cluster "
+        "on a disk that all nodes share, or an object store's URL (s3://, gs://, az://).",
     )
     corpus: Corpus
     teacher: Teacher
@@ -55,8 +58,18 @@ class Recipe(Section):
     report: Report = Field(default_factory=Report)
 
     @property
+    def run_url(self) -> str | None:
+        """Where the run's folder lies; None where that is on a disk."""
+        if "://" not in self.output or self.output.startswith("file://"):
+            return None
+        return f"{self.output.rstrip('/')}/{self.name}"
+
+    @property
     def run_dir(self) -> Path:
-        return Path(self.output) / self.name
+        """The run's folder on this machine's disk; of a URL, this machine's copy."""
+        if self.run_url:
+            return copy_of(self.run_url)
+        return Path(unquote(self.output.removeprefix("file://"))) / self.name
 
     @property
     def hash(self) -> str:
@@ -94,12 +107,21 @@ class Recipe(Section):
     @field_validator("output")
     @classmethod
     def _output_is_a_folder(cls, value: str) -> str:
-        if "://" in value:
+        kind, _, rest = value.partition("://")
+        if rest and kind not in (*PROTOCOLS, "file"):
             raise ValueError(
-                f"a folder, and {value} is a URL: mount it as a disk that all nodes share; labels "
-                "alone may lie behind a URL, which labels.destination takes"
+                f"a folder, or a URL of s3://, gs:// or az://, and {value} is none of these"
             )
         return value
+
+    @model_validator(mode="after")
+    def _rounds_share_a_disk(self) -> Recipe:
+        if self.run_url and self.training.on_policy:
+            raise ValueError(
+                "training.on_policy keeps its rounds' corpora and labels below output, which must "
+                f"be a folder on a disk that all nodes share for it, and {self.output} is a URL"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ensemble_of_distributions(self) -> Recipe:

@@ -1,6 +1,9 @@
-"""Where a training run stands on disk: whole checkpoints, one writer, the loss curve.
+"""Where a training run stands: whole checkpoints, one writer, the loss curve.
 
-Written by rank 0, read by all. Knows files and names, nothing of what a model is.
+Written by rank 0, read by all. Knows files and names, nothing of what a model is. The work folder
+is on a disk that all nodes share, or in an object store: then each node has a copy of what it
+needs, a checkpoint is written into rank 0's and put into the store behind that, ``state.json``
+last, and who may write is looked up every few seconds instead of each time.
 
     WORK/attempt                 who may write: the newest start of this run, and of its workers
     WORK/training.jsonl          the curve, one record a line
@@ -13,21 +16,28 @@ Written by rank 0, read by all. Knows files and names, nothing of what a model i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
+import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from journeyman.errors import ClusterError, DataError
-from journeyman.files import disk_errors, read_json, write_bytes, write_json
+from journeyman.files import disk_errors, read_json, scratch_folder, write_bytes, write_json
+from journeyman.folder import Folder
+from journeyman.mirror import Mirror
 
 LORA = "lora.pt"  # beside the weights that it is merged into: what training goes on with
-_STATE = "state.json"
+_STATE, _OWNER, _LIVE, _CURVE = "state.json", "attempt", "live.json", "training.jsonl"
+_STORE_EVERY_S = 5.0  # between two calls of a store that only say or ask how things stand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,20 +88,24 @@ class State:
 class Checkpoints:
     """The work folder of one run, held by one attempt at it."""
 
-    def __init__(self, work: Path, attempt: str) -> None:
-        self._work = work
+    def __init__(self, work: Path | Mirror, attempt: str) -> None:
+        mirror = work if isinstance(work, Mirror) else Mirror(local=work)
+        self._work = mirror.local
+        self._store = mirror.url
+        self._all = Folder(mirror.url or mirror.local)  # where everyone finds it
         self._attempt = attempt
-        self._folder = work / "checkpoints"
+        self._folder = self._work / "checkpoints"
+        self._owned_at = self._said_at = self._asked_at = -math.inf
 
     @classmethod
-    def claim(cls, work: Path) -> Checkpoints:
+    def claim(cls, work: Path | Mirror) -> Checkpoints:
         """Become the work folder's one writer.
 
         Workers of a killed driver may live on for seconds; what they write from now on is void.
         """
-        attempt = uuid.uuid4().hex
-        write_bytes(work / "attempt", attempt.encode())
-        return cls(work, attempt)
+        claimed = cls(work, uuid.uuid4().hex)
+        claimed._all.put(_OWNER, claimed._attempt.encode())
+        return claimed
 
     def restarted(self) -> Checkpoints:
         """Become the one writer in place of earlier workers of the same driver.
@@ -103,20 +117,17 @@ class Checkpoints:
         if self._owner().partition(".")[0] != driver:
             raise self._taken_over()
         mine = f"{driver}.{uuid.uuid4().hex}"
-        write_bytes(self._work / "attempt", mine.encode())
-        return Checkpoints(self._work, mine)
+        self._all.put(_OWNER, mine.encode())
+        return Checkpoints(Mirror(local=self._work, url=self._store), mine)
 
     @property
     def work(self) -> Path:
         return self._work
 
     @property
-    def live(self) -> Path:
-        return self._work / "live.json"
-
-    @property
     def curve(self) -> Path:
-        return self._work / "training.jsonl"
+        """On this node; ``start_curve`` and ``fetch_curve`` have it be what all see."""
+        return self._work / _CURVE
 
     @property
     def attempt(self) -> str:
@@ -127,18 +138,45 @@ class Checkpoints:
 
     def latest(self) -> State | None:
         """The newest whole checkpoint; one cut short is passed over."""
-        newest_first = sorted(self._folder.glob("step-*"), reverse=True)
-        return next(filter(None, map(_state, newest_first)), None)
+        found: dict[str, dict[str, int]] = defaultdict(dict)
+        for item in self._all.walk(self._folder.name):
+            _, step, *name = item.name.split("/", 2)
+            found[step]["".join(name)] = item.size
+        newest_first = sorted((s for s in found if s.startswith("step-")), reverse=True)
+        return next(filter(None, (self._state(step, found[step]) for step in newest_first)), None)
 
     def model(self, step: int) -> Path:
-        """A checkpoint's Hugging Face folder; raises DataError if the checkpoint is not whole."""
+        """As ``fetch``, the Hugging Face folder in it."""
+        return self.fetch(step) / "model"
+
+    def fetch(self, step: int) -> Path:
+        """A checkpoint's folder on this node; raises DataError if the checkpoint is not whole."""
         folder = self.path(step)
+        if self._store and _state(folder) is None:
+            self._copy_here(folder)
         if _state(folder) is None:
             raise DataError(
-                f"{folder}: the checkpoint is cut short or gone; remove {self._work} and train "
-                "again."
+                f"{self._all.path(f'{self._folder.name}/{folder.name}')}: the checkpoint is cut "
+                f"short or gone; remove {self._all.where} and train again."
             )
-        return folder / "model"
+        return folder
+
+    def _state(self, step: str, sizes: dict[str, int]) -> State | None:
+        """sizes: bytes of the files of a checkpoint, by name."""
+        try:
+            values = json.loads(self._all.get(f"{self._folder.name}/{step}/{_STATE}"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return _whole(values, sizes)
+
+    def _copy_here(self, folder: Path) -> None:
+        """Ranks of one node may all do so at once."""
+        prefix = f"{self._folder.name}/{folder.name}/"
+        with scratch_folder(folder) as fresh:
+            for item in list(self._all.walk(prefix.rstrip("/"))):
+                self._all.get_file(item.name, fresh / item.name.removeprefix(prefix), item.size)
+            with contextlib.suppress(OSError):  # another was faster
+                fresh.rename(folder)
 
     def save(self, state: State, write: Callable[[Path], None], n_bytes: int) -> None:
         """Write a checkpoint whole or not at all; then drop all but it and the best one.
@@ -164,24 +202,74 @@ class Checkpoints:
                     fresh.rename(final)
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
-        self._keep({state.step} | ({state.best.step} if state.best else set()))
+        kept = {state.step} | ({state.best.step} if state.best else set())
+        if self._store:
+            self._copy_there(final)
+            self._keep_there({self.path(step).name for step in kept})
+        self._keep(kept)
+
+    def _copy_there(self, folder: Path) -> None:
+        """What was told of the steps so far goes first: it is cut back to a checkpoint's step."""
+        for told in filter(Path.exists, [self.curve, *(self._work / "trackers").glob("*")]):
+            self._all.put_file(str(told.relative_to(self._work)), told)
+        names = sorted(_sizes(folder), key=lambda name: name == _STATE)
+        self._must_own()
+        for name in names:
+            self._all.put_file(f"{self._folder.name}/{folder.name}/{name}", folder / name)
+
+    def _keep_there(self, steps: set[str]) -> None:
+        for item in list(self._all.walk(self._folder.name)):
+            if item.name.split("/")[1] not in steps:
+                self._all.delete(item.name)
+
+    def fetch_curve(self) -> None:
+        """Have the curve on this node, and what trackers know of it."""
+        if self._store:
+            for name in [_CURVE, *(item.name for item in self._all.walk("trackers"))]:
+                with contextlib.suppress(FileNotFoundError):
+                    write_bytes(self._work / name, self._all.get(name))
+
+    def leave(self, finished: bool) -> None:
+        """Rank 0 writes no more on this node: what else lies on it alone goes into the store."""
+        if self._store is None:
+            return
+        run = Folder(self._store.rpartition("/")[0])
+        for events in (self._work.parent / "tensorboard").rglob("*.tfevents.*"):
+            run.put_file(str(events.relative_to(self._work.parent)), events)
+        if finished:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def start_curve(self, step: int) -> None:
         """Begin the curve, or cut it back to ``step``: later records are made again."""
-        self.live.unlink(missing_ok=True)
+        self.fetch_curve()
+        self._all.delete(_LIVE)
         kept = [json.dumps(r) + "\n" for r in read_curve(self.curve) if r["step"] <= step]
         write_bytes(self.curve, "".join(kept).encode())
 
     def record(self, **values: Any) -> None:
         """Append one record to the curve."""
-        self._must_own()
+        self._must_own(lately=True)
         with disk_errors(self._work), self.curve.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def show(self, values: dict[str, Any]) -> None:
-        """Say where the run stands."""
-        self._must_own()
-        write_json(self.live, values)
+        """Say where the run stands; to a store every few seconds."""
+        if self._store and time.monotonic() - self._said_at < _STORE_EVERY_S:
+            return
+        self._must_own(lately=True)
+        self._all.put(_LIVE, json.dumps(values).encode())
+        self._said_at = time.monotonic()
+
+    def shown(self) -> dict[str, Any] | None:
+        """What was said last; asked of a store every few seconds, and None in between."""
+        if self._store and time.monotonic() - self._asked_at < _STORE_EVERY_S:
+            return None
+        self._asked_at = time.monotonic()
+        try:
+            values: dict[str, Any] = json.loads(self._all.get(_LIVE))
+        except FileNotFoundError:
+            return None
+        return values
 
     def _keep(self, steps: set[int]) -> None:
         kept = {self.path(step) for step in steps}
@@ -189,22 +277,26 @@ class Checkpoints:
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _must_own(self) -> None:
+    def _must_own(self, *, lately: bool = False) -> None:
+        """lately: that it was so a few seconds ago will do, where a store has to be asked."""
+        if lately and self._store and time.monotonic() - self._owned_at < _STORE_EVERY_S:
+            return
+        self._owned_at = time.monotonic()
         if self._owner() != self._attempt:
             raise self._taken_over()
 
     def _owner(self) -> str:
         try:
-            return (self._work / "attempt").read_text()
+            return self._all.get(_OWNER).decode()
         except FileNotFoundError as error:
             raise ClusterError(
                 f"{self._work}: not on this node; the recipe's output must be a folder on a disk "
-                "that all nodes share."
+                "that all nodes share, or an object store's URL."
             ) from error
 
     def _taken_over(self) -> ClusterError:
         return ClusterError(
-            f"{self._work}: another run of the same training has taken over; this one stops."
+            f"{self._all.where}: another run of the same training has taken over; this one stops."
         )
 
 
@@ -214,8 +306,13 @@ def _state(folder: Path) -> State | None:
         values = read_json(folder / _STATE)
     except DataError:
         return None
-    sizes = {name: n for name, n in _sizes(folder).items() if name != _STATE}
-    if sizes != values.pop("files", None):
+    return _whole(values, _sizes(folder))
+
+
+def _whole(values: dict[str, Any], sizes: dict[str, int]) -> State | None:
+    """values: of a state file; sizes: bytes of the files beside it, by name."""
+    there = {name: n for name, n in sizes.items() if name != _STATE}
+    if there != values.pop("files", None):
         return None
     evaluations = tuple(Evaluation(**e) for e in values.pop("evaluations"))
     return State(**values, evaluations=evaluations)

@@ -127,6 +127,7 @@ class Journal:
         """However training has ended; a checkpoint that was begun is made whole first."""
         self._writer.settle()
         self._trackers.close(self.state.finished)
+        self._checkpoints.leave(self.state.finished)
 
     def _due(self) -> bool:
         return time.monotonic() - self._saved > self._training.checkpoint_every_s

@@ -64,7 +64,7 @@ class Lesson:
 
 def load(task: Task, state: State | None, device: torch.device) -> Learner:
     """Rows, tokens and the model as its checkpoint has it; raises DataError or ModelError."""
-    folder = task.checkpoints.path(state.step) / "model" if state else None
+    folder = task.checkpoints.model(state.step) if state else None
     return task.load(folder, device)
 
 
@@ -76,7 +76,7 @@ def prepare(task: Task, state: State | None, learner: Learner, place: Place) -> 
     held = hold(learner.module, place, task.training.parallel)
     optimizer, schedule = _optimizer(learner, task.training, total)
     if state:
-        file = task.checkpoints.path(state.step) / "optimizer.pt"
+        file = task.checkpoints.fetch(state.step) / "optimizer.pt"
         saved = torch.load(file, map_location="cpu")
         held.restore(optimizer, saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])

@@ -2,13 +2,12 @@
 
 A run's state lies beside its output, in ``.student-work-INPUTS``, and is our own rather than
 Ray Train's: a run killed with its driver is a new run to Ray, but finds its work by ``inputs``.
-On a cluster that folder must be on storage that all nodes share.
+On a cluster that folder is on a disk that all nodes share, or behind a URL.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -16,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from journeyman.errors import ClusterError, JourneymanError
-from journeyman.files import disk_errors, read_json
+from journeyman.files import disk_errors
+from journeyman.mirror import Mirror
 from journeyman.models import Model
 from journeyman.recipe import Recipe, Training
 from journeyman.student import export, worker
@@ -51,25 +51,27 @@ def train(
     *,
     inputs: str,
     labels_digest: str,
+    store: str | None = None,
     on_progress: Callable[[TrainProgress], None] | None = None,
 ) -> TrainResult:
     """Train on the ``train`` rows, pick a checkpoint by the ``calibrate`` rows, export to out_dir.
 
     Ray is up. load is called in every worker, in another directory than the driver's: its paths
     must be absolute. model: where its weights come from. inputs: digest of all that decides the
-    result; a run that was killed goes on at its last checkpoint when called with the same.
+    result; a run that was killed goes on at its last checkpoint when called with the same. store:
+    as of ``step.train``.
     Raises DataError, ModelError or ClusterError.
     """
     out_dir = out_dir.absolute()
-    work = work_folder(out_dir, inputs)
+    work = work_folder(out_dir, inputs, store)
     checkpoints = Checkpoints.claim(work)
     before = checkpoints.latest()
     task = Task(training=recipe.training, checkpoints=checkpoints, load=load, name=recipe.name)
     if before and before.finished:
         state = before
     else:
-        tell = _teller(checkpoints.live, on_progress)
-        state = _followed(lambda: _fit(task, work), tell)
+        tell = _teller(checkpoints, on_progress)
+        state = _followed(lambda: _fit(task, work.local), tell)
     result = _result(out_dir, state, recipe.training, before)
     origin = export.Provenance(
         recipe=recipe,
@@ -79,14 +81,16 @@ def train(
         world_size=recipe.training.workers,
     )
     best_model = checkpoints.model(result.best.step)
+    checkpoints.fetch_curve()
     export.write(out_dir, best_model, checkpoints.curve, result.best, state, origin)
-    shutil.rmtree(work, ignore_errors=True)
+    Mirror(local=out_dir, url=store and f"{store}/{out_dir.name}").push()
+    work.remove()
     return result
 
 
-def work_folder(out_dir: Path, inputs: str) -> Path:
+def work_folder(out_dir: Path, inputs: str, store: str | None = None) -> Mirror:
     """Where a training keeps its state until it is done."""
-    return out_dir.absolute().parent / f".student-work-{inputs}"
+    return Mirror(local=out_dir.absolute().parent, url=store).below(f".student-work-{inputs}")
 
 
 def _fit(task: Task, work: Path) -> State:
@@ -183,15 +187,18 @@ def _followed(fit: Callable[[], State], tell: Callable[[], None], poll_s: float 
     return outcome.result()
 
 
-def _teller(live: Path, on_progress: Callable[[TrainProgress], None] | None) -> Callable[[], None]:
+def _teller(
+    checkpoints: Checkpoints, on_progress: Callable[[TrainProgress], None] | None
+) -> Callable[[], None]:
     """Hands on where the run stands, if it is another than the last time."""
     told: TrainProgress | None = None
 
     def tell() -> None:
         nonlocal told
-        if on_progress is None or not live.exists():
+        shown = checkpoints.shown() if on_progress else None
+        if on_progress is None or shown is None:
             return
-        progress = TrainProgress(**read_json(live))
+        progress = TrainProgress(**shown)
         if progress != told:
             on_progress(progress)
             told = progress

@@ -33,7 +33,7 @@ _RECORD = "journeyman.json"
 def train(
     recipe: Recipe,
     labels: str | Path,
-    corpus_dir: Path,
+    corpus_dir: str | Path,
     parent: Model,
     teacher: Model,
     out_dir: Path,
@@ -65,7 +65,7 @@ class _Rounds:
         self,
         recipe: Recipe,
         labels: str | Path,
-        corpus_dir: Path,
+        corpus_dir: str | Path,
         parent: Model,
         teacher: Model,
         out_dir: Path,
@@ -166,7 +166,13 @@ class _Rounds:
         return scoring
 
     def _label(
-        self, recipe: Recipe, model: Model, corpus_dir: Path, labels: Path, number: int, what: str
+        self,
+        recipe: Recipe,
+        model: Model,
+        corpus_dir: str | Path,
+        labels: Path,
+        number: int,
+        what: str,
     ) -> None:
         begun = (labels / "manifest.json").exists()
         if begun and LabelStore(labels).manifest().get("complete"):
@@ -190,14 +196,14 @@ class _Rounds:
         recipe = self._recipe.model_copy(
             update={"labels": scoring, "training": self._training(), "student": learner}
         )
-        rows_dir = loop.work_folder(trained, inputs) / "rows"
-        given = (student, self._teacher, rows_dir)
+        rows = loop.work_folder(trained, inputs).below("rows")
+        given = (student, self._teacher, rows.local)
         step.write_rows(recipe, folder / "scores", folder / "written", *given, ("train",))
         step.write_rows(self._recipe, self._labels, self._corpus_dir, *given, ("calibrate",))
         doing = f"train     round {number + 1}/{self.settings.rounds}"
         loop.train(
             recipe,
-            step.causal_load(recipe, student, rows_dir),
+            step.causal_load(recipe, student, rows),
             dataclasses.replace(student, reference=self._parent.reference),  # as its card names it
             trained,
             inputs=inputs,

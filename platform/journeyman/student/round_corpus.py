@@ -30,7 +30,7 @@ def taken(n: int, number: int, share: float) -> np.ndarray:
 
 
 def write_prompts(
-    corpus_dir: Path, folder: Path, number: int, share: float, rows_per_shard: int
+    corpus_dir: str | Path, folder: Path, number: int, share: float, rows_per_shard: int
 ) -> int:
     """The round's rows of the train split; how many. Raises DataError where there are none.
 
@@ -40,7 +40,7 @@ def write_prompts(
     import pyarrow.compute as pc
 
     names = [shard["name"] for shard in corpus.read_manifest(corpus_dir)["shards"]]
-    every = pa.concat_tables([corpus.read_shard(corpus_dir / name) for name in names])
+    every = pa.concat_tables([corpus.read_shard(corpus_dir, name) for name in names])
     train = every.filter(pc.equal(every["split"], "train")).sort_by("id")
     if not len(train):
         raise DataError(f"{corpus_dir}: there are no train rows, and on-policy rounds need some.")
@@ -62,7 +62,7 @@ def write_written(prompts: Path, answers: Path, folder: Path) -> int:
         import pyarrow as pa
 
         for name, table in dataset.shards(answers):
-            asked = {r["id"]: r for r in corpus.read_shard(prompts / name).to_pylist()}
+            asked = {r["id"]: r for r in corpus.read_shard(prompts, name).to_pylist()}
             rows = []
             for said in table.select(["id", "token_ids", "truncated"]).to_pylist():
                 ids = codec.unpack_ids(said["token_ids"]).tolist()

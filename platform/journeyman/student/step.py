@@ -11,6 +11,7 @@ from journeyman import models
 from journeyman.errors import DataError, RecipeError
 from journeyman.labels import dataset
 from journeyman.labels.store import LabelStore
+from journeyman.mirror import Mirror
 from journeyman.models import Model
 from journeyman.recipe import Generate, Logits, Recipe
 from journeyman.student import trackers
@@ -92,18 +93,20 @@ def _check_same_prompts(recipe: Recipe, parent: Model, teacher: Model, other: st
 def train(
     recipe: Recipe,
     labels: str | Path,
-    corpus_dir: Path,
+    corpus_dir: str | Path,
     parent: Model,
     teacher: Model,
     out_dir: Path,
     *,
     inputs: str,
     labels_digest: str,
+    store: str | None = None,
     on_progress: Callable[[TrainProgress], None],
 ) -> TrainResult:
     """Train the recipe's student on a finished label dataset and export it to out_dir.
 
-    labels: where it is, for every node; parent: what student.model names. Ray is up.
+    labels: where it is, for every node; parent: what student.model names; store: URL of the folder
+    that out_dir's parent is a copy of, where that is no disk that all nodes share. Ray is up.
     Raises RecipeError, DataError, ModelError or ClusterError.
     """
     from journeyman.student import loop
@@ -112,8 +115,8 @@ def train(
     if recipe.learner().kind == "classifier":
         load = _classifying(recipe, labels, corpus_dir, parent)
     else:
-        cache = loop.work_folder(out_dir, inputs) / "rows"
-        load = _causal(recipe, labels, corpus_dir, parent, teacher, cache)
+        rows = loop.work_folder(out_dir, inputs, store).below("rows")
+        load = _causal(recipe, labels, corpus_dir, parent, teacher, rows)
     return loop.train(
         recipe,
         load,
@@ -121,11 +124,12 @@ def train(
         out_dir,
         inputs=inputs,
         labels_digest=labels_digest,
+        store=store,
         on_progress=on_progress,
     )
 
 
-def _classifying(recipe: Recipe, labels: str | Path, corpus_dir: Path, parent: Model) -> Load:
+def _classifying(recipe: Recipe, labels: str | Path, corpus_dir: str | Path, parent: Model) -> Load:
     from journeyman.student.classifying import Classifying
 
     return partial(
@@ -155,20 +159,22 @@ def _of_parent(
 def _causal(
     recipe: Recipe,
     labels: str | Path,
-    corpus_dir: Path,
+    corpus_dir: str | Path,
     parent: Model,
     teacher: Model,
-    rows_dir: Path,
+    rows: Mirror,
 ) -> Load:
     """Rows are written here, once, for all workers."""
-    write_rows(recipe, labels, corpus_dir, parent, teacher, rows_dir)
-    return causal_load(recipe, parent, rows_dir)
+    rows.pull()
+    write_rows(recipe, labels, corpus_dir, parent, teacher, rows.local)
+    rows.push()
+    return causal_load(recipe, parent, rows)
 
 
 def write_rows(
     recipe: Recipe,
     labels: str | Path,
-    corpus_dir: Path,
+    corpus_dir: str | Path,
     parent: Model,
     teacher: Model,
     rows_dir: Path,
@@ -200,19 +206,26 @@ def write_rows(
     )
 
 
-def causal_load(recipe: Recipe, parent: Model, rows_dir: Path) -> Load:
+def causal_load(recipe: Recipe, parent: Model, rows: Mirror) -> Load:
     """What a worker calls for a language model that learns these rows."""
-    from journeyman.student.causal_learner import Causal
-
     return partial(
         _of_parent,
-        Causal,
+        _causal_learner,
         parent,
         recipe.learner().revision,
         student=recipe.learner(),
         training=recipe.training,
-        rows_dir=rows_dir,
+        rows=rows,
     )
+
+
+def _causal_learner(
+    folder: Path | None, device: torch.device, *, rows: Mirror, **given: Any
+) -> Learner:
+    from journeyman.student.causal_learner import Causal
+
+    rows.pull()
+    return Causal(folder, device, rows_dir=rows.local, **given)
 
 
 def _check_labels(labels: str | Path, recipe: Recipe, teacher: Model | None) -> None:

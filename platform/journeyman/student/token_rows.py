@@ -41,7 +41,7 @@ Rows = Callable[[dict[str, Any], dict[str, Any]], Sequence[TokenRow | None]]
 
 def build(
     labels_dir: str | Path,
-    corpus_dir: Path,
+    corpus_dir: str | Path,
     labels: Labels,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -102,7 +102,7 @@ def build(
 
 
 def _rows(
-    labels_dir: str | Path, corpus_dir: Path, split: str, make: Rows
+    labels_dir: str | Path, corpus_dir: str | Path, split: str, make: Rows
 ) -> Iterator[TokenRow | None]:
     import pyarrow.compute as pc
 
@@ -110,7 +110,7 @@ def _rows(
         labeled = table.filter(pc.equal(table["split"], split))
         if not len(labeled):
             continue
-        read = corpus.read_shard(corpus_dir / shard)
+        read = corpus.read_shard(corpus_dir, shard)
         texts = read.filter(pc.is_in(read["id"], labeled["id"].combine_chunks()))
         columns = {row["id"]: columns_of(row) for row in texts.to_pylist()}
         for row in labeled.to_pylist():

@@ -22,7 +22,7 @@ from journeyman.cascade.policy import Decision
 from journeyman.cascade.recording import Recording
 from journeyman.cascade.refusals import TeacherUnavailable
 from journeyman.errors import ClusterError
-from journeyman.labels.folder import Folder
+from journeyman.folder import Folder
 
 
 def decision(by: str = "student") -> Decision:

@@ -44,6 +44,7 @@ class ObjectServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Requests)
         self.objects: dict[str, bytes] = {}
+        self.uploads: dict[str, dict[int, bytes]] = {}  # of large objects, by upload: the parts
         self.fail_after: dict[str, int] = {}
         self.faults: Faults | None = None
         self.n_requests: Counter[str] = Counter()
@@ -54,6 +55,11 @@ class ObjectServer(ThreadingHTTPServer):
 
 
 _PAGE = 1000  # keys of a listing, as S3 has it
+_BEGUN = (
+    "<InitiateMultipartUploadResult><Key>{key}</Key><UploadId>{id}</UploadId>"
+    "</InitiateMultipartUploadResult>"
+)
+_ENDED = "<CompleteMultipartUploadResult><ETag>{etag}</ETag></CompleteMultipartUploadResult>"
 _SLOW_DOWN = (
     b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
@@ -80,8 +86,11 @@ class _Requests(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
-        key = self._key()
+        key, query = self._key(), self._query()
         with self.server.lock:
+            if "uploadId" in query:
+                self.server.uploads[query["uploadId"]][int(query["partNumber"])] = content
+                return self._answer(200, etag=_etag(content))
             if self.headers.get("If-None-Match") == "*" and key in self.server.objects:
                 return self._answer(412)
             self.server.objects[key] = content
@@ -93,7 +102,7 @@ class _Requests(BaseHTTPRequestHandler):
         return self._answer(status, etag=_etag(content))
 
     def do_GET(self) -> None:
-        query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+        query = self._query()
         if "list-type" in query:
             return self._answer(200, self._listing(query))
         content = self.server.objects.get(self._key())
@@ -108,14 +117,29 @@ class _Requests(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815 - http.server's name for it
 
     def do_POST(self) -> None:
-        """Delete many: the only form in which obstore's client deletes."""
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        """Delete many: the only form in which obstore's client deletes; or a large object."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        query = self._query()
+        if "uploads" in query:
+            upload = uuid.uuid4().hex
+            self.server.uploads[upload] = {}
+            return self._answer(200, _BEGUN.format(key=escape(self._key()), id=upload).encode())
+        if "uploadId" in query:
+            with self.server.lock:
+                parts = self.server.uploads[query["uploadId"]]
+                content = b"".join(parts[number] for number in sorted(parts))
+                self.server.objects[self._key()] = content
+            return self._answer(200, _ENDED.format(etag=escape(_etag(content))).encode())
         keys = re.findall("<Key>(.*?)</Key>", body)
         with self.server.lock:
             for key in keys:
                 self.server.objects.pop(f"{self._key().rstrip('/')}/{unescape(key)}", None)
         deleted = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)
-        self._answer(200, f"<DeleteResult>{deleted}</DeleteResult>".encode())
+        return self._answer(200, f"<DeleteResult>{deleted}</DeleteResult>".encode())
+
+    def _query(self) -> dict[str, str]:
+        asked = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
+        return {name: values[0] for name, values in asked.items()}
 
     def _key(self) -> str:
         return unquote(urlsplit(self.path).path).lstrip("/")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from journeyman.errors import ClusterError, DataError
-from journeyman.student.checkpoints import Checkpoints, State
+from journeyman.mirror import Mirror
+from journeyman.student import checkpoints as module
+from journeyman.student.checkpoints import Checkpoints, State, read_curve
 from tests.conftest import small_disk
+from tests.journeyman.labels.object_server import ObjectServer, serving
 
 FILES = ("state.json", "model/config.json", "model/model.safetensors", "optimizer.pt")
 
@@ -127,3 +131,103 @@ def test_a_node_without_the_runs_folder_says_so(tmp_path: Path) -> None:
     (tmp_path / "work").rename(tmp_path / "elsewhere")
     with pytest.raises(ClusterError, match="must be a folder on a disk that all nodes share"):
         checkpoints.restarted()
+
+
+# --- nodes that share a store, and no disk ---
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ObjectServer, str]]:
+    with serving(monkeypatch) as (server, url):
+        yield server, url
+
+
+def on_node(tmp_path: Path, name: str, url: str, before: Checkpoints) -> Checkpoints:
+    """What a worker on that node is sent."""
+    return Checkpoints(Mirror(local=tmp_path / name, url=url), before.attempt)
+
+
+def test_a_worker_elsewhere_goes_on_from_the_store(
+    store: tuple[ObjectServer, str], tmp_path: Path
+) -> None:
+    _, url = store
+    driver = Checkpoints.claim(Mirror(local=tmp_path / "driver", url=url))
+    lost = on_node(tmp_path, "lost", url, driver).restarted()
+    lost.start_curve(0)
+    for step in (1, 2, 3):
+        lost.record(kind="steps", step=step)
+        if step < 3:
+            lost.save(state(step), content(step), bytes_of(step))
+    again = on_node(tmp_path, "again", url, driver).restarted()
+    assert driver.latest() == again.latest() == state(2)
+    weights = (again.model(2) / "model.safetensors").read_bytes()
+    assert weights == (lost.path(2) / "model" / "model.safetensors").read_bytes()
+    again.start_curve(2)
+    again.record(kind="steps", step=3, again=True)
+    again.save(state(3), content(3), bytes_of(3))
+    driver.fetch_curve()
+    assert [r["step"] for r in read_curve(driver.curve)] == [1, 2, 3]
+    assert read_curve(driver.curve)[-1]["again"]
+    with pytest.raises(ClusterError, match="has taken over; this one stops"):
+        lost.save(state(4), content(), bytes_of(8))
+    assert driver.latest() == state(3)
+    assert driver.model(3).is_dir()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_upload_that_is_cut_short_is_never_read(
+    name: str, store: tuple[ObjectServer, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, url = store
+    here = Mirror(local=tmp_path / "here", url=url)
+    checkpoints = Checkpoints.claim(here)
+    monkeypatch.setattr(Checkpoints, "_keep_there", lambda *_: None)
+    for step in (1, 2):
+        checkpoints.save(state(step), content(), bytes_of(8))
+    del server.objects[f"{url.removeprefix('s3://')}/checkpoints/step-00000002/{name}"]
+    elsewhere = on_node(tmp_path, "elsewhere", url, checkpoints)
+    assert elsewhere.latest() == state(1)
+    with pytest.raises(DataError, match=r"step-00000002: the checkpoint is cut short or gone"):
+        elsewhere.model(2)
+
+
+def test_a_store_holds_the_last_and_the_best_checkpoint_only(
+    store: tuple[ObjectServer, str], tmp_path: Path
+) -> None:
+    server, url = store
+    checkpoints = Checkpoints.claim(Mirror(local=tmp_path / "here", url=url))
+    for step in (1, 2, 3):
+        checkpoints.save(state(step), content(), bytes_of(8))
+    kept = {key.split("/checkpoints/")[1].split("/")[0] for key in server.objects
+            if "/checkpoints/" in key}  # fmt: skip
+    assert kept == {"step-00000003"}
+
+
+def test_where_a_run_stands_is_said_and_asked_every_few_seconds(
+    store: tuple[ObjectServer, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, url = store
+    now = [1000.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    driver = Checkpoints.claim(Mirror(local=tmp_path / "driver", url=url))
+    worker = on_node(tmp_path, "worker", url, driver).restarted()
+    server.n_requests.clear()
+    told = []
+    for second in range(21):
+        now[0] = 1000.0 + second
+        worker.show({"step": second})
+        if shown := driver.shown():
+            told.append(shown["step"])
+    assert told == [0, 5, 10, 15, 20]
+    assert server.n_requests["PUT"] == 5
+
+
+def test_event_files_follow_the_run(store: tuple[ObjectServer, str], tmp_path: Path) -> None:
+    server, url = store
+    checkpoints = Checkpoints.claim(Mirror(local=tmp_path / "run" / "work", url=f"{url}/work"))
+    events = tmp_path / "run" / "tensorboard" / "title" / "events.out.tfevents.1.host"
+    events.parent.mkdir(parents=True)
+    events.write_bytes(b"events")
+    checkpoints.leave(finished=True)
+    key = f"{url.removeprefix('s3://')}/tensorboard/title/{events.name}"
+    assert server.objects[key] == b"events"

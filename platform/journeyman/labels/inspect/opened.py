@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from journeyman import corpus
 from journeyman.errors import DataError, JourneymanError
+from journeyman.folder import Folder
 from journeyman.labels import dataset
 from journeyman.labels.codec import Codec
 from journeyman.labels.prior import corrected
@@ -41,7 +42,7 @@ class Opened:
     labels: Labels
     commits: list[Commit]
     left_out: pa.Table | None
-    corpus_dir: Path | None
+    corpus_dir: str | Path | None
     why_no_text: str | None
 
     @property
@@ -99,14 +100,14 @@ class Opened:
 
     def corpus_rows(self, commit: Commit) -> dict[str, dict[str, Any]]:
         """Rows of the shard that was labeled, by id; none where the corpus is not at hand."""
-        if self.corpus_dir is None or not (self.corpus_dir / commit.shard).exists():
+        if self.corpus_dir is None or not Folder(self.corpus_dir).has(commit.shard):
             return {}
-        table = corpus.read_shard(self.corpus_dir / commit.shard)
+        table = corpus.read_shard(self.corpus_dir, commit.shard)
         return {row["id"]: row for row in table.to_pylist()}
 
 
 def open_dataset(
-    where: str | Path, corpus_dir: Path | None = None, run_corpus: Path | None = None
+    where: str | Path, corpus_dir: str | Path | None = None, run_corpus: str | Path | None = None
 ) -> Opened:
     """Open a dataset's folder or URL; raises DataError where there is none.
 
@@ -150,8 +151,8 @@ def _labels(where: str | Path, manifest: dict[str, Any]) -> Labels:
 
 
 def _corpus(
-    where: str | Path, run_corpus: Path | None, digest: str
-) -> tuple[Path | None, str | None]:
+    where: str | Path, run_corpus: str | Path | None, digest: str
+) -> tuple[str | Path | None, str | None]:
     """The corpus of this digest, or why it is not at hand."""
     if run_corpus is None and "://" in str(where):
         return None, "name the corpus with --corpus to see texts"

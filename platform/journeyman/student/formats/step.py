@@ -134,7 +134,7 @@ def export(run: RunFolder, to: Format, precision: gguf.Precision = "f32") -> Exp
     model = _model(run)
     if to == "gguf":
         gguf.check_architecture(model.config)
-    final = run.directory / "exports" / to
+    final = run.path("export") / to
     with _held_out(run) as rows, files.replaced_directory(final) as fresh:
         for pattern in _KEPT:
             for file in run.path("train").glob(pattern):
@@ -224,7 +224,7 @@ def _model(run: RunFolder) -> Any:
 
 @contextmanager
 def _held_out(run: RunFolder) -> Iterator[HeldOut]:
-    student, corpus_dir = run.path("train"), run.path("prepare")
+    student, corpus_dir = run.path("train"), run.corpus
     if run.recipe.learner().kind == "classifier":
         rows = dataset.read_classes(run.labels, corpus_dir, (SPLIT,))
         if not len(rows):

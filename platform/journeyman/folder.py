@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -23,6 +24,7 @@ from journeyman.errors import ClusterError
 T = TypeVar("T")
 
 _PAGE = 1000  # names of a listing that are in memory
+_PIECE = 16 << 20  # bytes of a large file that go at a time
 _READERS = 32  # reads at a time
 _READ_AHEAD = 1024  # files that are read before the first of them is taken
 
@@ -66,6 +68,46 @@ class Folder:
         try:
             self._put(name, content, "create")
         except AlreadyExistsError:
+            return False
+        return True
+
+    def put_file(self, name: str, source: Path) -> None:
+        """Write a file's content, in place of what is there; a large one goes in pieces."""
+        import obstore
+
+        with self._errors(name, "written"):
+            self._asked(
+                lambda: obstore.put(
+                    self._store(),
+                    name,
+                    source,
+                    use_multipart=source.stat().st_size > _PIECE,
+                    chunk_size=_PIECE,
+                )
+            )
+
+    def get_file(self, name: str, target: Path, size: int) -> None:
+        """Write so many bytes of a name into a file, in pieces."""
+        import obstore
+
+        with self._errors(name, "read"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as file:
+                for start in range(0, size, _PIECE):
+                    end = min(size, start + _PIECE)
+                    file.write(
+                        self._asked(
+                            partial(obstore.get_range, self._store(), name, start=start, end=end)
+                        )
+                    )
+
+    def has(self, name: str) -> bool:
+        import obstore
+
+        try:
+            with self._errors(name, "read"):
+                self._asked(lambda: obstore.head(self._store(), name))
+        except FileNotFoundError:
             return False
         return True
 

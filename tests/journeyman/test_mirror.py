@@ -1,0 +1,122 @@
+"""A folder behind a URL and its copies: as two nodes see them, whatever is cut short."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from journeyman import folder
+from journeyman.errors import DataError
+from journeyman.mirror import LIST, Mirror
+from tests.journeyman.labels.object_server import Faults, ObjectServer, serving
+
+CONTENT = {"config.json": b"{}", "weights/model.bin": bytes(range(256)) * 5, "empty": b""}
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ObjectServer, str]]:
+    with serving(monkeypatch) as (server, url):
+        yield server, url
+
+
+def write(local: Path, content: dict[str, bytes]) -> None:
+    for name, value in content.items():
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (local / name).write_bytes(value)
+
+
+def read(local: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(local)): path.read_bytes()
+        for path in local.rglob("*")
+        if path.is_file() and path.name != LIST
+    }
+
+
+def test_what_one_node_wrote_another_has_and_only_that(
+    store: tuple[ObjectServer, str], tmp_path: Path
+):
+    server, url = store
+    one, other = (Mirror(local=tmp_path / name, url=url) for name in ("one", "other"))
+    assert not other.pull()
+    write(one.local, CONTENT)
+    one.push()
+    assert other.pull()
+    assert read(other.local) == CONTENT
+    changed = CONTENT | {"config.json": b'{"layers": 2}', "more": b"1"}
+    del changed["empty"]
+    (one.local / "empty").unlink()
+    write(one.local, changed)
+    one.push()
+    assert other.pull()
+    assert read(other.local) == changed
+    assert {key.removeprefix(url.removeprefix("s3://") + "/") for key in server.objects} == {
+        *changed, LIST,
+    }  # fmt: skip
+
+
+def test_what_is_the_same_is_neither_sent_nor_fetched_again(
+    store: tuple[ObjectServer, str], tmp_path: Path
+):
+    server, url = store
+    one, other = (Mirror(local=tmp_path / name, url=url) for name in ("one", "other"))
+    write(one.local, CONTENT)
+    one.push()
+    other.pull()
+    server.n_requests.clear()
+    one.push()
+    other.pull()
+    assert server.n_requests == {"GET": 2}  # its list, each
+
+
+def test_a_folder_that_is_being_written_is_none(store: tuple[ObjectServer, str], tmp_path: Path):
+    server, url = store
+    one, other = (Mirror(local=tmp_path / name, url=url) for name in ("one", "other"))
+    write(one.local, CONTENT)
+    one.push()
+    other.pull()
+    listed = server.objects.pop(f"{url.removeprefix('s3://')}/{LIST}")
+    assert not other.pull()
+    assert not other.local.exists()
+    # The list of other files than are there, as while a second writer is at it.
+    server.objects[f"{url.removeprefix('s3://')}/{LIST}"] = listed
+    server.objects[f"{url.removeprefix('s3://')}/config.json"] = b"[]"
+    with pytest.raises(DataError, match=r"config\.json: is being written, or damaged"):
+        other.pull()
+    assert not other.local.exists()
+
+
+def test_large_files_go_in_pieces_through_a_store_that_fails(
+    store: tuple[ObjectServer, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    server, url = store
+    monkeypatch.setattr(folder, "_PIECE", 5 << 20)
+    one, other = (Mirror(local=tmp_path / name, url=url) for name in ("one", "other"))
+    large = random.Random(0).randbytes((12 << 20) + 7)
+    write(one.local, CONTENT | {"large": large})
+    server.faults = Faults(share=0.2, random=random.Random(3))
+    one.push()
+    assert other.pull()
+    assert server.faults.met.total() > 2
+    assert server.uploads and read(other.local) == CONTENT | {"large": large}
+
+
+def test_a_folder_on_a_shared_disk_is_its_own_copy(tmp_path: Path):
+    shared = Mirror(local=tmp_path / "shared").below("student")
+    assert not shared.pull()
+    write(shared.local, CONTENT)
+    shared.push()
+    assert shared.pull() and read(tmp_path / "shared" / "student") == CONTENT
+    assert not (shared.local / LIST).exists()
+    shared.remove()
+    assert not shared.local.exists()
+
+
+def test_removed_is_gone_from_both(store: tuple[ObjectServer, str], tmp_path: Path):
+    server, url = store
+    one = Mirror(local=tmp_path / "one", url=url)
+    write(one.local, CONTENT)
+    one.push()
+    one.remove()
+    assert not server.objects and not one.local.exists()

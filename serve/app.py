@@ -63,7 +63,7 @@ def app(args: AppArgs) -> Application:
 
 
 def build(bundle: str | Path) -> Application:
-    """The application of a bundle's folder or URL; raises BundleMismatch, ModelError, RecipeError."""
+    """Of a bundle's folder or URL; raises BundleMismatch, ModelError, RecipeError."""
     loaded = loading.load(bundle)
     cascade = loaded.recipe.cascade
     runtime_env = {"env_vars": {"PYTHONPATH": cluster.python_path()}}

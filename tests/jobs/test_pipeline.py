@@ -145,7 +145,7 @@ def test_killed_run_finishes_without_losing_or_doubling_rows(tmp_path: Path):
     wanted = [
         row_id
         for shard in corpus.read_manifest(run / "corpus")["shards"]
-        for row_id in corpus.read_shard(run, "corpus" / shard["name"])["id"].to_pylist()
+        for row_id in corpus.read_shard(run / "corpus", shard["name"])["id"].to_pylist()
     ]
     assert dataset.read(run / "labels")["id"].to_pylist() == wanted
 

@@ -114,7 +114,7 @@ class Run:
     def texts(self) -> dict[str, str]:
         """Of every row of the corpus, by id, in its order."""
         shards = corpus.read_manifest(self.folder / "corpus")["shards"]
-        tables = [corpus.read_shard(self.folder, "corpus" / s["name"]) for s in shards]
+        tables = [corpus.read_shard(self.folder / "corpus", s["name"]) for s in shards]
         table = pa.concat_tables(tables)
         return dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
 

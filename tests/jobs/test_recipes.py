@@ -67,7 +67,7 @@ def labeled(name: str, replica: Replica, output: Path) -> tuple[Recipe, steps.Ru
 
     shards = []
     for shard in manifest["shards"]:
-        rows = corpus.read_shard(output, "prepared" / shard["name"]).to_pylist()
+        rows = corpus.read_shard(output / "prepared", shard["name"]).to_pylist()
         said = replica._call(ask_all(rows))
         shards.append([pair for pair in zip(rows, said, strict=True) if pair[1] is not None])
     run = steps.Run(settings)
@@ -128,7 +128,7 @@ def test_the_shipped_pairs_are_lists_of_five_that_share_no_article(tmp_path: Pat
     rows = [
         row
         for shard in manifest["shards"]
-        for row in corpus.read_shard(tmp_path, "corpus" / shard["name"]).to_pylist()
+        for row in corpus.read_shard(tmp_path / "corpus", shard["name"]).to_pylist()
     ]
     per_question: dict[str, list[str]] = {}
     articles: dict[str, set[str]] = {}

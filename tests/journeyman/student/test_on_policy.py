@@ -56,7 +56,7 @@ def test_a_round_has_train_rows_alone_and_what_was_written_behind_them(tmp_path:
     n = round_corpus.write_prompts(tmp_path / "corpus", tmp_path / "prompts", 1, 0.5, 4)
     manifest = corpus.read_manifest(tmp_path / "prompts")
     found = [r for s in manifest["shards"]
-             for r in corpus.read_shard(tmp_path, "prompts" / s["name"]).to_pylist()]  # fmt: skip
+             for r in corpus.read_shard(tmp_path / "prompts", s["name"]).to_pylist()]  # fmt: skip
     assert n == manifest["rows"] == len(found) == 9 and [s["rows"] for s in manifest["shards"]] == [
         4, 4, 1]  # fmt: skip
     assert {r["id"] for r in found} < {r["id"] for r in rows if r["split"] == "train"}
@@ -69,7 +69,7 @@ def test_a_round_has_train_rows_alone_and_what_was_written_behind_them(tmp_path:
     assert round_corpus.write_written(
         tmp_path / "a" / "corpus", tmp_path / "a" / "labels", tmp_path / "written"
     ) == 2  # fmt: skip
-    written = corpus.read_shard(tmp_path, "written" / "part-00000.parquet").to_pylist()
+    written = corpus.read_shard(tmp_path / "written", "part-00000.parquet").to_pylist()
     assert [r["id"] for r in written] == [rows[0]["id"], rows[2]["id"]]
     assert [json.loads(r["meta"]) for r in written] == [
         {round_corpus.TOKENS: [5, 6, 1]}, {round_corpus.TOKENS: [8]}]  # fmt: skip
@@ -162,7 +162,7 @@ def test_rounds_follow_each_other_and_end_in_the_runs_student(parts: Parts) -> N
     assert len(record["on_policy"]) == 3 and "path" not in str(record["parent"]["model"])
     assert parts(settings()) == []
     taken = [{r for s in corpus.read_manifest(parts.run / folder)["shards"] for r in
-              corpus.read_shard(parts.run, folder / s["name"])["id"].to_pylist()}
+              corpus.read_shard(parts.run / folder, s["name"])["id"].to_pylist()}
              for folder in of_round(0, "prompts") + of_round(1, "prompts")]  # fmt: skip
     assert len(taken[0]) == len(taken[1]) == 3 and not taken[0] & taken[1]
 
@@ -306,7 +306,7 @@ def _check_scores(folder: Path, teacher: Path) -> None:
     scores = dataset.read(folder / "scores")
     codec = dataset.codec_of(LabelStore(folder / "scores").manifest())
     prompts = {r["id"]: r["text"] for s in corpus.read_manifest(folder / "prompts")["shards"]
-               for r in corpus.read_shard(folder, "prompts" / s["name"]).to_pylist()}  # fmt: skip
+               for r in corpus.read_shard(folder / "prompts", s["name"]).to_pylist()}  # fmt: skip
     assert codec is not None and len(scores) == len(answers) == 20
     for row, found in zip(scores.to_pylist(), dataset.distributions(scores, codec), strict=True):
         written = codec.unpack_ids(answers[row["id"]]["token_ids"]).tolist()

@@ -1,7 +1,6 @@
 """One bundle in place of another, and a candidate beside it. No Ray, no models."""
 
 import asyncio
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,14 +21,15 @@ class Bundles:
         self.may_load = asyncio.Event()
         self.may_load.set()
 
-    async def load(self, path: Path) -> Served:
+    async def load(self, bundle: str) -> Served:
         await self.may_load.wait()
-        self.loaded.append(path.name)
-        if path.name == "bad":
+        name = bundle.rpartition("/")[2]
+        self.loaded.append(name)
+        if name == "bad":
             raise BundleMismatch("bad does not fit")
-        if path.name == "broken":
+        if name == "broken":
             raise ZeroDivisionError
-        return self.served(path.name)
+        return self.served(name)
 
     def served(self, name: str) -> Served:
         async def decide(texts: Any) -> None:

@@ -5,6 +5,7 @@ import yaml
 
 from journeyman import recipe
 from journeyman.errors import RecipeError
+from journeyman.run_folder import RunFolder
 
 DEMO = Path(__file__).parents[2] / "jobs" / "recipes" / "demo.yaml"
 
@@ -214,3 +215,33 @@ def test_every_setting_is_documented():
 
     walk(recipe.Recipe, "")
     assert undocumented == []
+
+
+# --- where a run lies ---
+
+
+def test_output_is_a_folder_or_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JOURNEYMAN_CACHE", str(tmp_path))
+
+    def run(output: str) -> RunFolder:
+        return RunFolder(recipe.load(DEMO, [f"output={output}"]))
+
+    assert (run("runs").where, run("runs").corpus) == ("runs/demo", Path("runs/demo/corpus"))
+    on_disk = run("file:///some%20where")
+    assert on_disk.directory == Path("/some where/demo") and on_disk.mirror("train").url is None
+    far = run("s3://bucket/runs/")
+    assert (far.where, far.labels, far.corpus) == (
+        "s3://bucket/runs/demo", "s3://bucket/runs/demo/labels", "s3://bucket/runs/demo/corpus",
+    )  # fmt: skip
+    assert far.directory.is_relative_to(tmp_path) and far.directory.name == "demo"
+    assert far.directory != run("s3://other/runs").directory
+
+
+def test_what_output_cannot_be_gets_a_sentence():
+    words = "a folder, or a URL of s3://, gs:// or az://, and ftp://host/runs is none of these"
+    assert words in sentence("output=ftp://host/runs")
+    rounds = ["labels={kind: generate, prompt: '{{ text }}', max_tokens: 8}",
+              "student={kind: causal, model: x}", "training.on_policy={rounds: 1}"]  # fmt: skip
+    assert "must be a folder on a disk that all nodes share for it, and s3://b is a URL" in (
+        sentence("output=s3://b", *rounds)
+    )

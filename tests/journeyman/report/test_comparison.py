@@ -10,7 +10,9 @@ import pytest
 
 from journeyman import cli
 from journeyman.errors import DataError
+from journeyman.mirror import Mirror
 from journeyman.report import comparison, page
+from tests.journeyman.labels.object_server import serving
 from tests.journeyman.report.synthetic import report_data
 from tests.journeyman.report.test_page import Page
 
@@ -64,6 +66,21 @@ def test_a_comparison_is_kept_for_the_pages(tmp_path: Path) -> None:
     assert "figure-size-agreement" in shown.ids and "Beside other students" in shown.text
     assert "size-agreement" in {figure.name for figure in drawn}
     assert "figure-size-agreement" not in Page(page.render(report_data())[0]).ids
+
+
+def test_a_run_in_a_store_stands_beside_one_on_a_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOURNEYMAN_CACHE", str(tmp_path / "cache"))
+    here = make_run(tmp_path / "here", megabytes=0.5, agreement=0.8)
+    there = make_run(tmp_path / "there", megabytes=0.5, agreement=0.9)
+    with serving(monkeypatch) as (_, url):
+        Mirror(local=there / "student", url=f"{url}/far/student").push()
+        assert cli.main(["compare", str(here), f"{url}/far"]) == 0
+        rows = capsys.readouterr().out.splitlines()[1:3]
+        assert [row.split()[::2][:2] for row in rows] == [["here", "0.800"], ["far", "0.900"]]
+        assert cli.main(["compare", f"{url}/none"]) == 1
+        assert f"{url}/none: there is no run with a student" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compared_gets_a_sentence(

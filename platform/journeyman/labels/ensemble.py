@@ -30,7 +30,8 @@ def member(where: str, name: str) -> str:
 
 
 def identity(members: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The ensemble's, from those of its teachers' datasets."""
+    """The ensemble's, from those of its teachers' datasets; raises DataError where these give
+    probabilities to different tokens."""
     first = next(iter(members.values()))
     teachers = {name: facts["teacher"] for name, facts in members.items()}
     names = " and ".join(facts["model"] for facts in teachers.values())
@@ -40,19 +41,14 @@ def identity(members: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "weights": digest([facts["weights"] for facts in teachers.values()]),
         "tokenizer": tokenizers[0] if len(set(tokenizers)) == 1 else digest(tokenizers),
     }
-    return first | {"teacher": together, "members": members}
-
-
-def check(facts: Mapping[str, Any]) -> None:
-    """Raises DataError where teachers of an identity give probabilities to different tokens."""
-    teachers = [member["teacher"] for member in facts["members"].values()]
-    others = [t["model"] for t in teachers if t["tokenizer"] != teachers[0]["tokenizer"]]
-    if facts["kind"] == "logits" and others:
+    others = [t["model"] for t in teachers.values() if t["tokenizer"] != tokenizers[0]]
+    if first["kind"] == "logits" and others:
         raise DataError(
-            f"ensemble: {others[0]} has another tokenizer than {teachers[0]['model']}, so their "
-            "probabilities are of different tokens and have no mean; with labels.kind: logits "
-            "take teachers of one tokenizer, or label with each for itself."
+            f"ensemble: {others[0]} has another tokenizer than {first['teacher']['model']}, so "
+            "their probabilities are of different tokens and have no mean; with labels.kind: "
+            "logits take teachers of one tokenizer, or label with each for itself."
         )
+    return first | {"teacher": together, "members": members}
 
 
 def codec_of(described: Sequence[Mapping[str, Any] | None]) -> Codec | None:

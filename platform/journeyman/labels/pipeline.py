@@ -109,10 +109,9 @@ def label_ensemble(
     on_progress: OnProgress = lambda _: None,
 ) -> dict[str, Any]:
     """Label with each teacher, into a dataset of its own, and commit the mean of their
-    distributions; returns that dataset's manifest. Raises as ``label``, and DataError where
-    teachers of ``logits`` do not read text as the same tokens."""
+    distributions; returns that dataset's manifest. The dataset has been opened. Raises as
+    ``label``."""
     store = LabelStore(labels)
-    ensemble.check(store.manifest()["identity"])
     stores = []
     for name, teacher in members(recipe):
         own = model if name == "teacher" else models.teacher(teacher)

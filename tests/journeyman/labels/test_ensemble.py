@@ -133,7 +133,6 @@ def together(folder: Path, members: list[LabelStore]) -> tuple[LabelStore, Codec
     facts = {s.manifest()["identity"]["teacher"]["model"]: s.manifest()["identity"]
              for s in members}  # fmt: skip
     store.open(ensemble.identity(facts))
-    ensemble.check(store.manifest()["identity"])
     codec = ensemble.codec_of([s.manifest()["codec"] for s in members])
     assert codec is not None
     store.finish({"codec": codec.describe()})

@@ -1,4 +1,4 @@
-"""As much of S3's HTTP interface as a label dataset needs, conditional puts included."""
+"""S3 on loopback: a server of ours, which fails when told to, and moto's, which is not ours."""
 
 from __future__ import annotations
 
@@ -215,14 +215,36 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ObjectServer, str
     """The server, and an s3:// URL that leads to it while the environment is patched."""
     server = ObjectServer()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-    monkeypatch.setenv("AWS_REGION", "nowhere")
+    _lead_to(f"http://127.0.0.1:{server.server_port}", monkeypatch)
     try:
         # Of each URL one client is kept, so each server has a URL of its own.
         yield server, f"s3://bucket-{uuid.uuid4().hex}/some/labels"
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def moto(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An s3:// URL of a server that is not ours, while the environment is patched."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    _lead_to(f"http://{host}:{port}", monkeypatch)
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket=bucket)
+    try:
+        yield f"s3://{bucket}"
+    finally:
+        server.stop()
+
+
+def _lead_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT", endpoint)
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")

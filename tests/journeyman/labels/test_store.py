@@ -1,5 +1,6 @@
 """A label dataset's files: nothing lost, nothing twice, and a sentence for what is damaged."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -36,7 +37,7 @@ from journeyman.teacher.answers import (
     RationaleLabels,
     Recorded,
 )
-from tests.journeyman.labels.object_server import Faults, ObjectServer, serving
+from tests.journeyman.labels.object_server import Faults, ObjectServer, moto, serving
 
 IDENTITY = {"kind": "classes", "labels": {"classes": {"yes": "Yes", "no": "No"}}, "teacher": "one"}
 SHARD = "part-00000.parquet"
@@ -65,17 +66,24 @@ def table(*ids: str, width: int = 2) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=label_schema("classes"))
 
 
-@pytest.fixture(params=["folder", "file", "memory", "s3"])
+@pytest.fixture(params=["folder", "file", "memory", "s3", "moto"])
 def store(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[LabelStore]:
-    """A dataset that has begun: in a folder, at its URL, in memory, and behind S3's interface."""
-    with serving(monkeypatch) as (_, s3_url):
+    """A dataset that has begun: in a folder, at its URL, in memory, and behind S3's interface, of a
+    server of ours and of moto's."""
+    with contextlib.ExitStack() as servers:
+        s3_url = ""
+        if request.param == "s3":
+            _, s3_url = servers.enter_context(serving(monkeypatch))
+        elif request.param == "moto":
+            s3_url = servers.enter_context(moto(monkeypatch))
         where = {
             "folder": tmp_path / "a run" / "labels",
             "file": f"file://{tmp_path}/a%20run/labels",
             "memory": f"memory:///{uuid.uuid4().hex}",
             "s3": s3_url,
+            "moto": f"{s3_url}/some/labels",
         }[request.param]
         store = LabelStore(where)
         store.open(IDENTITY)

@@ -222,6 +222,13 @@ class Folder:
                 yield
         except AlreadyExistsError:
             raise
+        except FileNotFoundError as error:
+            if verb != "written" or self.directory is not None:
+                raise
+            raise ClusterError(
+                f"{self.where}: cannot be written: there is no such bucket; name one that is "
+                "there, or make it."
+            ) from error
         except BaseError as error:  # obstore's own, for a full disk as for a lost store
             reason = str(error).splitlines()[0]
             raise ClusterError(

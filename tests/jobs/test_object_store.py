@@ -16,7 +16,7 @@ from tests.chaos.test_chaos import WITHOUT_ENGINE, write_recipe
 from tests.conftest import DEMO, SMALL, journeyman
 from tests.journeyman.labels.object_server import Faults, ObjectServer, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(800)]
 ALONE = {"RAY_ADDRESS": "local"}
 
 

@@ -89,5 +89,10 @@ def test_large_files_and_checkpoints_come_back_whole(
 
 def test_a_bucket_that_is_not_there_gets_a_sentence(bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(object_store, "_PATIENCE_S", 0.2)
-    with pytest.raises(ClusterError, match="cannot be written"):
-        Folder("s3://no-such-bucket/labels").create("commits/part-00000.json", b"{}")
+    nowhere = Folder("s3://no-such-bucket/labels")
+    with pytest.raises(ClusterError, match="cannot be written: there is no such bucket"):
+        nowhere.create("commits/part-00000.json", b"{}")
+    with pytest.raises(ClusterError, match=r"cannot be listed .*404 Not Found"):
+        list(nowhere.walk("commits"))
+    nowhere.delete("commits/part-00000.json")
+    assert not nowhere.has("commits/part-00000.json")

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
@@ -44,6 +45,7 @@ class ObjectServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Requests)
         self.objects: dict[str, bytes] = {}
+        self.written: dict[str, datetime] = {}  # when, of those that came over HTTP
         self.uploads: dict[str, dict[int, bytes]] = {}  # of large objects, by upload: the parts
         self.fail_after: dict[str, int] = {}
         self.faults: Faults | None = None
@@ -54,6 +56,7 @@ class ObjectServer(ThreadingHTTPServer):
         """A connection that was dropped on purpose is nobody's business."""
 
 
+_LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
 _PAGE = 1000  # keys of a listing, as S3 has it
 _BEGUN = (
     "<InitiateMultipartUploadResult><Key>{key}</Key><UploadId>{id}</UploadId>"
@@ -94,6 +97,7 @@ class _Requests(BaseHTTPRequestHandler):
             if self.headers.get("If-None-Match") == "*" and key in self.server.objects:
                 return self._answer(412)
             self.server.objects[key] = content
+            self.server.written[key] = datetime.now(UTC)
             ending = next((e for e in self.server.fail_after if key.endswith(e)), None)
             status = 200 if ending is None else self.server.fail_after.pop(ending)
         if not status:
@@ -175,9 +179,10 @@ class _Requests(BaseHTTPRequestHandler):
 
     def _item(self, bucket: str, key: str) -> str:
         content = self.server.objects.get(f"{bucket}/{key}", b"")
+        written = self.server.written.get(f"{bucket}/{key}", _LONG_AGO)
         return (
             f"<Contents><Key>{escape(key)}</Key>"
-            f"<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+            f"<LastModified>{written.isoformat(timespec='milliseconds')}</LastModified>"
             f"<ETag>{_etag(content)}</ETag><Size>{len(content)}</Size></Contents>"
         )
 

@@ -141,6 +141,11 @@ class _Requests(BaseHTTPRequestHandler):
         deleted = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)
         return self._answer(200, f"<DeleteResult>{deleted}</DeleteResult>".encode())
 
+    def do_DELETE(self) -> None:
+        """Of an upload that its client has given up."""
+        self.server.uploads.pop(self._query()["uploadId"], None)
+        self._answer(204)
+
     def _query(self) -> dict[str, str]:
         asked = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
         return {name: values[0] for name, values in asked.items()}

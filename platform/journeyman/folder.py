@@ -104,6 +104,8 @@ class Folder:
     def has(self, name: str) -> bool:
         import obstore
 
+        if self.directory is not None and not self.directory.is_dir():
+            return False
         try:
             with self._errors(name, "read"):
                 self._asked(lambda: obstore.head(self._store(), name))

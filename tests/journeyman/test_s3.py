@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from journeyman import corpus, folder, object_store, recipe
+from journeyman import cli, corpus, folder, object_store, recipe
 from journeyman.errors import ClusterError
 from journeyman.folder import Folder
 from journeyman.labels import dataset
@@ -37,13 +37,19 @@ def test_listings_go_on_behind_a_page(bucket: str):
     assert not shelf.has("commits/part-00000.json") and shelf.has("commits/part-00001.json")
 
 
-def test_labels_are_read_as_they_were_written(bucket: str, tmp_path: Path):
+def test_labels_are_read_as_they_were_written(
+    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     asked = synthetic.settings("classes")
     rows = [(synthetic.row(f"text {i}", "train"), synthetic.classes(0.25, 0.75)) for i in range(9)]
     parts = [rows[:4], rows[4:]]
     here = synthetic.write_dataset(tmp_path / "run", asked, parts)
     for file in filter(Path.is_file, (tmp_path / "run").rglob("*")):
         Folder(f"{bucket}/run").put_file(str(file.relative_to(tmp_path / "run")), file)
+    assert cli.main(["labels", "show", f"{bucket}/run"]) == 0
+    assert "text 3" in capsys.readouterr().out  # the corpus is found beside the labels
+    assert cli.main(["labels", "stats", f"{bucket}/nothing"]) == 1
+    assert "there is no label dataset" in capsys.readouterr().err
     there = dataset.read_classes(f"{bucket}/run/labels", f"{bucket}/run/corpus")
     assert there.texts == dataset.read_classes(here.where, tmp_path / "run" / "corpus").texts
     assert len(there) == 9

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from journeyman import recipe
 from journeyman.cli.arguments import add_overrides, add_recipe, command, load, positive
 from journeyman.errors import DataError, RecipeError
+from journeyman.folder import Folder
 
 if TYPE_CHECKING:
     from journeyman.labels.inspect import Opened
@@ -154,7 +155,7 @@ def _add_diff(actions: Any) -> None:
         diff.add_argument(
             name.lower(),
             metavar=name,
-            help="a recipe, a run's folder, or a dataset's folder or URL",
+            help="a recipe, or a run's or a dataset's folder or URL",
         )
     _add_corpus(diff)
     add_overrides(diff)
@@ -182,7 +183,7 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "where",
         metavar="RECIPE-or-FOLDER",
-        help="a recipe, a run's folder, or a dataset's folder or URL",
+        help="a recipe, or a run's or a dataset's folder or URL",
     )
     _add_corpus(parser)
     add_overrides(parser)
@@ -192,8 +193,7 @@ def _add_corpus(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corpus",
         metavar="FOLDER",
-        type=Path,
-        help="the corpus that was labeled, for its texts; default the run's",
+        help="the corpus that was labeled, or its URL, for its texts; default the run's",
     )
 
 
@@ -204,7 +204,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 # --- which dataset is meant ---
 
 
-def _open(where: str, overrides: list[str], corpus_dir: Path | None = None) -> Opened:
+def _open(where: str, overrides: list[str], corpus_dir: str | None = None) -> Opened:
     from journeyman.labels.inspect import open_dataset
 
     folder, run_corpus = _dataset(where, overrides)
@@ -218,10 +218,10 @@ def _dataset(where: str, overrides: list[str]) -> tuple[str, str | Path | None]:
         return _of_recipe(path, overrides)
     if overrides:
         raise RecipeError(f"--set changes a recipe, and {where} is none: give the recipe's file.")
-    if "://" in where or (path / "manifest.json").exists():
-        return where, None
-    if (path / "labels" / "manifest.json").exists():
-        return str(path / "labels"), None
+    below = f"{where.rstrip('/')}/labels"
+    for found in (where, below):
+        if Folder(found).has("manifest.json"):
+            return found, None
     raise DataError(f"{where}: there is no label dataset (no manifest.json); name its folder, "
                     "that of its run, or the recipe.")  # fmt: skip
 

@@ -228,7 +228,7 @@ def test_a_dataset_behind_a_url_is_counted_and_shown_without_its_corpus(tmp_path
     assert replace(inspect.stats(found), where="") == replace(
         inspect.stats(opened(store)), where=""
     )
-    assert found.why_no_text == "name the corpus with --corpus to see texts"
+    assert found.why_no_text.endswith("/corpus; name it with --corpus to see texts")
     assert inspect.open_dataset(remote.where, tmp_path / "corpus").why_no_text is None
 
 

@@ -154,9 +154,7 @@ def _corpus(
     where: str | Path, run_corpus: str | Path | None, digest: str
 ) -> tuple[str | Path | None, str | None]:
     """The corpus of this digest, or why it is not at hand."""
-    if run_corpus is None and "://" in str(where):
-        return None, "name the corpus with --corpus to see texts"
-    folder = run_corpus or Path(where).parent / "corpus"
+    folder = run_corpus or f"{str(where).rstrip('/').rpartition('/')[0] or '.'}/corpus"
     try:
         there = corpus.read_manifest(folder)["digest"]
     except JourneymanError:

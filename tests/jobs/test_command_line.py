@@ -97,7 +97,7 @@ def test_full_disk_ends_in_one_sentence_and_harms_nothing(tiny_disk: Path, tmp_p
 
 def test_a_step_before_its_inputs_says_what_to_run(tmp_path: Path):
     done = journeyman("label", str(DEMO), f"--set=output={tmp_path}")
-    assert_one_sentence(done, "run the step that writes it first")
+    assert_one_sentence(done, "run journeyman prepare first")
 
 
 def test_a_second_command_on_the_same_run_is_refused(tmp_path: Path):

@@ -50,7 +50,7 @@ def test_a_missing_bundle_is_one_sentence(tmp_path: Path):
 
 def test_a_wrong_argument_is_one_sentence():
     assert serve_run("bundel=runs/demo/bundle") == [
-        "Error: unknown argument bundel; there is one: bundle=FOLDER."
+        "Error: unknown argument bundel; there is one: bundle=FOLDER-or-URL."
     ]
 
 

@@ -12,6 +12,7 @@ from journeyman.certify import bundle as bundles
 from journeyman.certify.bundle import PolicyBundle
 from journeyman.certify.step import RECIPE_FILE
 from journeyman.errors import BundleMismatch, DataError, RecipeError
+from journeyman.folder import Folder
 from journeyman.mirror import Mirror, copy_of
 from journeyman.models import Model
 
@@ -34,9 +35,9 @@ def here(where: str | Path) -> Path:
 
     Raises BundleMismatch where there is none; ClusterError.
     """
+    if directory := Folder(where).directory:
+        return directory
     url = str(where).rstrip("/")
-    if not _far(url):
-        return Path(where)
     run_url, _, name = url.rpartition("/")
     run = Mirror(local=copy_of(run_url), url=run_url)
     for part in (name, _STUDENT):
@@ -107,4 +108,4 @@ def _student_folder(reference: str, bundle_dir: Path, where: str) -> Path:
 
 
 def _far(where: str) -> bool:
-    return "://" in where
+    return Folder(where).directory is None

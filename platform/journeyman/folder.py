@@ -53,6 +53,11 @@ class Folder:
         if self.directory is None:
             object_store.connect(self.where)
 
+    @property
+    def everywhere(self) -> str:
+        """The same for processes with another working directory."""
+        return self.where if self.directory is None else str(self.directory.resolve())
+
     def path(self, name: str) -> str:
         """A name as people write it."""
         return f"{self.where.rstrip('/')}/{name}"

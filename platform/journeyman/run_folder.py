@@ -11,6 +11,7 @@ from pathlib import Path
 
 from journeyman import files, models
 from journeyman.errors import ClusterError, DataError
+from journeyman.folder import Folder
 from journeyman.mirror import Mirror, copy_of
 from journeyman.models import Model
 from journeyman.recipe import Recipe
@@ -31,8 +32,8 @@ def here(where: str) -> Path:
 
     Raises DataError where there is no run, ClusterError.
     """
-    if "://" not in where:
-        return Path(where)
+    if directory := Folder(where).directory:
+        return directory
     run = Mirror(local=copy_of(where), url=where.rstrip("/"))
     there = [run.below(_FOLDERS[step]).pull() for step in ("train", "certify", "measure")]
     if not any(there):

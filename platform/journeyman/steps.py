@@ -14,6 +14,7 @@ from typing import Any
 
 from journeyman import cluster, corpus, files, models, traffic
 from journeyman.errors import DataError, JourneymanError, RecipeError
+from journeyman.folder import Folder
 from journeyman.labels import dataset, ensemble, pipeline
 from journeyman.labels.cost import Estimate
 from journeyman.labels.progress import LabelProgress
@@ -175,7 +176,7 @@ class Run(RunFolder):
             given = (
                 self.recipe,
                 LabelStore(self.labels).everywhere,
-                self.corpus if self.recipe.run_url else self.path("prepare").resolve(),
+                Folder(self.corpus).everywhere,
                 self.base_student,
                 self.teacher,
                 folder,

@@ -18,6 +18,7 @@ import numpy as np
 from journeyman import cluster, corpus, models, spot
 from journeyman.cluster import quiet_ray_data, reason_of
 from journeyman.errors import ClusterError, DataError, JourneymanError
+from journeyman.folder import Folder
 from journeyman.labels import ensemble, planning, resources
 from journeyman.labels.cost import Estimate, estimate
 from journeyman.labels.finishing import finish
@@ -173,7 +174,7 @@ def _spec(
         recipe=recipe,
         teacher=teacher,
         model=model,
-        corpus_dir=corpus_dir if "://" in str(corpus_dir) else Path(corpus_dir).resolve(),
+        corpus_dir=Folder(corpus_dir).everywhere,
         labels=store.everywhere,
         identity=of or store.manifest()["identity"],
     )

@@ -49,7 +49,7 @@ class LabelStore:
     @property
     def everywhere(self) -> str:
         """The same for processes with another working directory."""
-        return self.where if self.directory is None else str(self.directory.resolve())
+        return self.folder.everywhere
 
     @property
     def directory(self) -> Path | None:

@@ -353,8 +353,14 @@ def _flush(folder: Path) -> None:
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
-    """The whole records of a curve that may be under writing; none where there is no file."""
+    """The whole records of a curve that may be under writing; none where there is no file.
+
+    Half a line is none: of a writer that was killed, or that one more was still writing behind.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(json.JSONDecodeError):
+            records += [json.loads(line)] if line.endswith("\n") else []
+    return records

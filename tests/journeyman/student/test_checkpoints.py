@@ -231,3 +231,16 @@ def test_event_files_follow_the_run(store: tuple[ObjectServer, str], tmp_path: P
     checkpoints.leave(finished=True)
     key = f"{url.removeprefix('s3://')}/tensorboard/title/{events.name}"
     assert server.objects[key] == b"events"
+
+
+def test_half_a_line_of_the_curve_costs_no_other(tmp_path: Path) -> None:
+    driver = Checkpoints.claim(tmp_path)
+    driver.start_curve(0)
+    driver.record(kind="steps", step=1)
+    with driver.curve.open("a") as file:
+        file.write('{"kind": "steps", "step": 2, "lo{"kind": "steps", "step": 2}\n')  # two writers
+        file.write('{"kind": "steps", "step": 3, "loss": 9')  # a writer that was killed
+    again = driver.restarted()
+    again.start_curve(1)
+    again.record(kind="steps", step=2)
+    assert [record["step"] for record in read_curve(again.curve)] == [1, 2]

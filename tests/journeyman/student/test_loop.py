@@ -184,6 +184,8 @@ def test_killed_run_goes_on_as_if_it_had_not_been(
     driver.send_signal(signal.SIGKILL)
     driver.wait()
 
+    # Its workers live on for a moment, and must not write behind what is torn here.
+    checkpoints.Checkpoints.claim(work)
     # A checkpoint cut short, and a curve that is ahead of the checkpoint and ends in half a line.
     torn = work / "checkpoints" / ".step-00000089.0.tmp"
     torn.mkdir()

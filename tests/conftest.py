@@ -76,19 +76,28 @@ def replica(
     """A labeling replica of the demo's recipe in this process, with a real engine."""
     directory = tmp_path_factory.mktemp("replica")
     settings = small_recipe(directory, "labels.max_attempts=1")  # engine starts are dear
-    labels = LabelStore(directory / "labels")
-    labels.open(pipeline.identity(settings, teacher_model, "corpus"))
+    with replica_of(settings, teacher_model, reports) as replica:
+        yield replica
+
+
+@contextlib.contextmanager
+def replica_of(settings: Recipe, model: Model, reports: list[Counts]) -> Iterator[Replica]:
+    """One in this process, whose labels lie in the recipe's output."""
+    labels = LabelStore(Path(settings.output) / "labels")
+    labels.open(pipeline.identity(settings, model, "corpus"))
     spec = ReplicaSpec(
         recipe=settings,
         teacher=settings.teacher,
-        model=teacher_model,
-        corpus_dir=directory / "corpus",
+        model=model,
+        corpus_dir=Path(settings.output) / "corpus",
         labels=labels.where,
         identity=labels.manifest()["identity"],
     )
     replica = Replica(spec, lambda _, counts: reports.append(counts))
-    yield replica
-    replica.close()
+    try:
+        yield replica
+    finally:
+        replica.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from journeyman import files
+from journeyman import adapters, files
 from journeyman.errors import ModelError
 from journeyman.recipe import Teacher
 
@@ -107,13 +107,8 @@ def teacher(settings: Teacher, cache: Path | None = None) -> Model:
     if settings.lora is None:
         return model
     adapter = _locate(settings.lora, None)
-    weights = _files(adapter, _WEIGHTS)
-    if not (adapter / "adapter_config.json").is_file() or not weights:
-        raise ModelError(
-            f"{settings.lora}: {adapter} is no LoRA adapter (adapter_config.json and "
-            "adapter_model.safetensors); check teacher.lora."
-        )
-    own = _digest([adapter / "adapter_config.json", *weights], cache or files.cache())
+    adapters.check(adapter, model.path, settings.lora)
+    own = _digest([adapter / adapters.CONFIG, adapter / adapters.WEIGHTS], cache or files.cache())
     return dataclasses.replace(
         model,
         reference=f"{model.reference} with {settings.lora}",

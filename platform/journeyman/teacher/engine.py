@@ -11,7 +11,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from pydantic import ValidationError
 from journeyman.errors import ModelError
 from journeyman.models import Model
 from journeyman.recipe import Teacher
-from journeyman.teacher import capture, lifeline, worker
+from journeyman.teacher import adapter, capture, lifeline, worker
 from journeyman.teacher.answers import Completion, Recorded, Spoken
 from journeyman.teacher.prompting import Sampling
 from journeyman.teacher.spread import Spread
@@ -120,9 +119,11 @@ class Engine:
                 if group:
                     config.parallel_config.placement_group = group
                 self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-                await self._take_over_capture()
                 self._died = asyncio.get_running_loop().create_future()
                 self._watcher = asyncio.create_task(self._watch(self._llm, self._died))
+                if self.model.adapter:
+                    await adapter.load(self._llm, self.model.adapter)
+                await self._take_over_capture()
             except (ValueError, RuntimeError, TypeError, OSError) as error:
                 raise ModelError(
                     f"{self.settings.model}: vLLM did not start with these settings "
@@ -289,10 +290,7 @@ class Engine:
 
     @functools.cached_property
     def _lora_request(self) -> Any:
-        from vllm.lora.request import LoRARequest
-
-        adapter = self.model.adapter
-        return LoRARequest("teacher", 1, str(adapter)) if adapter else None
+        return adapter.request(self.model.adapter)
 
     async def _watch(self, llm: Any, died: asyncio.Future[None]) -> None:
         while not llm.errored:
@@ -346,8 +344,7 @@ def engine_arguments(settings: Teacher, model: Model) -> dict[str, Any]:
         "disable_log_stats": True,
     }
     if model.adapter:
-        rank = json.loads((model.adapter / "adapter_config.json").read_text())["r"]
-        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        arguments |= adapter.engine_arguments(model.adapter)
     if settings.max_model_len:
         arguments["max_model_len"] = settings.max_model_len
     if settings.max_num_batched_tokens:

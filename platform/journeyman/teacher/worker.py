@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from journeyman.teacher import norms
+from journeyman.teacher import adapter, norms
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ class Capture:
         import vllm
 
         runner = self.model_runner  # type: ignore[attr-defined]
+        adapter.take_over_logits(runner.model)
         if not vllm.__version__.startswith(WRITTEN_FOR):
             return f"vLLM {vllm.__version__}, written for {WRITTEN_FOR}x"
         if not hasattr(runner, "_get_prompt_logprobs_dict") or not hasattr(runner, "sampler"):

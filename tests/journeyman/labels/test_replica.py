@@ -17,6 +17,7 @@ from journeyman import corpus, recipe
 from journeyman.labels.cache import Cache
 from journeyman.labels.replica import Counts, Replica, Work
 from journeyman.labels.store import LabelStore
+from journeyman.teacher import tasks
 from journeyman.teacher.engine import EngineDied
 from tests.conftest import children
 
@@ -150,6 +151,32 @@ def test_a_row_that_kills_the_engine_each_time_is_found_and_the_others_are_kept(
     assert (commit.ok, commit.quarantined) == (2, 1)
     (bad,) = store.read_quarantine(commit)
     assert (bad.error_class, json.loads(bad.input)["text"]) == ("EngineDied", guilty)
+
+
+def test_rows_that_begin_alike_are_asked_one_behind_the_other(
+    replica: Replica, store: LabelStore, monkeypatch: pytest.MonkeyPatch
+):
+    """So that they find each other's prompts in the engine's prefix cache."""
+    reports = [f"Report {n}: {'nothing new to say ' * 8}" for n in "bac"]
+    texts = [f"{report}, question {i}" for i in (2, 1) for report in reports]
+    ids = write_shard(replica, "part-00009.parquet", texts)
+    labels = replica._spec.recipe.labels.model_copy(
+        update={"scoring": "direct", "classes": {"yes": " yes", "no": " no"},
+                "prompt": "{{ text }}. Yes or no?"}
+    )  # fmt: skip
+    task = tasks.local(labels, replica._backend)
+    asked, run_row = [], task.run
+
+    async def listening(row, seed):
+        asked.append(row["text"])
+        return await run_row(row, seed)
+
+    task.run = listening
+    monkeypatch.setattr(replica, "_task", task)
+    monkeypatch.setattr(replica._rows, "_task", task)
+    commit = replica.label(Work(shard="part-00009.parquet"))
+    assert asked == sorted(texts) != texts
+    assert store.read_shard(commit)["id"].to_pylist() == ids
 
 
 def test_replica_time_adds_up_over_commits(replica: Replica, store: LabelStore):

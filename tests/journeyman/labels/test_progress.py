@@ -1,0 +1,39 @@
+"""What is told of a labeling while it runs."""
+
+from __future__ import annotations
+
+import re
+import time
+from urllib.request import urlopen
+
+from journeyman.labels.progress import Counts, Meter, Tally
+from journeyman.recipe import Price
+
+
+def test_the_live_views_figures_are_metrics_of_ray(ray_cluster: None) -> None:
+    """As Prometheus reads them from the node."""
+    import ray
+
+    tally = ray.remote(num_cpus=0)(Tally).remote("a run")
+    for replica, rows in (("one", 30), ("two", 12)):
+        counts = Counts(rows=rows, prompt_tokens=10 * rows, quarantined=1)
+        ray.get(tally.add.remote(replica, counts))
+    total, replicas = ray.get(tally.total.remote())
+    progress = Meter(100, 50, Price()).read(total, replicas, shards_waiting=4)
+    ray.get(tally.show.remote(progress))
+
+    wanted = {"rows_total": 42, "prompt_tokens_total": 420, "quarantined_total": 2, "replicas": 2,
+              "shards_waiting": 4}  # fmt: skip
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    deadline, found = time.monotonic() + 60, {}
+    while found != wanted and time.monotonic() < deadline:  # Ray exports every ten seconds
+        lines = urlopen(url, timeout=10).read().decode().splitlines()
+        told = [re.match(r"ray_journeyman_label_(\w+)\{(.*)\} (\S+)", line) for line in lines]
+        found = {
+            match[1]: float(match[3])
+            for match in told
+            if match and 'run="a run"' in match[2] and match[1] in wanted
+        }
+        time.sleep(1)
+    assert found == wanted

@@ -213,6 +213,8 @@ class Run(RunFolder):
         )
 
     def _certify(self) -> tuple[dict[str, Any], bool]:
+        if self.recipe.learner().kind == "causal":
+            return self._certify_written()
         from journeyman.certify import step
         from journeyman.student.models import Classifier
 
@@ -225,7 +227,7 @@ class Run(RunFolder):
                 labels["filtered"]["inputs"],
                 student.weights_digest,
                 prompt_digest(self.recipe.classes()),
-                self.recipe.certify.model_dump(mode="json"),
+                self.recipe.certify.decisive(),
                 *(["mixture"] if self.recipe.cascade.combine == "mixture" else []),
             ]
         )
@@ -243,6 +245,38 @@ class Run(RunFolder):
             folder,
             inputs=inputs,
         )
+        return files.read_json(folder / MANIFEST), True
+
+    def _certify_written(self) -> tuple[dict[str, Any], bool]:
+        """Of a student that writes, which answers the held-out rows first."""
+        from journeyman.certify import written
+
+        folder = self.path("certify")
+        written.check(self.recipe)
+        labels = dataset.finished_manifest(LabelStore(self.labels))
+        student = models.resolve(str(self.path("train")))
+        inputs = written.inputs_digest(self.recipe, labels, student)
+        there = _read(folder / MANIFEST)
+        if there and there.get("inputs") == inputs:
+            return there, False
+        cluster.connect(self.recipe.cluster)
+        with LiveLine() as line:
+            line.show("certify   the student answers, starting its engine")
+
+            def show(progress: LabelProgress) -> None:
+                line.show(f"certify   the student answers\n{progress.text()}")
+
+            written.certify(
+                self.recipe,
+                self.labels,
+                self.corpus,
+                student,
+                self.teacher,
+                self.directory / "answers",
+                folder,
+                inputs=inputs,
+                on_progress=show,
+            )
         return files.read_json(folder / MANIFEST), True
 
     def _measure(self) -> tuple[dict[str, Any], bool]:

@@ -26,6 +26,7 @@ from journeyman.certify.deferral_head import DeferralHead
 from journeyman.certify.ledger import LedgerEntry
 from journeyman.certify.mixture import Mixture
 from journeyman.certify.scores import ScoreName
+from journeyman.certify.sequence_scores import WrittenConfidence, WrittenScore
 from journeyman.certify.thresholds import WrittenThreshold, read_threshold
 from journeyman.errors import BundleMismatch
 
@@ -70,8 +71,8 @@ class Guarantee(_Part):
         return self
 
 
-class PolicyBundle(_Part):
-    """Everything that serving needs to decide about a request, and what was promised for it."""
+class Bundle(_Part):
+    """What any student is served under: what it was certified with, and what was promised."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
 
@@ -84,23 +85,8 @@ class PolicyBundle(_Part):
     teacher_tokenizer_digest: Text
     prompt_digest: Text
 
-    # From a request to a decision.
     columns: tuple[Text, ...] = Field(
         default=("text",), description="that a request must have; a text where it is `text` alone"
-    )
-    label_names: tuple[Text, ...] = Field(min_length=2, description="classes in logit order")
-    score: ScoreName
-    deferral_head: DeferralHead | None = Field(default=None, description="of that score alone")
-    class_thresholds: tuple[float, ...] | None = Field(
-        default=None,
-        description="subtracted from the score by the student's answer; null if all share one",
-    )
-    temperature: float = Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)
-    teacher_log_prior: tuple[float, ...] | None = Field(
-        description="subtracted from the teacher's class log-probabilities; null if none"
-    )
-    mixture: Mixture | None = Field(
-        default=None, description="what escalated requests are answered with; null: the teacher's"
     )
     threshold: WrittenThreshold = Field(
         description="the student answers strictly above it; null escalates everything"
@@ -109,9 +95,6 @@ class PolicyBundle(_Part):
     # What is promised, and how it came about.
     served_guarantee: GuaranteeKind = Field(description="the one that `threshold` comes from")
     guarantees: tuple[Guarantee, ...] = Field(min_length=1)
-    class_guarantees: tuple[Guarantee, ...] | None = Field(
-        default=None, description="of each of the student's answers, in logit order; null if none"
-    )
     curve: tuple[CurvePoint, ...]
     student_accuracy: Share | None = Field(default=None, description="against gold, if any")
     teacher_accuracy: Share | None = Field(
@@ -135,6 +118,38 @@ class PolicyBundle(_Part):
         """`threshold` as a number to compare with; +inf escalates everything."""
         return read_threshold(self.threshold)
 
+    @model_validator(mode="after")
+    def _serves_what_it_promises(self) -> Self:
+        served = [g for g in self.guarantees if g.kind == self.served_guarantee]
+        if len(served) != 1 or len({g.kind for g in self.guarantees}) != len(self.guarantees):
+            raise ValueError("`guarantees` must hold the served kind, and each kind once")
+        if served[0].threshold != self.threshold:
+            raise ValueError("`threshold` is not that of the served guarantee")
+        return self
+
+
+class PolicyBundle(Bundle):
+    """Everything that serving needs to decide about a request, and what was promised for it."""
+
+    # From a request to a decision.
+    label_names: tuple[Text, ...] = Field(min_length=2, description="classes in logit order")
+    score: ScoreName
+    deferral_head: DeferralHead | None = Field(default=None, description="of that score alone")
+    class_thresholds: tuple[float, ...] | None = Field(
+        default=None,
+        description="subtracted from the score by the student's answer; null if all share one",
+    )
+    temperature: float = Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)
+    teacher_log_prior: tuple[float, ...] | None = Field(
+        description="subtracted from the teacher's class log-probabilities; null if none"
+    )
+    mixture: Mixture | None = Field(
+        default=None, description="what escalated requests are answered with; null: the teacher's"
+    )
+    class_guarantees: tuple[Guarantee, ...] | None = Field(
+        default=None, description="of each of the student's answers, in logit order; null if none"
+    )
+
     @property
     def confidence(self) -> Confidence:
         """How a row is scored, as it was for the certificate."""
@@ -148,8 +163,7 @@ class PolicyBundle(_Part):
 
     @model_validator(mode="after")
     def _scores_as_it_says(self) -> Self:
-        if (self.deferral_head is None) == (self.score == "deferral_head"):
-            raise ValueError("`deferral_head` must be there exactly where it is the `score`")
+        _check_head(self.score, self.deferral_head)
         for name in ("class_thresholds", "class_guarantees"):
             of_classes = getattr(self, name)
             if of_classes is not None and len(of_classes) != len(self.label_names):
@@ -167,12 +181,36 @@ class PolicyBundle(_Part):
             raise ValueError(
                 f"`teacher_log_prior` has {len(prior)} values for {len(self.label_names)} labels"
             )
-        served = [g for g in self.guarantees if g.kind == self.served_guarantee]
-        if len(served) != 1 or len({g.kind for g in self.guarantees}) != len(self.guarantees):
-            raise ValueError("`guarantees` must hold the served kind, and each kind once")
-        if served[0].threshold != self.threshold:
-            raise ValueError("`threshold` is not that of the served guarantee")
         return self
+
+
+class WrittenBundle(Bundle):
+    """Of a student that writes: the promise is about its greedy answers to the certified prompt."""
+
+    score: WrittenScore
+    deferral_head: DeferralHead | None = Field(default=None, description="of that score alone")
+    match: Literal["exact", "parsed"] = Field(description="when two answers are the same")
+    answer_pattern: Text | None = Field(description="of parsed: its group `answer` is compared")
+    max_tokens: int = Field(ge=1, description="of an answer, as certified")
+    self_agreement: Share | None = Field(
+        description="of the teacher's samples with its answer, where it gave several: no student "
+        "can be promised to agree with it more often"
+    )
+
+    @property
+    def confidence(self) -> WrittenConfidence:
+        """How an answer is scored, as it was for the certificate."""
+        return WrittenConfidence(score=self.score, head=self.deferral_head)
+
+    @model_validator(mode="after")
+    def _scores_as_it_says(self) -> Self:
+        _check_head(self.score, self.deferral_head)
+        return self
+
+
+def _check_head(score: str, head: DeferralHead | None) -> None:
+    if (head is None) == (score == "deferral_head"):
+        raise ValueError("`deferral_head` must be there exactly where it is the `score`")
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
@@ -183,7 +221,7 @@ def content_digest(content: Mapping[str, Any]) -> str:
     return blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
-def save(bundle: PolicyBundle, directory: Path | str) -> Path:
+def save(bundle: Bundle, directory: Path | str) -> Path:
     """Write the bundle as one file; a reader finds the old one or the new one, never half of it."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +244,25 @@ def save(bundle: PolicyBundle, directory: Path | str) -> Path:
 
 
 def load(directory: Path | str) -> PolicyBundle:
-    """Read a bundle and check it against its own digest; BundleMismatch if anything is off."""
+    """Read a classifier's bundle and check it against its own digest; BundleMismatch if anything
+    is off."""
+    bundle = load_any(directory)
+    if not isinstance(bundle, PolicyBundle):
+        raise BundleMismatch(
+            f"{Path(directory) / BUNDLE_FILE} is of a student that writes: it says what may be "
+            "promised of it, and serving and reports take classifiers so far."
+        )
+    return bundle
+
+
+def ledger_of(directory: Path | str) -> tuple[LedgerEntry, ...]:
+    """What the bundle there has spent of its certify rows; nothing where there is none."""
+    there = (Path(directory) / BUNDLE_FILE).exists()
+    return load_any(directory).ledger if there else ()
+
+
+def load_any(directory: Path | str) -> PolicyBundle | WrittenBundle:
+    """Either kind; BundleMismatch as in ``load``."""
     path = Path(directory) / BUNDLE_FILE
     content = _read_content(path)
     version = content.get("schema_version")
@@ -223,7 +279,8 @@ def load(directory: Path | str) -> PolicyBundle:
             f"{actual_id}. A certificate does not survive an edit: run `journeyman certify` again."
         )
     try:
-        return PolicyBundle.model_validate(content)
+        kind = WrittenBundle if "match" in content else PolicyBundle
+        return kind.model_validate(content)
     except ValidationError as error:
         raise BundleMismatch(
             f"{path} is not a policy bundle: {_first_complaint(error)}. "

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from journeyman.certify.certificate import allowed_errors
 from journeyman.certify.metrics import area_under_risk_coverage
-from journeyman.certify.scores import ScoreName
 from journeyman.certify.thresholds import threshold_table
 from journeyman.errors import DataError, RecipeError
 from journeyman.probabilities import FloatArray
 
+Name = TypeVar("Name", bound=str)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreChoice:
+class ScoreChoice(Generic[Name]):
     """The confidence score picked, and what was forecast for each candidate.
 
     Attributes:
@@ -29,9 +31,9 @@ class ScoreChoice:
         coverages: the forecasts of all candidates.
     """
 
-    name: ScoreName
+    name: Name
     coverage: float
-    coverages: Mapping[ScoreName, float]
+    coverages: Mapping[Name, float]
 
 
 def forecast_coverage(
@@ -58,10 +60,10 @@ def forecast_coverage(
 
 
 def choose_score(
-    scores: Mapping[ScoreName, FloatArray],
+    scores: Mapping[Name, FloatArray],
     costs: npt.ArrayLike,
     forecast: Callable[[FloatArray], float],
-) -> ScoreChoice:
+) -> ScoreChoice[Name]:
     """Pick the score with the highest forecast of certified coverage at the target.
 
     Not by area under the risk-coverage curve (the deferral curve), which weighs thresholds that

@@ -6,6 +6,7 @@ before `certify` rows are looked at. The rules themselves and their proofs are n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from journeyman.certify.accuracy import certify_accuracy, design_against_gold
 from journeyman.certify.certificate import Certificate, GuaranteeKind, certify_system_agreement
-from journeyman.certify.design import forecast_coverage
+from journeyman.certify.design import Name, choose_score, forecast_coverage
 from journeyman.certify.selective import certify_selective_agreement, design_selective
 from journeyman.errors import DataError
 from journeyman.probabilities import FloatArray, IntArray
@@ -41,6 +42,16 @@ class Outcomes:
         if kind != "accuracy":
             return self.differs.astype(np.float64), np.ones(len(self), dtype=np.bool_)
         return self.losses.astype(np.float64), self.has_gold
+
+    def to_learn_from(self, kind: GuaranteeKind) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+        """The same of calibrate rows; raises DataError where gold is needed and none has it."""
+        costs, counted = self.costs(kind)
+        if not counted.any():
+            raise DataError(
+                "certify.guarantee accuracy needs gold labels on calibrate rows, and none has one; "
+                "give that split some, or certify agreement."
+            )
+        return costs, counted
 
     def take(self, rows: npt.NDArray[np.bool_]) -> Outcomes:
         """Those of rows[n]."""
@@ -88,6 +99,29 @@ def forecast(
         n = len(certify_rows)
         return design_selective(scores, outcomes.differs, n, alpha, delta).coverage
     return forecast_coverage(scores, outcomes.differs, alpha, delta, len(certify_rows))
+
+
+def choose(
+    kind: GuaranteeKind,
+    candidates: Mapping[Name, FloatArray],
+    calibrate: Outcomes,
+    certify_rows: Outcomes,
+    alpha: float,
+    delta: float,
+) -> tuple[Name, ScoredOutcomes]:
+    """The score with which most would be certified to be answered, and calibrate rows by it.
+
+    candidates: float64[n] each, of calibrate rows. Of certify rows only their number is seen, and
+    how many have gold.
+    """
+    costs, counted = calibrate.costs(kind)
+
+    def forecast_of(scores: FloatArray) -> float:
+        scored = ScoredOutcomes(scores=scores, outcomes=calibrate)
+        return forecast(kind, scored, certify_rows, alpha, delta)
+
+    name = choose_score(candidates, costs * counted, forecast_of).name
+    return name, ScoredOutcomes(scores=candidates[name], outcomes=calibrate)
 
 
 def certify_kind(

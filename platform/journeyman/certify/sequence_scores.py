@@ -8,13 +8,19 @@ does not ask where they come from.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from journeyman.errors import DataError
+from journeyman.certify.deferral_head import DeferralHead
+from journeyman.errors import DataError, RecipeError
 from journeyman.probabilities import FloatArray
 
+WrittenScore = Literal["mean_logprob", "least_logprob", "token_quantile", "deferral_head"]
+# Those that take nothing but the row; the deferral head is learned.
+FIXED: tuple[WrittenScore, ...] = ("mean_logprob", "least_logprob", "token_quantile")
 QUANTILES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -71,3 +77,34 @@ def self_consistency(answers: Sequence[Sequence[Hashable]]) -> FloatArray:
     if any(len(samples) < 2 for samples in answers):
         raise DataError("Self-consistency takes at least two samples of every row.")
     return np.array([sum(s == samples[0] for s in samples) / len(samples) for samples in answers])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenConfidence:
+    """How sure a student is of an answer that it wrote.
+
+    Attributes:
+        score: mean, least or 0.1-quantile of its tokens' log-probabilities, or what was learned of
+            `token_features`.
+        head: that, if it is the score.
+    """
+
+    score: WrittenScore
+    head: DeferralHead | None = None
+
+    def of(self, logprobs: npt.ArrayLike, lengths: npt.ArrayLike) -> FloatArray:
+        """Confidence, float64[n]; arguments as in `token_features`, rounded as labels keep them,
+        to 16 bits, so that an answer that is being given is scored as one that was stored."""
+        stored = np.asarray(logprobs, dtype=np.float64).astype(np.float16).astype(np.float64)
+        if self.score == "mean_logprob":
+            features = token_features(stored, lengths)  # which checks them
+            of_row = np.asarray(lengths, dtype=np.int64)
+            first = np.concatenate(([0], np.cumsum(of_row)[:-1])).astype(np.int64)
+            return np.add.reduceat(stored, first) / of_row if len(features) else np.empty(0)
+        if self.score == "least_logprob":
+            return token_quantile(stored, lengths, 0.0)
+        if self.score == "token_quantile":
+            return token_quantile(stored, lengths)
+        if self.head is None:
+            raise RecipeError("The score deferral_head needs a fitted head: certify again.")
+        return self.head.may_answer(token_features(stored, lengths))

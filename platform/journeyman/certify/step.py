@@ -23,8 +23,7 @@ from journeyman.certify.certificate import Certificate
 from journeyman.certify.confidence import Confidence
 from journeyman.certify.curve import cost_quality_curve
 from journeyman.certify.deferral_head import class_features, cross_fitted, fit_deferral_head
-from journeyman.certify.design import choose_score
-from journeyman.certify.guarantees import Outcomes, ScoredOutcomes, certify_kind, forecast
+from journeyman.certify.guarantees import Outcomes, ScoredOutcomes, certify_kind, choose
 from journeyman.certify.ledger import LedgerEntry, rows_digest, spend
 from journeyman.certify.mixture import Mixture, fit_mixture
 from journeyman.certify.per_class import certify_each_class
@@ -118,7 +117,7 @@ def certify(
     }
     mixture, parts = _mix(parts) if recipe.cascade.combine == "mixture" else (None, parts)
     settings, certified = recipe.certify, parts["certify"]
-    ledger = _spend(settings, certified.rows.ids, student, out_dir)
+    ledger = spend_rows(settings, certified.rows.ids, student, out_dir)
     confidence, certificates, of_classes = decide(settings, parts["calibrate"], certified)
     scores = confidence.of(certified.logits)[1]
     served = certificates[0]
@@ -157,7 +156,8 @@ def certify(
         np.savez(fresh / SCORED_FILE, logits=parts["test"].logits)
         seconds = round(time.monotonic() - started, 3)
         manifest = {"inputs": inputs, "bundle": bundle.bundle_id, "seconds": seconds}
-        files.write_json(fresh / "manifest.json", {"step": "certify", **manifest})
+        said = {"recommendation": bundle.recommendation}
+        files.write_json(fresh / "manifest.json", {"step": "certify", **manifest, **said})
     return bundle
 
 
@@ -227,26 +227,16 @@ class _Design:
 def _design(settings: Certify, calibrate: ScoredRows, certify_rows: Outcomes) -> _Design:
     calibrator = _calibrator(calibrate)
     probabilities = calibrator.probabilities(calibrate.logits)
-    outcomes = calibrate.outcomes
-    costs, counted = outcomes.costs(settings.guarantee)
-    if not counted.any():
-        raise DataError(
-            "certify.guarantee accuracy needs gold labels on calibrate rows, and none has one; "
-            "give that split some, or certify agreement."
-        )
+    kind, outcomes = settings.guarantee, calibrate.outcomes
+    costs, counted = outcomes.to_learn_from(kind)
     candidates = {name: _candidate(name, probabilities, costs, counted) for name in settings.scores}
-
-    def forecast_of(scores: npt.NDArray[np.float64]) -> float:
-        scored = ScoredOutcomes(scores=scores, outcomes=outcomes)
-        return forecast(settings.guarantee, scored, certify_rows, settings.alpha, settings.delta)
-
-    choice = choose_score(candidates, costs * counted, forecast_of)
+    name, scored = choose(kind, candidates, outcomes, certify_rows, settings.alpha, settings.delta)
     head = None
-    if choice.name == "deferral_head":
+    if name == "deferral_head":
         head = fit_deferral_head(class_features(probabilities[counted]), costs[counted] > 0)
     return _Design(
-        confidence=Confidence(calibrator=calibrator, score=choice.name, head=head),
-        scored=ScoredOutcomes(scores=candidates[choice.name], outcomes=outcomes),
+        confidence=Confidence(calibrator=calibrator, score=name, head=head),
+        scored=scored,
         answers=calibrate.logits.argmax(axis=1),
     )
 
@@ -287,11 +277,11 @@ def _certificates(
     return confidence, certificates, None
 
 
-def _spend(
+def spend_rows(
     settings: Certify, ids: Sequence[str], student: Model, out_dir: Path
 ) -> tuple[LedgerEntry, ...]:
     """The ledger with these uses of the certify rows, after those of the bundle that is there."""
-    spent = bundles.load(out_dir).ledger if (out_dir / bundles.BUNDLE_FILE).exists() else ()
+    spent = bundles.ledger_of(out_dir)
     for kind in settings.guarantees:
         entry = LedgerEntry(
             use=f"{kind} at {settings.alpha:g}, student {student.weights_digest[:12]}",

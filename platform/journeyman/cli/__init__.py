@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -203,7 +204,10 @@ def _step(options: argparse.Namespace) -> int:
 
     run = steps.Run(load(options))
     with run.locked():
-        _print_result(run.execute(options.step, new_labels=getattr(options, "new", False)))
+        result = run.execute(options.step, new_labels=getattr(options, "new", False))
+    _print_result(result)
+    if said := result.manifest.get("recommendation"):
+        print(textwrap.indent(textwrap.fill(said, 88), " " * 10), flush=True)
     return 0
 
 

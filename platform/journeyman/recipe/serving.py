@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -44,13 +45,44 @@ class Certify(Section):
         ("max_probability", "margin", "entropy", "deferral_head"),
         min_length=1,
         description="Confidence scores to choose from, on calibrate rows. deferral_head: a "
-        "logistic regression on the class probabilities, fitted there.",
+        "logistic regression on the class probabilities, fitted there. Students that write have "
+        "scores of their tokens instead.",
+    )
+    match: Literal["exact", "parsed"] = Field(
+        "exact",
+        description="Students that write: when an answer is the teacher's. exact: the same text, "
+        "blanks around it aside; of rationales the same answer, as a number where labels.number is "
+        "set. parsed: what answer_pattern finds is the same.",
+    )
+    answer_pattern: str | None = Field(
+        None,
+        description="match: parsed: regular expression whose group `answer` is what counts of an "
+        "answer; the last match. An answer without one is like no other.",
     )
 
     @property
     def guarantees(self) -> tuple[Guarantee, ...]:
         """The served one, then those besides, each once."""
         return tuple(dict.fromkeys((self.guarantee, *self.besides)))
+
+    def decisive(self) -> dict[str, Any]:
+        """What a bundle is made of. Those from before there was a match are the same without."""
+        later = {"match", "answer_pattern"} if self.match == "exact" else set()
+        return self.model_dump(mode="json", exclude=later)
+
+    @model_validator(mode="after")
+    def _match_has_its_pattern(self) -> Certify:
+        if (self.match == "parsed") != (self.answer_pattern is not None):
+            raise ValueError("match: parsed and answer_pattern go together")
+        if self.answer_pattern is None:
+            return self
+        try:
+            groups = re.compile(self.answer_pattern).groupindex
+        except re.error as error:
+            raise ValueError(f"answer_pattern is not a regular expression ({error})") from error
+        if "answer" not in groups:
+            raise ValueError("answer_pattern needs a group called answer: (?P<answer>...)")
+        return self
 
     @model_validator(mode="after")
     def _delta_fits(self) -> Certify:

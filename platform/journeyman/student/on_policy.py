@@ -24,8 +24,8 @@ from journeyman.errors import DataError
 from journeyman.labels import dataset, pipeline
 from journeyman.labels.store import LabelStore
 from journeyman.models import Model
-from journeyman.recipe import Filters, Generate, Logits, OnPolicy, Recipe, Training, digest
-from journeyman.student import loop, round_corpus, step
+from journeyman.recipe import Generate, Logits, OnPolicy, Recipe, Training, digest
+from journeyman.student import loop, round_corpus, step, writing
 
 _RECORD = "journeyman.json"
 
@@ -134,17 +134,12 @@ class _Rounds:
                 self._corpus_dir, folder / "prompts", number, self.settings.share,
                 self._recipe.corpus.rows_per_shard,
             )  # fmt: skip
-        settings = {"max_tokens": self.settings.max_tokens, "top_p": 1.0, "k": 1,
-                    "temperature": self.settings.temperature, "codec": "topk_fp16"}  # fmt: skip
-        asked = self._asked.model_copy(update=settings | _OF_A_ROUND)
-        # As the teacher is run, but for what is only said of the teacher's own weights.
-        engine: dict[str, Any] = {
-            "model": str(student.path), "revision": None, "lora": None, "engine_args": {},
-            "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
-        }  # fmt: skip
-        writer = self._recipe.teacher.model_copy(update=engine)
+        asked = writing.asked_of_student(
+            self._asked, max_tokens=self.settings.max_tokens, top_p=1.0,
+            temperature=self.settings.temperature,
+        )  # fmt: skip
         self._label(
-            self._recipe.model_copy(update={"labels": asked, "teacher": writer}),
+            writing.written_by(self._recipe, student.path, asked),
             student, folder / "prompts", folder / "answers", number, "the student answers",
         )  # fmt: skip
 
@@ -219,9 +214,6 @@ class _Rounds:
                     "epochs": settings.epochs, "cross_entropy": 0.0, "row_weight": "none",
                     "learning_rate": settings.learning_rate or training.learning_rate}
         )  # fmt: skip
-
-
-_OF_A_ROUND = {"filters": Filters(), "cache": None, "destination": None}
 
 
 def _begun(folder: Path, inputs: str) -> bool:

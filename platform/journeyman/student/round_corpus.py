@@ -1,10 +1,11 @@
-"""The corpora of an on-policy round: the train prompts that fall to it, and what the student wrote
-behind them. Both are read as any other corpus."""
+"""Corpora made of a corpus, for a student to answer: the train prompts that fall to an on-policy
+round, what the student wrote behind them, and held-out rows. All are read as any other corpus."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,17 +37,43 @@ def write_prompts(
 
     In the order of their ids, which are digests, and so in no order at all.
     """
-    import pyarrow as pa
     import pyarrow.compute as pc
 
-    names = [shard["name"] for shard in corpus.read_manifest(corpus_dir)["shards"]]
-    every = pa.concat_tables([corpus.read_shard(corpus_dir, name) for name in names])
+    every = _whole(corpus_dir)
     train = every.filter(pc.equal(every["split"], "train")).sort_by("id")
     if not len(train):
         raise DataError(f"{corpus_dir}: there are no train rows, and on-policy rounds need some.")
-    some = train.take(taken(len(train), number, share))
-    parts = (some.slice(i, rows_per_shard) for i in range(0, len(some), rows_per_shard))
-    return _write(folder, ((f"part-{i:05d}.parquet", part) for i, part in enumerate(parts)))
+    return _write(folder, _cut(train.take(taken(len(train), number, share)), rows_per_shard))
+
+
+def write_splits(
+    corpus_dir: str | Path, folder: Path, splits: Sequence[str], rows_per_shard: int
+) -> int:
+    """The rows of these splits; how many. Raises DataError where one of them is empty."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    every = _whole(corpus_dir)
+    some = every.filter(pc.is_in(every["split"], pa.array(splits)))
+    for split in splits:
+        if not pc.any(pc.equal(some["split"], split)).as_py():
+            raise DataError(
+                f"{corpus_dir}: split {split} has no rows; give it some with corpus.split_map or "
+                "corpus.shares."
+            )
+    return _write(folder, _cut(some, rows_per_shard))
+
+
+def _whole(corpus_dir: str | Path) -> pa.Table:
+    import pyarrow as pa
+
+    names = [shard["name"] for shard in corpus.read_manifest(corpus_dir)["shards"]]
+    return pa.concat_tables([corpus.read_shard(corpus_dir, name) for name in names])
+
+
+def _cut(table: pa.Table, rows_per_shard: int) -> Iterator[tuple[str, pa.Table]]:
+    for number, begin in enumerate(range(0, len(table), rows_per_shard)):
+        yield f"part-{number:05d}.parquet", table.slice(begin, rows_per_shard)
 
 
 def write_written(prompts: Path, answers: Path, folder: Path) -> int:
@@ -94,7 +121,8 @@ def _write(folder: Path, shards: Iterable[tuple[str, pa.Table]]) -> int:
             sha256 = files.file_digest(fresh / name)
             named.append({"name": name, "rows": len(table), "sha256": sha256})
             n_rows += len(table)
-            splits["train"] += len(table)
+            for split, n in Counter(table["split"].to_pylist()).items():
+                splits[split] += n
         files.write_json(
             fresh / "manifest.json",
             {

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "calibrate")
-_ANSWER, _REASONING = "[label] ", "[rationale] "  # task prefixes (Hsieh et al. 2023, section 3.2)
+ANSWER, _REASONING = "[label] ", "[rationale] "  # task prefixes (Hsieh et al. 2023, section 3.2)
 
 Rows = Callable[[dict[str, Any], dict[str, Any]], Sequence[TokenRow | None]]
 
@@ -282,7 +282,7 @@ def _of_rationales(labels: Rationales, encoder: Encoder, reasonings: bool) -> Ro
     # model would not be where it was trained.
     answer, reasoning = (
         prompting(labels.model_copy(update={"prompt": prefix + labels.prompt}))
-        for prefix in (_ANSWER, _REASONING)
+        for prefix in (ANSWER, _REASONING)
     )
 
     def make(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow]:

@@ -1,0 +1,317 @@
+"""Certify a student that writes: it answers the held-out rows, and what a threshold on how sure it
+was of its words promises about them is a bundle.
+
+    RUN/answers/prompts/   the held-out rows, a corpus
+    RUN/answers/labels/    what the student wrote, greedily: a label dataset
+
+``calibrate`` rows pick the score, ``certify`` rows carry the guarantee; two answers are the same as
+``certify.match`` says. A row without an answer (too long for the student, or nothing written) is
+one that it can never be trusted with, and counts as different.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from journeyman import corpus, files
+from journeyman.certify import bundle as bundles
+from journeyman.certify.bundle import Guarantee, WrittenBundle
+from journeyman.certify.curve import cost_quality_curve
+from journeyman.certify.deferral_head import cross_fitted, fit_deferral_head
+from journeyman.certify.guarantees import Outcomes, ScoredOutcomes, certify_kind, choose
+from journeyman.certify.recommendation import recommend
+from journeyman.certify.sequence_scores import (
+    FIXED,
+    WrittenConfidence,
+    WrittenScore,
+    token_features,
+)
+from journeyman.certify.step import RECIPE_FILE, spend_rows
+from journeyman.errors import DataError, RecipeError
+from journeyman.labels import dataset, pipeline
+from journeyman.labels.quality import same_answer
+from journeyman.labels.store import LabelStore
+from journeyman.models import Model
+from journeyman.probabilities import FloatArray
+from journeyman.recipe import Certify, Generate, Rationales, Recipe, digest
+from journeyman.student import round_corpus, writing
+from journeyman.teacher.rationales import parse
+
+if TYPE_CHECKING:
+    from journeyman.labels.progress import LabelProgress
+
+SPLITS = ("calibrate", "certify")
+NEVER = -1e6  # the score of a row without an answer; a float16's log-probability is above -65,505
+_BESIDE = {"structured": None}  # masked tokens are not the likeliest, whose probability is stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenRows:
+    """Rows of a split as teacher and student answered them.
+
+    Attributes:
+        ids: of the rows.
+        outcomes: what each costs if the student answers it.
+        right: against gold, bool[n] each: the student's answer and the teacher's; None unless all
+            rows have gold.
+        lengths: int64[n], tokens that the student wrote; 0 where it has no answer.
+        logprobs: float64[sum of lengths], of each of them, one row after the other.
+        self_agreement: mean share of the teacher's samples that say what its answer says; None
+            where it gave one.
+    """
+
+    ids: list[str]
+    outcomes: Outcomes
+    right: tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]] | None
+    lengths: npt.NDArray[np.int64]
+    logprobs: FloatArray
+    self_agreement: float | None
+
+    @property
+    def answered(self) -> npt.NDArray[np.bool_]:
+        return np.asarray(self.lengths > 0)
+
+    @property
+    def features(self) -> FloatArray:
+        """float64[n, f], zeros where there is no answer."""
+        of_answers = token_features(self.logprobs, self.lengths[self.answered])
+        features = np.zeros((len(self.ids), of_answers.shape[1]))
+        features[self.answered] = of_answers
+        return features
+
+    def scores(self, confidence: WrittenConfidence) -> FloatArray:
+        """float64[n]."""
+        scores = np.full(len(self.ids), NEVER)
+        scores[self.answered] = confidence.of(self.logprobs, self.lengths[self.answered])
+        return scores
+
+
+def check(recipe: Recipe) -> Generate:
+    """What the student is asked; raises RecipeError where it cannot be certified."""
+    labels, settings = recipe.labels, recipe.certify
+    if not isinstance(labels, Generate | Rationales):
+        raise RecipeError(
+            "a cascade answers requests, and labels.kind: logits has none; certify a student of "
+            "classes, generate or rationales."
+        )
+    if settings.per_class:
+        raise RecipeError("certify.per_class is for classes; this student writes.")
+    if isinstance(labels, Generate) and labels.structured is not None:
+        raise RecipeError(
+            "labels.structured: how sure a student is of tokens that it was made to write is not "
+            "in its labels; certify without it, or as labels.kind: classes."
+        )
+    if recipe.run_url:
+        raise RecipeError(
+            "certify keeps what the student writes below output, which must be a folder on a disk "
+            "that all nodes share, for a student that writes."
+        )
+    return writing.asked_of_student(labels, temperature=0.0, top_p=1.0, **_BESIDE)
+
+
+def inputs_digest(recipe: Recipe, labels: dict[str, Any], student: Model) -> str:
+    """Of all that decides the bundle; labels: the teacher's dataset's manifest."""
+    return digest([labels["digest"], labels["filtered"]["inputs"], student.weights_digest,
+                   check(recipe).asked(), recipe.certify.decisive()])  # fmt: skip
+
+
+def certify(
+    recipe: Recipe,
+    labels: str | Path,
+    corpus_dir: str | Path,
+    student: Model,
+    teacher: Model,
+    folder: Path,
+    out_dir: Path,
+    *,
+    inputs: str,
+    on_progress: Callable[[LabelProgress], None],
+) -> WrittenBundle:
+    """Write a bundle for this student; folder: of its answers, which are made where they are not
+    there for the same student and question. Ray is up.
+
+    Raises RecipeError, DataError (an empty split, certify rows whose delta is spent), ModelError.
+    """
+    started = time.monotonic()
+    asked = check(recipe)
+    answers = _answers(recipe, asked, corpus_dir, student, folder, on_progress)
+    parts = {name: read(recipe, labels, answers, name) for name in SPLITS}
+    settings, certified = recipe.certify, parts["certify"]
+    ledger = spend_rows(settings, certified.ids, student, out_dir)
+    confidence, scored = _design(settings, parts["calibrate"], certified.outcomes)
+    scores = certified.scores(confidence)
+    rows = ScoredOutcomes(scores=scores, outcomes=certified.outcomes)
+    certificates = [
+        certify_kind(kind, scored, rows, settings.alpha, settings.delta)
+        for kind in settings.guarantees
+    ]
+    served = certificates[0]
+    curve = cost_quality_curve(scores, certified.outcomes.differs, *(certified.right or ()))
+    right = parts["calibrate"].right or (None, None)
+    bundle = WrittenBundle(
+        student=student.reference,
+        teacher=teacher.reference,
+        student_digest=student.weights_digest,
+        teacher_digest=teacher.weights_digest,
+        student_tokenizer_digest=student.tokenizer_digest,
+        teacher_tokenizer_digest=teacher.tokenizer_digest,
+        prompt_digest=digest(asked.asked()),
+        columns=tuple(corpus.id_columns(recipe)),
+        score=confidence.score,
+        deferral_head=confidence.head,
+        match=settings.match,
+        answer_pattern=settings.answer_pattern,
+        max_tokens=asked.max_tokens,
+        self_agreement=certified.self_agreement,
+        threshold=served.threshold,
+        served_guarantee=settings.guarantee,
+        guarantees=tuple(map(Guarantee.from_certificate, certificates)),
+        curve=curve.to_points(keep=served.threshold),
+        student_accuracy=curve.student_accuracy,
+        teacher_accuracy=curve.teacher_accuracy,
+        ledger=ledger,
+        recommendation=recommend(served, *right),
+    )
+    with files.replaced_directory(out_dir) as fresh:
+        bundles.save(bundle, fresh)
+        files.write_json(fresh / RECIPE_FILE, recipe.model_dump(mode="json"))
+        seconds = round(time.monotonic() - started, 3)
+        manifest = {"inputs": inputs, "bundle": bundle.bundle_id, "seconds": seconds}
+        said = {"recommendation": bundle.recommendation}
+        files.write_json(fresh / "manifest.json", {"step": "certify", **manifest, **said})
+    return bundle
+
+
+def _answers(
+    recipe: Recipe,
+    asked: Generate,
+    corpus_dir: str | Path,
+    student: Model,
+    folder: Path,
+    on_progress: Callable[[LabelProgress], None],
+) -> Path:
+    """The student's label dataset, which goes on where it was killed."""
+    made_of = digest([corpus.read_manifest(corpus_dir)["digest"], student.weights_digest,
+                      student.tokenizer_digest, asked.asked()])  # fmt: skip
+    record = folder / "answers.json"
+    if not record.exists() or files.read_json(record).get("inputs") != made_of:
+        files.set_aside(folder)
+        files.write_json(record, {"inputs": made_of})
+    prompts, labels = folder / "prompts", folder / "labels"
+    if not (prompts / "manifest.json").exists():
+        rows_per_shard = recipe.corpus.rows_per_shard
+        round_corpus.write_splits(corpus_dir, prompts, SPLITS, rows_per_shard)
+    begun = (labels / "manifest.json").exists()
+    if not begun or not LabelStore(labels).manifest().get("complete"):
+        by_student = writing.written_by(recipe, student.path, asked)
+        pipeline.label(by_student, student, prompts, labels, on_progress)
+    return labels
+
+
+def read(recipe: Recipe, labels: str | Path, answers: Path, split: str) -> WrittenRows:
+    """Rows of a split that the teacher answered, with what the student wrote."""
+    written = {row["id"]: row for row in _of_split(answers, split)}
+    codec = dataset.codec_of(dataset.finished_manifest(LabelStore(answers)))
+    assert codec is not None  # of kind generate
+    same, right_by = _same(recipe), _against_gold(recipe)
+    said = "output" if recipe.labels.kind == "generate" else "answer"
+    ids, differs, right, gold, lengths, logprobs, agreements = [], [], [], [], [], [], []
+    for row in _of_split(labels, split):
+        own = written.get(row["id"])
+        n_tokens = own["n_positions"] if own else 0
+        ids.append(row["id"])
+        lengths.append(n_tokens)
+        answer = own["output"] if own and n_tokens else None
+        differs.append(answer is None or not same(answer, row[said]))
+        gold.append(row["gold"] is not None)
+        right.append((right_by(answer, row["gold"]), right_by(row[said], row["gold"])))
+        if own and n_tokens:
+            logprobs.append(codec.decode(own["logprobs"], n_tokens).logprobs[:, 0])
+        if len(row.get("answers") or ()) > 1:
+            agreements.append(row["agreement"])
+    if not ids:
+        raise DataError(
+            f"split {split} has no labeled rows; give it some with corpus.split_map or "
+            "corpus.shares."
+        )
+    by_student, by_teacher = np.array(right, dtype=np.bool_).T
+    has_gold = np.array(gold, dtype=np.bool_)
+    return WrittenRows(
+        ids=ids,
+        outcomes=Outcomes(
+            differs=np.array(differs, dtype=np.bool_),
+            losses=by_teacher.astype(np.int64) - by_student.astype(np.int64),
+            has_gold=has_gold,
+        ),
+        right=(by_student, by_teacher) if has_gold.all() else None,
+        lengths=np.array(lengths, dtype=np.int64),
+        logprobs=np.concatenate([np.empty(0), *logprobs]).astype(np.float64),
+        self_agreement=float(np.mean(agreements)) if agreements else None,
+    )
+
+
+def _of_split(labels: str | Path, split: str) -> list[dict[str, Any]]:
+    import pyarrow.compute as pc
+
+    table = dataset.read(labels)
+    rows: list[dict[str, Any]] = table.filter(pc.equal(table["split"], split)).to_pylist()
+    return rows
+
+
+def _same(recipe: Recipe) -> Callable[[str, str], bool]:
+    """Whether two answers are one, by ``certify.match``."""
+    labels, parsed = recipe.labels, _parser(recipe)
+    if parsed is None:
+        return lambda one, other: same_answer(one, other, labels)
+    return lambda one, other: parsed(one) is not None and parsed(one) == parsed(other)
+
+
+def _against_gold(recipe: Recipe) -> Callable[[str | None, str | None], bool]:
+    """Whether an answer is the gold one, which may be what the pattern is to find."""
+    labels, parsed = recipe.labels, _parser(recipe)
+
+    def right(answer: str | None, gold: str | None) -> bool:
+        if answer is None or gold is None:
+            return False
+        if parsed is None:
+            return same_answer(answer, gold, labels)
+        return parsed(answer) is not None and parsed(answer) in (gold.strip(), parsed(gold))
+
+    return right
+
+
+def _parser(recipe: Recipe) -> Callable[[str], str | None] | None:
+    if recipe.certify.answer_pattern is None:
+        return None
+    pattern = re.compile(recipe.certify.answer_pattern)
+    number = isinstance(recipe.labels, Rationales) and recipe.labels.number
+    return lambda text: parse(text, pattern, number)[0]
+
+
+def _design(
+    settings: Certify, calibrate: WrittenRows, certify_rows: Outcomes
+) -> tuple[WrittenConfidence, ScoredOutcomes]:
+    """How answers are scored, by calibrate rows alone; these rows by that score."""
+    outcomes, answered = calibrate.outcomes, calibrate.answered
+    costs, counted = outcomes.to_learn_from(settings.guarantee)
+    candidates = {name: calibrate.scores(WrittenConfidence(score=name)) for name in FIXED}
+    known = counted & answered
+    if known.sum() > 1:
+        held_out = cross_fitted(calibrate.features, costs > 0, known)
+        candidates["deferral_head"] = np.where(answered, held_out, NEVER)
+    name: WrittenScore
+    name, scored = choose(
+        settings.guarantee, candidates, outcomes, certify_rows, settings.alpha, settings.delta
+    )
+    head = None
+    if name == "deferral_head":
+        head = fit_deferral_head(calibrate.features[known], costs[known] > 0)
+    return WrittenConfidence(score=name, head=head), scored

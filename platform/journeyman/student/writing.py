@@ -1,0 +1,32 @@
+"""A student in the teacher's place: the recipe by which its own answers become a label dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from journeyman.recipe import Filters, Generate, Rationales, Recipe
+from journeyman.student.token_rows import ANSWER
+
+# Of the distributions only what says how likely each token was.
+_ALONE: dict[str, Any] = {"k": 1, "codec": "topk_fp16", "filters": Filters(), "cache": None,
+                          "destination": None}  # fmt: skip
+
+
+def asked_of_student(labels: Generate | Rationales, **settings: Any) -> Generate:
+    """What the student is asked for its answer: what it was trained on. settings: of sampling."""
+    shared = {n: getattr(labels, n) for n in Generate.model_fields if hasattr(labels, n)}
+    if isinstance(labels, Rationales):
+        shared |= {"prompt": ANSWER + labels.prompt}
+    changes = {"kind": "generate", **_ALONE, **settings}
+    return Generate.model_validate(shared | changes)
+
+
+def written_by(recipe: Recipe, student: Path, asked: Generate) -> Recipe:
+    """Run as the teacher is, but for what is only said of the teacher's own weights."""
+    engine: dict[str, Any] = {
+        "model": str(student), "revision": None, "lora": None, "engine_args": {}, "url": None,
+        "column": None, "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
+    }  # fmt: skip
+    teacher = recipe.teacher.model_copy(update=engine)
+    return recipe.model_copy(update={"labels": asked, "teacher": teacher, "ensemble": {}})

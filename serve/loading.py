@@ -13,7 +13,7 @@ from journeyman.certify.bundle import PolicyBundle
 from journeyman.certify.step import RECIPE_FILE
 from journeyman.errors import BundleMismatch, DataError, RecipeError
 from journeyman.folder import Folder
-from journeyman.mirror import Mirror, copy_of
+from journeyman.mirror import Mirror, reading_copy_of
 from journeyman.models import Model
 
 _STUDENT = "student"  # the name of its folder beside the bundle's
@@ -39,7 +39,7 @@ def here(where: str | Path) -> Path:
         return directory
     url = str(where).rstrip("/")
     run_url, _, name = url.rpartition("/")
-    run = Mirror(local=copy_of(run_url), url=run_url)
+    run = Mirror(local=reading_copy_of(run_url), url=run_url)
     for part in (name, _STUDENT):
         if not run.below(part).pull():
             raise BundleMismatch(f"{run_url}/{part}: not there, or being written; look at bundle.")
@@ -66,8 +66,19 @@ def load(where: str | Path) -> Loaded:
 
 
 def student_here(loaded: Loaded) -> Path:
-    """The student's folder on this node, which may be another than the one that loaded."""
-    return here(loaded.where).parent / _STUDENT if _far(loaded.where) else loaded.student.path
+    """The student's folder on this node, which may be another than the one that loaded.
+
+    Raises BundleMismatch where another student has taken its place since.
+    """
+    folder = here(loaded.where).parent / _STUDENT if _far(loaded.where) else loaded.student.path
+    student, bundle = models.resolve(str(folder)), loaded.bundle
+    found = student.weights_digest, student.tokenizer_digest
+    if found != (bundle.student_digest, bundle.student_tokenizer_digest):
+        raise BundleMismatch(
+            f"{folder}: not the student that bundle {bundle.bundle_id} was certified with; it was "
+            "trained again since. Run `journeyman certify` and deploy that bundle."
+        )
+    return folder
 
 
 def recipe_of(bundle_dir: Path) -> recipe.Recipe:

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 _PAGE = 1000  # names of a listing that are in memory
 _PIECE = 16 << 20  # bytes of a large file that go at a time
+_MOST_PIECES = 9_000  # S3 takes 10,000
 _READERS = 32  # reads at a time
 _READ_AHEAD = 1024  # files that are read before the first of them is taken
 
@@ -80,14 +81,12 @@ class Folder:
         """Write a file's content, in place of what is there; a large one goes in pieces."""
         import obstore
 
+        size = source.stat().st_size
+        piece = max(_PIECE, -(-size // _MOST_PIECES))
         with self._errors(name, "written"):
             self._asked(
                 lambda: obstore.put(
-                    self._store(),
-                    name,
-                    source,
-                    use_multipart=source.stat().st_size > _PIECE,
-                    chunk_size=_PIECE,
+                    self._store(), name, source, use_multipart=size > piece, chunk_size=piece
                 )
             )
 
@@ -95,16 +94,15 @@ class Folder:
         """Write so many bytes of a name into a file, in pieces."""
         import obstore
 
-        with self._errors(name, "read"):
+        with files.disk_errors(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("wb") as file:
                 for start in range(0, size, _PIECE):
                     end = min(size, start + _PIECE)
-                    file.write(
-                        self._asked(
-                            partial(obstore.get_range, self._store(), name, start=start, end=end)
-                        )
-                    )
+                    ask = partial(obstore.get_range, self._store(), name, start=start, end=end)
+                    with self._errors(name, "read"):
+                        piece = self._asked(ask)
+                    file.write(piece)
 
     def has(self, name: str) -> bool:
         import obstore

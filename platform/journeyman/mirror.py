@@ -22,13 +22,24 @@ from journeyman.errors import DataError
 from journeyman.folder import Folder
 
 LIST = ".files.json"
+_MANIFEST = "manifest.json"  # by which a corpus is known to those who read it where it lies
 
 
 def copy_of(url: str) -> Path:
-    """Where this node has its copy of what is behind a URL."""
+    """Where this node keeps what it writes of what is behind a URL."""
+    return _cached("runs", url)
+
+
+def reading_copy_of(url: str) -> Path:
+    """Where this node has a copy for those who only read, who must not take the place of what is
+    being written."""
+    return _cached("copies", url)
+
+
+def _cached(kind: str, url: str) -> Path:
     url = url.rstrip("/")
     digest = hashlib.sha256(url.encode()).hexdigest()[:12]
-    return (files.cache() / "runs" / digest / url.rpartition("/")[2]).absolute()
+    return (files.cache() / kind / digest / url.rpartition("/")[2]).absolute()
 
 
 _Listed = dict[str, list[int | str]]  # bytes and SHA-256 of each file, by its path in the folder
@@ -50,18 +61,26 @@ class Mirror:
         """Have the store hold what the copy does, and nothing else; raises ClusterError."""
         if self.url is None:
             return
-        folder, listed = Folder(self.url), _listed(self.local)
-        before = _in_store(folder)
-        if before != listed:
-            folder.delete(LIST)
-            for name in listed:
-                if before is None or before.get(name) != listed[name]:
-                    folder.put_file(name, self.local / name)
-            for found in [found.name for found in folder.walk("")]:
-                if found not in listed:
-                    folder.delete(found)
-            folder.put(LIST, json.dumps(listed, indent=1).encode())
-        files.write_json(self.local / LIST, listed)
+        folder = Folder(self.url)
+        with alone(self.local):
+            listed = _listed(self.local)
+            before = _in_store(folder)
+            if before != listed:
+                self._put(folder, listed, before or {})
+            files.write_json(self.local / LIST, listed)
+
+    def _put(self, folder: Folder, listed: _Listed, before: _Listed) -> None:
+        folder.delete(LIST)
+        if before.get(_MANIFEST) != listed.get(_MANIFEST):
+            folder.delete(_MANIFEST)
+            before = before | {_MANIFEST: []}
+        for name in sorted(listed, key=lambda name: name == _MANIFEST):
+            if before.get(name) != listed[name]:
+                folder.put_file(name, self.local / name)
+        for found in [found.name for found in folder.walk("")]:
+            if found not in listed:
+                folder.delete(found)
+        folder.put(LIST, json.dumps(listed, indent=1).encode())
 
     def pull(self) -> bool:
         """Have the copy hold what the store does; False where there is no such folder, and then
@@ -70,7 +89,7 @@ class Mirror:
         if self.url is None:
             return self.local.is_dir()
         folder = Folder(self.url)
-        with _alone(self.local):
+        with alone(self.local):
             listed = _in_store(folder)
             if listed is not None and _in_copy(self.local) == listed:
                 return True
@@ -79,12 +98,14 @@ class Mirror:
                 return False
             with files.scratch_folder(self.local) as fresh:
                 for name, (size, digest) in listed.items():
-                    folder.get_file(name, fresh / name, int(size))
-                    if files.file_digest(fresh / name) != digest:
-                        raise DataError(
-                            f"{folder.path(name)}: is being written, or damaged; run the same "
-                            "command again, and if it stays so, the step that writes it."
-                        )
+                    with contextlib.suppress(FileNotFoundError):
+                        folder.get_file(name, fresh / name, int(size))
+                        if files.file_digest(fresh / name) == digest:
+                            continue
+                    raise DataError(
+                        f"{folder.path(name)}: is being written, or damaged; run the same "
+                        "command again, and if it stays so, the step that writes it."
+                    )
                 files.write_json(fresh / LIST, listed)
                 fresh.rename(self.local)
         return True
@@ -116,16 +137,17 @@ def _in_store(folder: Folder) -> _Listed | None:
 
 
 def _in_copy(local: Path) -> _Listed | None:
-    """What the copy was when it was made: nobody writes into one."""
+    """What the copy was when it was made, unless a file of it is gone or of another size since."""
     try:
         listed: _Listed = files.read_json(local / LIST)
-    except DataError:
+        whole = all((local / name).stat().st_size == size for name, (size, _) in listed.items())
+    except (DataError, OSError):
         return None
-    return listed
+    return listed if whole else None
 
 
 @contextlib.contextmanager
-def _alone(local: Path) -> Iterator[None]:
+def alone(local: Path) -> Iterator[None]:
     """One process of a node makes the copy; the others wait for it."""
     with files.disk_errors(local.parent):
         local.parent.mkdir(parents=True, exist_ok=True)

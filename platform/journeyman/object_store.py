@@ -30,6 +30,11 @@ def connect(url: str) -> Any:
     from obstore.exceptions import BaseError
     from obstore.store import MemoryStore, from_url
 
+    if "?" in url or "#" in url:
+        raise RecipeError(
+            f"{url}: a URL with ? or #, behind which an object store's URL has no folder; take "
+            "another name."
+        )
     try:
         if url.startswith("memory:"):
             return MemoryStore()

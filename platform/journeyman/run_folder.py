@@ -12,7 +12,7 @@ from pathlib import Path
 from journeyman import files, models
 from journeyman.errors import ClusterError, DataError
 from journeyman.folder import Folder
-from journeyman.mirror import Mirror, copy_of
+from journeyman.mirror import Mirror, reading_copy_of
 from journeyman.models import Model
 from journeyman.recipe import Recipe
 
@@ -34,7 +34,7 @@ def here(where: str) -> Path:
     """
     if directory := Folder(where).directory:
         return directory
-    run = Mirror(local=copy_of(where), url=where.rstrip("/"))
+    run = Mirror(local=reading_copy_of(where), url=where.rstrip("/"))
     there = [run.below(_FOLDERS[step]).pull() for step in ("train", "certify", "measure")]
     if not any(there):
         raise DataError(f"{where}: there is no run with a student; run journeyman run first.")

@@ -62,13 +62,35 @@ class Run(RunFolder):
             "measure": self._measure,
             "report": self._report,
         }
-        self.fetch(*_READS[step])
+        self._fetch(step)
         started = time.monotonic()
         manifest, did = steps[step]()
         if did and step in _READS[step]:
             self.mirror(step).push()
         seconds = time.monotonic() - started if did else None
         return StepResult(name=step, manifest=manifest, seconds=seconds)
+
+    def _fetch(self, step: str) -> None:
+        """What a step reads, where the run is in a store; of its own what can be had."""
+        if not self.recipe.run_url:
+            return
+        self.fetch(*(name for name in _READS[step] if name != step))
+        if step not in _READS[step]:
+            return
+        with contextlib.suppress(DataError):  # damaged: it is made again
+            self.fetch(step)
+        if step == "certify":
+            self._fetch_ledger()
+
+    def _fetch_ledger(self) -> None:
+        """A bundle that was not wholly put says all the same what its certify rows have spent."""
+        from journeyman.certify.bundle import BUNDLE_FILE
+
+        mirror = self.mirror("certify")
+        path = mirror.local / BUNDLE_FILE
+        if mirror.url and not path.exists():
+            with contextlib.suppress(FileNotFoundError):
+                files.write_bytes(path, Folder(mirror.url).get(BUNDLE_FILE))
 
     def _prepare(self) -> tuple[dict[str, Any], bool]:
         urls = corpus.source_urls(self.recipe.corpus)
@@ -156,7 +178,7 @@ class Run(RunFolder):
         files.set_aside(directory)
 
     def _train(self) -> tuple[dict[str, Any], bool]:
-        from journeyman.student import on_policy, step
+        from journeyman.student import loop, on_policy, step
 
         folder, training = self.path("train"), self.recipe.training
         step.check(self.recipe)
@@ -164,6 +186,8 @@ class Run(RunFolder):
         inputs = self._train_inputs(labels, training)
         there = _read(folder / _STUDENT_MANIFEST)
         if there and there.get("inputs") == inputs:
+            # What a run that was killed at its very end has left.
+            loop.work_folder(folder, inputs, self.recipe.run_url).remove()
             return there, False
         cluster.connect(self.recipe.cluster)
         lacking = cluster.lacking(
@@ -301,7 +325,8 @@ class Run(RunFolder):
                 )
         seconds = round(time.monotonic() - started, 3)
         manifest = {"step": "measure", "inputs": inputs, "seconds": seconds, **measured.manifest()}
-        files.write_json(folder / MANIFEST, manifest)
+        with files.replaced_directory(folder) as fresh:
+            files.write_json(fresh / MANIFEST, manifest)
         return manifest, True
 
     def _request(self, row: dict[str, Any]) -> traffic.Row:

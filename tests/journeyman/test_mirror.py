@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from journeyman import folder
-from journeyman.errors import DataError
-from journeyman.mirror import LIST, Mirror
+from journeyman import folder, steps
+from journeyman.errors import DataError, RecipeError
+from journeyman.mirror import LIST, Mirror, copy_of, reading_copy_of
+from tests.conftest import small_recipe
 from tests.journeyman.labels.object_server import Faults, ObjectServer, serving
 
 CONTENT = {"config.json": b"{}", "weights/model.bin": bytes(range(256)) * 5, "empty": b""}
@@ -85,6 +86,83 @@ def test_a_folder_that_is_being_written_is_none(store: tuple[ObjectServer, str],
     with pytest.raises(DataError, match=r"config\.json: is being written, or damaged"):
         other.pull()
     assert not other.local.exists()
+
+
+def test_a_corpus_whose_upload_breaks_off_is_none_to_those_who_read_it_there(
+    store: tuple[ObjectServer, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """They know it by its manifest, and look at no list."""
+    _, url = store
+    one, there = Mirror(local=tmp_path / "one", url=url), folder.Folder(url)
+    write(one.local, {"manifest.json": b"old", "part-0": b"old", "part-1": b"old"})
+    one.push()
+    new = {"manifest.json": b"new", "part-0": b"new", "part-1": b"new"}
+    write(one.local, new)
+    put_file = folder.Folder.put_file
+
+    def put(self: folder.Folder, name: str, source: Path) -> None:
+        assert not there.has("manifest.json")
+        if name == "part-1":
+            raise KeyboardInterrupt
+        put_file(self, name, source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.Folder, "put_file", put)
+        with pytest.raises(KeyboardInterrupt):
+            one.push()
+    assert not there.has("manifest.json") and there.get("part-0") == b"new"
+    one.push()
+    assert {name: there.get(name) for name in new} == new
+
+
+def test_a_copy_that_has_lost_a_file_is_made_again(store: tuple[ObjectServer, str], tmp_path: Path):
+    _, url = store
+    one, other = (Mirror(local=tmp_path / name, url=url) for name in ("one", "other"))
+    write(one.local, CONTENT)
+    one.push()
+    other.pull()
+    (other.local / "config.json").unlink()
+    (other.local / "weights" / "model.bin").write_bytes(b"half")
+    assert other.pull() and read(other.local) == CONTENT
+
+
+def test_a_file_that_goes_while_it_is_fetched_is_said(
+    store: tuple[ObjectServer, str], tmp_path: Path
+):
+    server, url = store
+    one = Mirror(local=tmp_path / "one", url=url)
+    write(one.local, CONTENT)
+    one.push()
+    del server.objects[f"{url.removeprefix('s3://')}/empty"]
+    del server.objects[f"{url.removeprefix('s3://')}/weights/model.bin"]
+    with pytest.raises(DataError, match=r"model\.bin: is being written"):
+        Mirror(local=tmp_path / "other", url=url).pull()
+
+
+@pytest.mark.parametrize("name", ["exp#1", "exp?v=1", "#"])
+def test_a_url_of_which_the_store_would_drop_a_part_is_refused(name: str):
+    with pytest.raises(RecipeError, match="has no folder"):
+        folder.Folder(f"s3://bucket/{name}/corpus")
+
+
+def test_certify_rows_have_spent_what_a_bundle_says_that_was_not_wholly_put(
+    store: tuple[ObjectServer, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    server, url = store
+    monkeypatch.setenv("JOURNEYMAN_CACHE", str(tmp_path))
+    run = steps.Run(small_recipe(Path("x"), f"output={url}"))
+    bundle = Mirror(local=tmp_path / "made", url=run.mirror("certify").url)
+    write(bundle.local, {"bundle.json": b"{}", "manifest.json": b"{}"})
+    bundle.push()
+    del server.objects[f"{str(bundle.url).removeprefix('s3://')}/{LIST}"]
+    run._fetch("certify")
+    assert read(run.path("certify")) == {"bundle.json": b"{}"}
+
+
+def test_what_is_read_and_what_is_written_are_apart_on_a_node():
+    url = "s3://bucket/runs/demo"
+    assert copy_of(url) != reading_copy_of(url)
+    assert copy_of(url).name == reading_copy_of(f"{url}/").name == "demo"
 
 
 def test_large_files_go_in_pieces_through_a_store_that_fails(

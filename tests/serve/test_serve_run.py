@@ -1,6 +1,7 @@
 """`serve run serve.app:app` refuses in one sentence, and with a code that says so."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 from journeyman.certify.bundle import load
 from journeyman.errors import BundleMismatch
+from serve import loading
 from serve.app import build
 from tests.serve import tiny
 
@@ -86,6 +88,18 @@ def test_other_weights_than_the_certified_ones_are_refused(copied: Path):
             build(copied / "bundle")
     finally:
         Path(moved + ".away").rename(moved)
+
+
+def test_a_replica_that_starts_late_does_not_take_a_student_that_was_trained_since(copied: Path):
+    """Under the bundle of the one before, whose threshold says nothing of it."""
+    loaded = loading.load(copied / "bundle")
+    student = dataclasses.replace(loaded.student, path=copied / "student")
+    loaded = dataclasses.replace(loaded, student=student)
+    assert loading.student_here(loaded) == copied / "student"
+    weights = copied / "student" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    with pytest.raises(BundleMismatch, match="it was trained again since"):
+        loading.student_here(loaded)
 
 
 def test_a_bundle_without_its_recipe_is_refused(copied: Path):

@@ -112,6 +112,8 @@ class Recipe(Section):
             raise ValueError(
                 f"a folder, or a URL of s3://, gs:// or az://, and {value} is none of these"
             )
+        if rest and ("?" in rest or "#" in rest):
+            raise ValueError(f"an object store's URL has no folder behind ? or #, as in {value}")
         return value
 
     @model_validator(mode="after")

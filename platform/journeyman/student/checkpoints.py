@@ -33,7 +33,7 @@ from typing import Any
 from journeyman.errors import ClusterError, DataError
 from journeyman.files import disk_errors, read_json, scratch_folder, write_bytes, write_json
 from journeyman.folder import Folder
-from journeyman.mirror import Mirror
+from journeyman.mirror import Mirror, alone
 
 LORA = "lora.pt"  # beside the weights that it is merged into: what training goes on with
 _STATE, _OWNER, _LIVE, _CURVE = "state.json", "attempt", "live.json", "training.jsonl"
@@ -152,7 +152,7 @@ class Checkpoints:
     def fetch(self, step: int) -> Path:
         """A checkpoint's folder on this node; raises DataError if the checkpoint is not whole."""
         folder = self.path(step)
-        if self._store and _state(folder) is None:
+        if self._store and not self._is_here(folder):
             self._copy_here(folder)
         if _state(folder) is None:
             raise DataError(
@@ -169,13 +169,25 @@ class Checkpoints:
             return None
         return _whole(values, sizes)
 
+    def _is_here(self, folder: Path) -> bool:
+        """Whole, and the one in the store: a training of the same inputs that was begun anew makes
+        others of the same steps."""
+        try:
+            there = self._all.get(f"{self._folder.name}/{folder.name}/{_STATE}")
+            return _state(folder) is not None and (folder / _STATE).read_bytes() == there
+        except FileNotFoundError:
+            return False
+
     def _copy_here(self, folder: Path) -> None:
-        """Ranks of one node may all do so at once."""
+        """One rank of a node for all of them. Of a checkpoint that is dropped meanwhile, none."""
         prefix = f"{self._folder.name}/{folder.name}/"
-        with scratch_folder(folder) as fresh:
-            for item in list(self._all.walk(prefix.rstrip("/"))):
-                self._all.get_file(item.name, fresh / item.name.removeprefix(prefix), item.size)
-            with contextlib.suppress(OSError):  # another was faster
+        with alone(folder):
+            if self._is_here(folder):
+                return
+            with scratch_folder(folder) as fresh, contextlib.suppress(FileNotFoundError):
+                for item in list(self._all.walk(prefix.rstrip("/"))):
+                    self._all.get_file(item.name, fresh / item.name.removeprefix(prefix), item.size)
+                shutil.rmtree(folder, ignore_errors=True)  # cut short
                 fresh.rename(folder)
 
     def save(self, state: State, write: Callable[[Path], None], n_bytes: int) -> None:
@@ -210,17 +222,28 @@ class Checkpoints:
 
     def _copy_there(self, folder: Path) -> None:
         """What was told of the steps so far goes first: it is cut back to a checkpoint's step."""
+        self._put_events()
         for told in filter(Path.exists, [self.curve, *(self._work / "trackers").glob("*")]):
             self._all.put_file(str(told.relative_to(self._work)), told)
-        names = sorted(_sizes(folder), key=lambda name: name == _STATE)
-        self._must_own()
-        for name in names:
+        for name in sorted(_sizes(folder), key=lambda name: name == _STATE):
+            if name == _STATE:  # the others may have taken minutes
+                self._must_own()
             self._all.put_file(f"{self._folder.name}/{folder.name}/{name}", folder / name)
 
     def _keep_there(self, steps: set[str]) -> None:
+        """Later steps are none of ours: whoever has taken over has made them."""
+        self._must_own()
         for item in list(self._all.walk(self._folder.name)):
-            if item.name.split("/")[1] not in steps:
+            step = item.name.split("/")[1]
+            if step not in steps and step <= max(steps):
                 self._all.delete(item.name)
+
+    def _put_events(self) -> None:
+        """What TensorBoard was told, which lies in the run's folder."""
+        assert self._store is not None
+        run = Folder(self._store.rpartition("/")[0])
+        for events in (self._work.parent / "tensorboard").rglob("*.tfevents.*"):
+            run.put_file(str(events.relative_to(self._work.parent)), events)
 
     def fetch_curve(self) -> None:
         """Have the curve on this node, and what trackers know of it."""
@@ -233,18 +256,25 @@ class Checkpoints:
         """Rank 0 writes no more on this node: what else lies on it alone goes into the store."""
         if self._store is None:
             return
-        run = Folder(self._store.rpartition("/")[0])
-        for events in (self._work.parent / "tensorboard").rglob("*.tfevents.*"):
-            run.put_file(str(events.relative_to(self._work.parent)), events)
+        self._put_events()
         if finished:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def start_curve(self, step: int) -> None:
         """Begin the curve, or cut it back to ``step``: later records are made again."""
+        if self._store:
+            self._forget_later(step)
         self.fetch_curve()
         self._all.delete(_LIVE)
         kept = [json.dumps(r) + "\n" for r in read_curve(self.curve) if r["step"] <= step]
         write_bytes(self.curve, "".join(kept).encode())
+
+    def _forget_later(self, step: int) -> None:
+        """What a training of the same inputs left on this node that is over, or was lost."""
+        shutil.rmtree(self._work / "trackers", ignore_errors=True)
+        for folder in self._folder.glob("step-*"):
+            if folder > self.path(step):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def record(self, **values: Any) -> None:
         """Append one record to the curve."""

@@ -29,6 +29,8 @@ def check(recipe: Recipe) -> None:
     """Raises RecipeError where the student cannot learn labels of the recipe's kind, or its
     training is to be watched by what is not installed."""
     trackers.check(recipe.training.trackers)
+    if recipe.run_url and "mlflow" in recipe.training.trackers:
+        trackers.check_server()
     student, kind = recipe.learner(), recipe.labels.kind
     if student.kind == "classifier" and kind != "classes":
         raise RecipeError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from journeyman.errors import ClusterError, DataError
 from journeyman.mirror import Mirror
@@ -244,3 +245,48 @@ def test_half_a_line_of_the_curve_costs_no_other(tmp_path: Path) -> None:
     again.start_curve(1)
     again.record(kind="steps", step=2)
     assert [record["step"] for record in read_curve(again.curve)] == [1, 2]
+
+
+def test_a_worker_that_is_late_takes_nothing_from_the_one_in_its_place(
+    store: tuple[ObjectServer, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node counts as lost while it puts a checkpoint, and reaches the store all the same."""
+    _, url = store
+    driver = Checkpoints.claim(Mirror(local=tmp_path / "driver", url=url))
+    late = on_node(tmp_path, "late", url, driver).restarted()
+    late.save(state(1), content(), bytes_of(8))
+    put_file = module.Folder.put_file
+
+    def put(self: module.Folder, name: str, source: Path) -> None:
+        put_file(self, name, source)
+        if name.endswith("step-00000002/optimizer.pt"):
+            monkeypatch.undo()
+            again = on_node(tmp_path, "again", url, driver).restarted()
+            assert again.latest() == state(1)
+            again.save(state(3), content(), bytes_of(8))
+
+    monkeypatch.setattr(module.Folder, "put_file", put)
+    with pytest.raises(ClusterError, match="has taken over; this one stops"):
+        late.save(state(2), content(), bytes_of(8))
+    assert driver.latest() == state(3)
+    assert driver.model(3).is_dir()
+
+
+def test_what_another_training_left_on_a_node_is_not_taken_for_this_ones(
+    store: tuple[ObjectServer, str], tmp_path: Path
+) -> None:
+    _, url = store
+    for n, name in ((8, "first"), (16, "second")):
+        driver = Checkpoints.claim(Mirror(local=tmp_path / name, url=url))
+        worker = on_node(tmp_path, "worker", url, driver).restarted()
+        worker.start_curve(0)
+        worker.save(dataclasses.replace(state(2), seconds=float(n)), content(n), bytes_of(n))
+        saved = (driver.model(2) / "model.safetensors").stat().st_size
+        assert saved > 4 * n
+        if n == 8:
+            stale = on_node(tmp_path, "stale", url, driver)
+            assert stale.model(2).is_dir()
+            Mirror(local=tmp_path / "first", url=url).remove()
+    assert load_file(worker.model(2) / "model.safetensors")["w"].shape == (16,)
+    there = on_node(tmp_path, "stale", url, driver)
+    assert load_file(there.model(2) / "model.safetensors")["w"].shape == (16,)

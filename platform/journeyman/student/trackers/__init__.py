@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -60,6 +61,15 @@ def check(names: Sequence[str]) -> None:
                 f"training.trackers: {name} needs the package {package}; pip install {package}, "
                 f"or leave {name} out."
             )
+
+
+def check_server() -> None:
+    """Raises RecipeError where MLflow would keep its own files, and no disk is there for all."""
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise RecipeError(
+            "training.trackers: mlflow keeps its files in the run's folder, which is no folder "
+            "here but a URL; name a server in MLFLOW_TRACKING_URI, or leave mlflow out."
+        )
 
 
 class Trackers:

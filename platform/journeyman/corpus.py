@@ -112,7 +112,14 @@ def _feedback_urls(corpus: Corpus) -> list[str]:
 
 
 def id_columns(recipe: Recipe) -> list[str]:
-    """Columns that the templates name, in a fixed order: what tells one row from another."""
+    """Columns that tell one row from another, in a fixed order: those that the templates name, and
+    that with what the teacher wrote, where there is one."""
+    written = recipe.teacher.column
+    return sorted({*prompt_columns(recipe), *([written] if written else [])})
+
+
+def prompt_columns(recipe: Recipe) -> list[str]:
+    """Columns that the templates name, in a fixed order: what a request has to bring."""
     prompts = [Prompt(source, where) for where, source in recipe.templates().items()]
     columns = ["text", *recipe.corpus.columns.meta]
     for prompt in prompts:

@@ -105,28 +105,67 @@ def encode(tokenizer: PreTrainedTokenizerBase, segments: Sequence[tuple[str, boo
     """
     special = _special_tokens(tokenizer)
     ids: list[int] = []
-    joined = ""
+    together: list[tuple[str, bool]] = []
+
+    def encode_together() -> None:
+        """What spells no token by itself may do so with what stands beside it."""
+        parts = [piece for piece, _ in together]
+        apart = _spelled(special, together)
+        for part in parts if apart else filter(None, ["".join(parts)]):
+            ids.extend(encode_texts(tokenizer, [part])[0])
+        together.clear()
+
     for piece, is_text in segments:
         if is_text and any(token in piece for token in special):
-            if joined:
-                ids += encode_texts(tokenizer, [joined])[0]
-                joined = ""
-            ids += tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
+            encode_together()
+            ids += _as_text(tokenizer, piece)
         else:
-            joined += piece
-    if joined:
-        ids += encode_texts(tokenizer, [joined])[0]
+            together.append((piece, is_text))
+    encode_together()
     return ids
+
+
+def _spelled(special: Sequence[str], segments: Sequence[tuple[str, bool]]) -> bool:
+    """Whether text of the row spells a special token, by itself or with what stands beside it."""
+    joined = "".join(piece for piece, _ in segments)
+    return any(
+        joined.count(token) != sum(piece.count(token) for piece, is_text in segments if not is_text)
+        for token in special
+        if token in joined
+    )
+
+
+def _as_text(tokenizer: PreTrainedTokenizerBase, piece: str) -> list[int]:
+    """Token ids of a text that spells added tokens; those that are not special in the tokenizer's
+    sense (``<tool_call>``) are found all the same unless they are cut in two."""
+    added = _not_special(tokenizer)
+    parts = [piece]
+    for token in added:
+        parts = [half for part in parts for half in _halves(part, token)]
+    return [
+        token_id
+        for part in parts
+        for token_id in tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True)
+    ]
+
+
+def _halves(text: str, token: str) -> list[str]:
+    """The text in pieces, cut behind the first character of each such token; one of a single
+    character cannot be cut."""
+    if len(token) < 2 or token not in text:
+        return [text]
+    first, *others = text.split(token)
+    pieces = [first + token[0], *(token[1:] + other + token[0] for other in others)]
+    pieces[-1] = pieces[-1][:-1]
+    return pieces
 
 
 def one_text(
     tokenizer: PreTrainedTokenizerBase, segments: Sequence[tuple[str, bool]]
 ) -> str | None:
     """What ``encode`` encodes, where that is one piece; None where text spells a special token."""
-    special = _special_tokens(tokenizer)
-    for piece, is_text in segments:
-        if is_text and any(token in piece for token in special):
-            return None
+    if _spelled(_special_tokens(tokenizer), segments):
+        return None
     return "".join(piece for piece, _ in segments)
 
 
@@ -164,3 +203,9 @@ def _pieces(tree: jinja2.nodes.Template) -> list[tuple[str, bool]] | None:
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     added = tokenizer.added_tokens_decoder.values()
     return tuple({str(token) for token in added} | set(tokenizer.all_special_tokens))
+
+
+@functools.lru_cache(maxsize=8)
+def _not_special(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    added = tokenizer.added_tokens_decoder.values()
+    return tuple(str(token) for token in added if not getattr(token, "special", True))

@@ -331,7 +331,7 @@ class Run(RunFolder):
 
     def _request(self, row: dict[str, Any]) -> traffic.Row:
         """A row as a client would send it."""
-        named = corpus.id_columns(self.recipe)
+        named = corpus.prompt_columns(self.recipe)
         return row["text"] if named == ["text"] else {name: str(row[name]) for name in named}
 
     def _report(self) -> tuple[dict[str, Any], bool]:

@@ -132,7 +132,7 @@ def certify(
         student_tokenizer_digest=student.tokenizer_digest,
         teacher_tokenizer_digest=teacher.tokenizer_digest,
         prompt_digest=prompt_digest(recipe.classes()),
-        columns=tuple(corpus.id_columns(recipe)),
+        columns=tuple(corpus.prompt_columns(recipe)),
         label_names=rows.labels,
         score=confidence.score,
         deferral_head=confidence.head,

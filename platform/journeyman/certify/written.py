@@ -164,7 +164,7 @@ def certify(
         student_tokenizer_digest=student.tokenizer_digest,
         teacher_tokenizer_digest=teacher.tokenizer_digest,
         prompt_digest=digest(asked.asked()),
-        columns=tuple(corpus.id_columns(recipe)),
+        columns=tuple(corpus.prompt_columns(recipe)),
         score=confidence.score,
         deferral_head=confidence.head,
         match=settings.match,

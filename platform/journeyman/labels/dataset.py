@@ -70,6 +70,16 @@ class ClassRows:
 
 
 def finished_manifest(store: LabelStore) -> dict[str, Any]:
+    """Raises DataError where rows are left to label, or the prior and the filters, which come
+    last, are not there."""
+    manifest = labeled_manifest(store)
+    if manifest.get("filtered", {}) is None:
+        raise DataError(f"{store.where}: not finished; run journeyman label again.")
+    return manifest
+
+
+def labeled_manifest(store: LabelStore) -> dict[str, Any]:
+    """Of a dataset whose rows are all labeled."""
     manifest = store.manifest()
     if not manifest.get("complete"):
         raise DataError(f"{store.where}: not finished; run journeyman label again.")
@@ -100,7 +110,7 @@ def read(where: str | Path, *, filtered: bool = False) -> pa.Table:
     """
     import pyarrow as pa
 
-    kind = finished_manifest(LabelStore(where))["identity"]["kind"]
+    kind = labeled_manifest(LabelStore(where))["identity"]["kind"]
     return pa.concat_tables([label_schema(kind).empty_table(), *tables(where, filtered=filtered)])
 
 
@@ -112,7 +122,7 @@ def tables(where: str | Path, *, filtered: bool = False) -> Iterator[pa.Table]:
 def shards(where: str | Path, *, filtered: bool = False) -> Iterator[tuple[str, pa.Table]]:
     """The same, each with the name of its corpus shard."""
     store = LabelStore(where)
-    manifest = finished_manifest(store)
+    manifest = labeled_manifest(store) if filtered else finished_manifest(store)
     left_out = None if filtered else _left_out(store, manifest)
     for commit in _finished_commits(store, manifest):
         yield commit.shard, _kept(store.read_shard(commit), left_out)

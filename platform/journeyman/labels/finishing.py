@@ -73,14 +73,17 @@ def complete(store: LabelStore, recipe: Recipe) -> dict[str, Any]:
 def _log_prior(store: LabelStore, labels: Classes) -> list[float]:
     import pyarrow.compute as pc
 
-    table = dataset.read(store.where, filtered=True)
-    train = table.filter(pc.equal(table["split"], "train"))
-    if not len(train):
+    parts = []
+    for table in dataset.tables(store.where, filtered=True):
+        train = table.filter(pc.equal(table["split"], "train"))["class_logprobs"]
+        if len(train):
+            parts.append(train.combine_chunks().flatten().to_numpy().reshape(len(train), -1))
+    if not parts:
         raise DataError(
             f"{store.where}: no train rows to fit the prior on; set "
             "labels.prior_correction: none, or give corpus.splits some train rows."
         )
-    rows = np.array(train["class_logprobs"].to_pylist())
+    rows = np.concatenate(parts)
     known = labels.class_shares
     shares = None if known is None else np.array([known[label] for label in labels.classes])
     return [float(v) for v in prior.fit_log_prior(rows, shares)]

@@ -38,7 +38,13 @@ _TRIED_SHARDS = 4
 _LOGGED = ("rows", "ok", "quarantined", "filtered", "prompt_tokens", "output_tokens", "seconds",
            "engine_restarts")  # fmt: skip
 # Engine arguments that change what a model says.
-_DECIDING_ARGUMENTS = ("quantization", "kv_cache_dtype", "hf_overrides", "load_format")
+_DECIDING_ARGUMENTS = (
+    "quantization", "kv_cache_dtype", "hf_overrides", "load_format", "tokenizer", "tokenizer_mode",
+    "tokenizer_revision", "code_revision", "config_format", "generation_config",
+    "override_generation_config", "logits_processors", "speculative_config", "rope_scaling",
+    "rope_theta", "disable_sliding_window", "lora_dtype", "additional_config", "model_impl",
+    "attention_backend",
+)  # fmt: skip
 
 OnProgress = Callable[[LabelProgress], None]
 
@@ -257,6 +263,7 @@ class _Run:
         rows = {shard["name"]: shard["rows"] for shard in corpus_manifest["shards"]}
         total = corpus_manifest["rows"]
         before = total - sum(w.before.quarantined if w.before else rows[w.shard] for w in work)
+        self._before = before
         self._meter = Meter(total, before, spec.teacher.price)
         self._stopped = ""
 
@@ -345,9 +352,10 @@ class _Run:
         self._tally.show.remote(progress)
         self._on_progress(progress)
         share = self._spec.recipe.labels.max_quarantined
-        if counts.rows >= _JUDGED and counts.quarantined > share * counts.rows:
+        seen = counts.rows + self._before  # a requeue's are few, and were bad before
+        if seen >= _JUDGED and counts.quarantined > share * seen:
             self._stopped = (
-                f"{counts.quarantined} of the first {counts.rows} rows went to quarantine, more "
+                f"{counts.quarantined} of the first {seen} rows went to quarantine, more "
                 f"than labels.max_quarantined = {share:g} allows; look at them with journeyman "
                 "labels stats, mend the cause, and label again."
             )

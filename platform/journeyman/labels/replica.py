@@ -25,6 +25,7 @@ from journeyman.labels.store import LabelStore, in_order
 from journeyman.models import Model
 from journeyman.recipe import Generate, Labels, Logits, Recipe, Teacher
 from journeyman.teacher import tasks
+from journeyman.teacher.answers import RowError
 from journeyman.teacher.engine import Engine
 from journeyman.teacher.remote import RemoteTeacher
 from journeyman.teacher.tokens import entries
@@ -157,6 +158,7 @@ class Replica:
             in_flight,
             self._restarted,
             outage_s=self._spec.teacher.start_timeout_s,
+            salt=int(self._spec.model.weights_digest[:16], 16),
         )
         self._heartbeat = asyncio.create_task(self._beat())
         # A full collection walks through all that vLLM and torch have imported: a third of a
@@ -310,7 +312,10 @@ class Replica:
         return schema.record(row, fate, self._codec)
 
     def _prefix(self, row: Row) -> str:
-        return self._task.prefix(columns_of(row))
+        try:
+            return self._task.prefix(columns_of(row))
+        except RowError:  # which is said where the row is run
+            return ""
 
     def _table(self, records: Sequence[Record]) -> Any:
         import pyarrow as pa

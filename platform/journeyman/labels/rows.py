@@ -22,7 +22,7 @@ from journeyman.labels.schema import Filtered, Quarantined
 from journeyman.recipe import Labels
 from journeyman.teacher.answers import ContextOverflow, Labeled, RowError
 from journeyman.teacher.engine import EngineDied
-from journeyman.teacher.remote import Unreachable
+from journeyman.teacher.remote import RateLimited, Unreachable
 from journeyman.teacher.tasks import Task, row_values
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
@@ -63,10 +63,12 @@ class RowLabeler:
         on_restart: Callable[[], None],
         outage_s: float = 600.0,
         blamed_at_first: int = 3,
+        salt: int = 0,
     ) -> None:
         """in_flight: rows that the backend has at a time; outage_s: how long to wait for a
         teacher that answers no row at all, before ClusterError stops the run; blamed_at_first:
-        rows that may kill an engine which has answered none, before ModelError stops it."""
+        rows that may kill an engine which has answered none, before ModelError stops it; salt: 64
+        bits of the teacher's own, so that two teachers do not draw by the same numbers."""
         self._labels = labels
         self._backend = backend
         self._task = task
@@ -77,6 +79,8 @@ class RowLabeler:
         self._outage = _Outage(outage_s)
         self._blamed_at_first = blamed_at_first
         self._n_blamed = 0
+        self._salt = salt
+        self._answered: Row | None = None  # the last row that was
         self._suspects: list[_Suspect] = []
         self._settling: asyncio.Task[None] | None = None
 
@@ -114,20 +118,40 @@ class RowLabeler:
                 async with entered():
                     fate = await self._run(row)
                 self._outage.over()
+                self._answered = row
                 return fate
             except (TimeoutError, Unreachable) as reason:
-                # Where no other row is answered either, it is the teacher that fails.
-                if isinstance(reason, TimeoutError) or self._outage.successes > successes:
-                    attempts += 1
+                # Where no other row is answered either, it is the teacher that fails; and too many
+                # requests are no row's fault.
+                limited = isinstance(reason, RateLimited)
+                attempts += self._outage.successes > successes and not limited
                 if attempts >= self._labels.max_attempts:
                     return _unanswered(row, reason, attempts)
-                if isinstance(reason, Unreachable):
+                try:
                     await self._outage.wait(reason)
+                except ClusterError:
+                    if limited or not await self._answers_another(entered):
+                        raise
+                    return _unanswered(row, reason, attempts + 1)
+
+    async def _answers_another(
+        self, entered: Callable[[], AbstractAsyncContextManager[None]]
+    ) -> bool:
+        """Whether the teacher still answers a row that it has answered before."""
+        if self._answered is None:
+            return False
+        try:
+            async with entered():
+                await self._run(self._answered)
+        except (TimeoutError, Unreachable):
+            return False
+        return True
 
     async def _run(self, row: Row) -> Fate:
         """One attempt; errors of the row are fates, those of the teacher are raised."""
         try:
-            return await self._task.run(columns_of(row), seed=int(row["id"][:16], 16))
+            seed = int(row["id"][:16], 16) ^ self._salt
+            return await self._task.run(columns_of(row), seed=seed)
         except ContextOverflow as reason:
             if self._labels.overflow == "skip":
                 return Filtered(id=row["id"], input=_json(row), filter="overflow",
@@ -223,16 +247,18 @@ class _Outage:
         self.successes += 1
         self._since = None
 
-    async def wait(self, reason: Unreachable) -> None:
+    async def wait(self, reason: Exception) -> None:
         now = time.monotonic()
         self._since = now if self._since is None else self._since
         lasted = now - self._since
         if lasted > self._longest_s:
             raise ClusterError(
-                f"the teacher has answered nothing for {lasted:.0f} s ({str(reason).rstrip('.')}); "
-                "what was finished is kept: run the same command again when it is back."
+                f"the teacher has answered nothing for {lasted:.0f} s "
+                f"({_said(reason).rstrip('.')}); what was finished is kept: run the same command again when it is back."
             )
-        await asyncio.sleep(min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, lasted)))
+        asked_for = reason.retry_after_s if isinstance(reason, RateLimited) else 0.0
+        pause = min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, lasted))
+        await asyncio.sleep(max(pause, asked_for))
 
 
 class _Gate:
@@ -275,8 +301,11 @@ class _Gate:
 
 
 def _unanswered(row: Row, reason: Exception, attempts: int) -> Quarantined:
-    words = str(reason) or "the teacher did not answer within its request_timeout_s."
-    return quarantined(row, type(reason).__name__, words, attempts)
+    return quarantined(row, type(reason).__name__, _said(reason), attempts)
+
+
+def _said(reason: Exception) -> str:
+    return str(reason) or "the teacher did not answer within its request_timeout_s."
 
 
 def columns_of(row: Row) -> dict[str, Any]:

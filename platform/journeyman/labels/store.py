@@ -283,12 +283,16 @@ class LabelStore:
 
 
 def in_order(identity: dict[str, Any]) -> dict[str, Any]:
-    """An identity whose classes are a list: class_logprobs stand in their order, and neither
+    """An identity whose classes are a list, and whose JSON Schema is text: class_logprobs stand in
+    the order of the classes and an answer has its properties in that of the schema, and neither
     comparing objects nor digests of canonical JSON would see it change."""
     plain = json.loads(json.dumps(identity))
     labels = plain.get("labels")
     if isinstance(labels, dict) and isinstance(labels.get("classes"), dict):
         labels["classes"] = [list(pair) for pair in labels["classes"].items()]
+    structured = labels.get("structured") if isinstance(labels, dict) else None
+    if isinstance(structured, dict) and isinstance(structured.get("json_schema"), dict):
+        structured["json_schema"] = json.dumps(structured["json_schema"])
     return plain
 
 

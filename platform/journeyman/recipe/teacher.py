@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from journeyman.recipe.base import Count, Seconds, Section, Share
 
@@ -20,6 +20,16 @@ class Price(Section):
         None, description="Prompt tokens read from the prefix cache; default as prompt tokens."
     )
     per_million_output_tokens: Dollars = Field(0.0, description="As an API bills them.")
+
+
+# vLLM's arguments that a field of ours sets; a second setting would be part of no identity.
+_OWN_FIELDS = {
+    name: name
+    for name in ("model", "revision", "dtype", "max_model_len", "max_num_seqs",
+                 "max_num_batched_tokens", "tensor_parallel_size", "pipeline_parallel_size",
+                 "gpu_memory_utilization")
+} | {"enable_lora": "lora", "max_loras": "lora", "max_lora_rank": "lora"}  # fmt: skip
+_TAKEN = {"logprobs_mode", "max_logprobs", "worker_extension_cls", "skip_tokenizer_init"}
 
 
 class Teacher(Section):
@@ -56,6 +66,16 @@ class Teacher(Section):
     engine_args: dict[str, Any] = Field(
         default_factory=dict, description="Any other vLLM engine argument, passed on as it is."
     )
+
+    @field_validator("engine_args")
+    @classmethod
+    def _has_no_field_of_its_own(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if named := sorted(given.keys() & _OWN_FIELDS):
+            raise ValueError(f"{named[0]} is set by the recipe: teacher.{_OWN_FIELDS[named[0]]}")
+        if taken := sorted(given.keys() & _TAKEN):
+            raise ValueError(f"{taken[0]} cannot be set: capturing log-probabilities depends on it")
+        return given
+
     url: str | None = Field(
         None,
         description="Base URL of an OpenAI-compatible API (https://host/v1) that serves the "

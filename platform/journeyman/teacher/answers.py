@@ -27,6 +27,24 @@ class Unparsable(RowError):  # noqa: N818
     """No sample of the teacher has an answer in the stated pattern."""
 
 
+class Unrendered(RowError):  # noqa: N818
+    """A template cannot be rendered for this row (of a null, say)."""
+
+
+class InvalidRequest(RowError):  # noqa: N818
+    """The engine refuses what it is asked of this row: it always will."""
+
+
+class NotFinite(RowError):  # noqa: N818
+    """The teacher's log-probabilities are no numbers for this row."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the teacher's log-probabilities are no numbers for this row: its activations run over "
+            "in teacher.dtype, most likely; try float32 or bfloat16."
+        )
+
+
 class Refused(RowError):  # noqa: N818
     """An API says that this request can never be answered (400, content filter)."""
 

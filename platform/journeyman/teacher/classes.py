@@ -10,7 +10,7 @@ import numpy as np
 
 from journeyman.errors import RecipeError
 from journeyman.recipe import Classes, Logits
-from journeyman.teacher.answers import ClassLabels, EmptyTarget
+from journeyman.teacher.answers import ClassLabels, EmptyTarget, NotFinite
 from journeyman.teacher.prompting import Encoder, Prompting
 from journeyman.teacher.scorer import Scorer
 
@@ -58,6 +58,7 @@ class ClassTask:
     async def _direct(self, row: Mapping[str, Any]) -> ClassLabels:
         rendered = self._prompting.render(row, tokenizer=self._encoder.tokenizer)
         prompt, truncated = await self._encoder.fit_soon(rendered)
+        _check_not_empty(prompt)
         scored = await self._engine.score_next(prompt, self._word_ids)
         logprobs, log_mass = normalised(scored.logprobs)
         return ClassLabels(
@@ -74,6 +75,7 @@ class ClassTask:
         rendered = self._prompting.render(row, tokenizer=self._encoder.tokenizer)
         longest = max(len(phrase) for phrase in self._phrases)
         prompt, truncated = await self._encoder.fit_soon(rendered, reserve=longest)
+        _check_not_empty(prompt)
         loglik, n_cached = await score_phrases(self._engine, prompt, self._phrases)
         logprobs, log_mass = normalised(loglik)
         return ClassLabels(
@@ -87,8 +89,13 @@ class ClassTask:
 
     async def _channel(self, row: Mapping[str, Any]) -> ClassLabels:
         """P(label | text) under a uniform prior, from log P(text | label) (Min et al. 2022)."""
+        words = [one for own in self._wordings for one in own]
+        contexts = [self._channel_context(row, one) for one in words]
+        # A target too long is cut alike behind all labels: likelihoods of more or fewer tokens
+        # say nothing of one another.
+        room = max(map(len, contexts))
         prompts = await asyncio.gather(
-            *(self._channel_prompt(row, words) for own in self._wordings for words in own)
+            *(self._channel_prompt(row, *one, room) for one in zip(words, contexts, strict=True))
         )
         scores = await asyncio.gather(
             *(self._engine.score_target(ids, start) for ids, start, _ in prompts)
@@ -104,18 +111,21 @@ class ClassTask:
             truncated=any(truncated for _, _, truncated in prompts),
         )
 
-    async def _channel_prompt(
-        self, row: Mapping[str, Any], words: str
-    ) -> tuple[list[int], int, bool]:
-        """Tokens, where the target starts, whether it was cut. The two are encoded apart, so that
-        the boundary is a token's for every label and the target's tokens are the same behind each.
-        """
+    def _channel_context(self, row: Mapping[str, Any], words: str) -> list[int]:
         context = self._encoder.raw(self._prompting.render(row, words).segments, begin=True)
         if not context:
             raise EmptyTarget("labels.prompt is empty for this row, so its first token has no "
                               "probability.")  # fmt: skip
+        return context
+
+    async def _channel_prompt(
+        self, row: Mapping[str, Any], words: str, context: list[int], reserve: int
+    ) -> tuple[list[int], int, bool]:
+        """Tokens, where the target starts, whether it was cut. The two are encoded apart, so that
+        the boundary is a token's for every label and the target's tokens are the same behind each.
+        """
         rendered = self._target.render(row, words)
-        target, truncated = await self._encoder.fit_target(rendered.segments, reserve=len(context))
+        target, truncated = await self._encoder.fit_target(rendered.segments, reserve=reserve)
         if not target:
             raise EmptyTarget("labels.target is empty for this row: there is nothing to score.")
         return context + target, len(context), truncated
@@ -181,10 +191,17 @@ def mixtures(loglik: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     return np.array([np.logaddexp.reduce(own) - np.log(len(own)) for own in np.split(loglik, ends)])
 
 
+def _check_not_empty(prompt: Sequence[int]) -> None:
+    if not prompt:
+        raise EmptyTarget("labels.prompt is empty for this row: nothing stands before the answer.")
+
+
 def normalised(loglik: np.ndarray) -> tuple[np.ndarray, float]:
-    """float32[c], log of each one's share; and the log of their sum."""
+    """float32[c], log of each one's share; and the log of their sum. Raises NotFinite."""
     loglik = loglik.astype(np.float64)
     log_mass = float(np.logaddexp.reduce(loglik))
+    if not np.isfinite(log_mass):
+        raise NotFinite
     return (loglik - log_mass).astype(np.float32), log_mass
 
 

@@ -25,7 +25,7 @@ from journeyman.errors import ModelError
 from journeyman.models import Model
 from journeyman.recipe import Teacher
 from journeyman.teacher import adapter, capture, lifeline, worker
-from journeyman.teacher.answers import Completion, Recorded, Spoken
+from journeyman.teacher.answers import Completion, InvalidRequest, Recorded, Spoken
 from journeyman.teacher.prompting import Sampling
 from journeyman.teacher.spread import Spread
 from journeyman.teacher.worker import SEED
@@ -83,6 +83,7 @@ class Engine:
         self._watcher: asyncio.Task[None]
         self._starting = asyncio.Lock()
         self._request_ids = itertools.count()
+        self._n_asked = 0  # requests that it has now, those in its queue included
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -239,13 +240,17 @@ class Engine:
     async def _generate(
         self, token_ids: Sequence[int], marks: dict[str, Any], **params: Any
     ) -> RequestOutput:
-        """One request; raises EngineDied, TimeoutError."""
+        """One request; raises EngineDied, TimeoutError, InvalidRequest."""
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if not self.alive:
             raise EngineDied
         died = self._died
+        # The engine's own queue is no part of a request's deadline.
+        self._n_asked += 1
+        turns = -(-self._n_asked // self.max_num_seqs)
         stream = self._llm.generate(
             tokens_input(list(token_ids)),
             self._sampling(marks, params),
@@ -253,7 +258,7 @@ class Engine:
             lora_request=self._lora_request,
         )
         try:
-            async with asyncio.timeout(self.settings.request_timeout_s) as deadline:
+            async with asyncio.timeout(turns * self.settings.request_timeout_s) as deadline:
                 self._deadlines.add(deadline)
                 try:
                     outputs = [output async for output in stream]
@@ -261,10 +266,15 @@ class Engine:
                     self._deadlines.discard(deadline)
         except EngineDeadError as error:
             raise EngineDied from error
+        except VLLMClientError as error:
+            message = str(error).partition("\n")[0] or "the engine refuses it"
+            raise InvalidRequest(message) from error
         except TimeoutError:
             if died.done():
                 raise EngineDied from None
             raise
+        finally:
+            self._n_asked -= 1
         if not outputs or not outputs[-1].finished:
             raise EngineDied
         return outputs[-1]

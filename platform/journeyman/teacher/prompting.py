@@ -5,8 +5,9 @@ Text of a row stays text: a special token that it spells is never taken as a con
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +18,7 @@ from journeyman.errors import ModelError, RecipeError
 from journeyman.prompts import Prompt, encode
 from journeyman.recipe import Example
 from journeyman.recipe.labels import Structured
-from journeyman.teacher.answers import ContextOverflow
+from journeyman.teacher.answers import ContextOverflow, Unrendered
 from journeyman.teacher.together import Together
 
 if TYPE_CHECKING:
@@ -76,18 +77,30 @@ class Prompting:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Rendered:
         """The prompt for a row; label: the label's words; tokenizer: whose chat template to use
-        (an API has its own). Raises ModelError where the teacher has no chat template."""
-        if not self._chat:
-            return Rendered(segments=tuple(self._prompt.segments(row, label)))
+        (an API has its own). Raises Unrendered for a row that the template fails on, ModelError
+        where the teacher has no chat template."""
+        with self._of_row():
+            if not self._chat:
+                return Rendered(segments=tuple(self._prompt.segments(row, label)))
+            content = self._prompt.render(row, label)
         turns = [("system", self._system)] if self._system is not None else []
         for example in self._examples:
             turns += [("user", self._example(example)), ("assistant", example.answer)]
-        turns.append(("user", self._prompt.render(row, label)))
+        turns.append(("user", content))
         messages = tuple((role, prompts.plain(content)) for role, content in turns)
         if tokenizer is None:
             return Rendered(segments=((messages[-1][1], True),), messages=messages)
         marked = _chat_text(tokenizer, turns)
         return Rendered(segments=tuple(prompts.split_marked(marked)), messages=messages)
+
+    @contextlib.contextmanager
+    def _of_row(self) -> Iterator[None]:
+        """A template may do anything with a row's values, and so fail on them in any way."""
+        try:
+            yield
+        except Exception as error:
+            words = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise Unrendered(f"{self._prompt.where}: {words} for this row.") from error
 
     def _example(self, example: Example) -> str:
         try:

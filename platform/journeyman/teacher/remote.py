@@ -8,11 +8,14 @@ of a special token that a row's text spells.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import functools
 import os
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -47,6 +50,14 @@ class Unreachable(Exception):  # noqa: N818 - says what happened, is no mistake 
 
     Rarely the row's fault, so worth another try, as is a TimeoutError.
     """
+
+
+class RateLimited(Unreachable):
+    """429: too many requests, whoever made them. retry_after_s: what the API asks for, or 0."""
+
+    def __init__(self, sentence: str, retry_after_s: float) -> None:
+        super().__init__(sentence)
+        self.retry_after_s = retry_after_s
 
 
 class RemoteTeacher:
@@ -271,10 +282,13 @@ class RemoteTeacher:
         if not isinstance(error, openai.APIStatusError):
             return Unreachable(f"{self._url} does not answer ({_cause(error)}).")
         status, words = error.status_code, _words(error)
-        if status in _NO_ACCESS:
-            return self._no_access(error)
+        if status in _NO_ACCESS and not (status == 403 and self._answered):
+            return self._no_access(error)  # 403 after answers: of this row's content
         if error.code == "insufficient_quota":
             return ModelError(f"teacher.url: {self._url} has no quota left for this key ({words}).")
+        if status == 429:
+            said = f"{self._url} answered 429: {words}"
+            return RateLimited(said, _retry_after_s(error))
         if status in _TEMPORARY or status >= 500:
             return Unreachable(f"{self._url} answered {status}: {words}")
         if status in _NOT_OFFERED and not self._answered:
@@ -292,6 +306,16 @@ class RemoteTeacher:
             f"teacher.api_key_env: {self._url} answers {error.status_code} ({_words(error)}): "
             f"{key}; set it where the replicas run."
         )
+
+
+def _retry_after_s(error: openai.APIStatusError) -> float:
+    """As a number of seconds or an HTTP date; 0 where there is none."""
+    written = error.response.headers.get("retry-after", "")
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(written))
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, parsedate_to_datetime(written).timestamp() - time.time())
+    return 0.0
 
 
 class _Limits:

@@ -14,7 +14,10 @@ from journeyman.recipe import Generate, Logits, Rationales
 from journeyman.teacher.answers import (
     EmptyTarget,
     GeneratedLabels,
+    InvalidRequest,
     LogitLabels,
+    NotFinite,
+    Recorded,
     Spoken,
 )
 from journeyman.teacher.classes import prompting
@@ -47,7 +50,8 @@ class LogitTask:
         rendered = self._context.render(row, tokenizer=self._encoder.tokenizer)
         context = self._encoder.raw(rendered.segments, begin=rendered.messages is None)
         if self._tokens:
-            target, truncated = self._encoder.fit_ids(row[self._tokens], reserve=len(context))
+            given = _token_ids(row[self._tokens], self._tokens)
+            target, truncated = self._encoder.fit_ids(given, reserve=len(context))
         else:
             target, truncated = await self._encoder.fit_target(
                 self._target.render(row).segments, reserve=len(context)
@@ -57,6 +61,7 @@ class LogitTask:
         if len(ids) <= start:
             raise EmptyTarget("labels.target has no token with another in front of it.")
         recorded, n_cached = await self._engine.record_target(ids, start, self._entries, seed)
+        _check_numbers(recorded)
         return LogitLabels(
             token_ids=np.asarray(target, dtype=np.int32),
             recorded=recorded,
@@ -68,6 +73,20 @@ class LogitTask:
 
     def prefix(self, row: Mapping[str, Any]) -> str:
         return self._context.render(row).text
+
+
+def _check_numbers(recorded: Recorded | None) -> None:
+    if recorded is not None and np.isnan(recorded.logprobs).any():
+        raise NotFinite
+
+
+def _token_ids(given: Any, column: str) -> list[int]:
+    """Raises EmptyTarget, InvalidRequest."""
+    if given is None:
+        raise EmptyTarget(f"{column} is null for this row: there is nothing to score.")
+    if not isinstance(given, list) or not all(type(token) is int for token in given):
+        raise InvalidRequest(f"{column} is no list of token ids for this row.")
+    return given
 
 
 class Speaker(Protocol):
@@ -149,6 +168,7 @@ class GenerateTask:
         spoken = await self._speaker.speak(row, self._sampling, 1, self._entries)
         answer = spoken.completions[0]
         logprobs = answer.token_logprobs
+        _check_numbers(answer.recorded)
         return GeneratedLabels(
             output=answer.text,
             token_ids=answer.token_ids,

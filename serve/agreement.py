@@ -94,13 +94,16 @@ class Agreement:
             seen = self._seen.setdefault((report.replica, report.bundle), _Seen())
             seen.at, seen.n_pending = now, report.n_pending
             audits = [*report.audits] if report.batch > seen.batch else []
-            audits += self._lost(report.bundle, now)
+            gone = self._gone(report.bundle, now)
+            audits += [watching.LOST] * sum(self._seen[key].n_pending for key in gone)
             for audit in audits:
                 watch = watch.audited(audit)
             if audits and report.feedback:
                 folder = Folder(report.feedback)
                 await asyncio.to_thread(watching.store, folder, report.bundle, watch)
             self._watches[report.bundle], seen.batch = watch, report.batch
+            for key in gone:
+                del self._seen[key]
         return Agreed(
             breaker=shared,
             n_teachers=self._n_teachers,
@@ -134,14 +137,13 @@ class Agreement:
         folder = Folder(report.feedback)
         return await asyncio.to_thread(watching.stored, folder, report.bundle) or report.fresh
 
-    def _lost(self, bundle: str, now: float) -> list[Audit]:
-        """Audits that died with their replica: errors, for all anyone knows."""
-        gone = [
+    def _gone(self, bundle: str, now: float) -> list[tuple[str, str]]:
+        """Replicas whose audits died with them: errors, for all anyone knows."""
+        return [
             key
             for key, seen in self._seen.items()
             if key[1] == bundle and now - seen.at > GONE_AFTER_S
         ]
-        return [watching.LOST] * sum(self._seen.pop(key).n_pending for key in gone)
 
 
 def _running_teachers() -> int:
@@ -166,6 +168,7 @@ class Member:
     heard: Callable[[Agreed], None]
     last: Agreed | None = field(default=None, init=False)
     failure: str | None = field(default=None, init=False)  # why it goes on alone
+    _leaves: bool = field(default=False, init=False)
     _batch: int = field(default=0, init=False)
     _audits: tuple[Audit, ...] = field(default=(), init=False)  # of this batch, not handed on yet
 
@@ -174,6 +177,12 @@ class Member:
         while True:
             await self.exchange()
             await asyncio.sleep(EVERY_S)
+
+    async def leave(self) -> None:
+        """The last word of a replica that stops in order. Which audits wait then has nothing to do
+        with what would have come of them, so they are left out, and not held for errors."""
+        self._leaves = True
+        await self.exchange()
 
     async def exchange(self) -> None:
         """Once; what cannot be handed on is handed on the next time."""
@@ -186,7 +195,7 @@ class Member:
             news=news,
             batch=self._batch,
             audits=self._audits,
-            n_pending=self.auditor.n_pending if self.auditor else 0,
+            n_pending=self.auditor.n_pending if self.auditor and not self._leaves else 0,
             fresh=self.fresh,
             feedback=self.feedback,
         )

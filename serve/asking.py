@@ -9,11 +9,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from journeyman.cascade.answering import Unlabeled
-from journeyman.cascade.refusals import TeacherStarting, TeacherUnavailable
+from journeyman.cascade.refusals import TeacherAway, TeacherStarting, TeacherUnavailable
 from journeyman.teacher.answers import ClassLabels
 from serve.teacher import Unavailable
 
@@ -24,6 +24,7 @@ _PROBE_INTERVAL_S = 1.0
 _PROBE_TIMEOUT_S = 5.0  # of a busy machine
 _BACK_IN_S = 5.0  # no better is known of an engine that starts
 _STARTING = "the teacher is starting"
+_FAILED = "the teacher failed on this request"
 _GONE = "the teacher's replica is gone and another is starting"
 
 
@@ -56,7 +57,7 @@ class TeacherByHandle:
             self._wake()
             raise TeacherStarting(_words(_STARTING), self._started_in_s)
         if self.unready:
-            raise _unavailable(self.unready)
+            raise TeacherAway(_words(self.unready), _BACK_IN_S)
         response = self._handle.label.remote(list(texts))
         try:
             reply = await response
@@ -64,6 +65,8 @@ class TeacherByHandle:
             # Serve cancels the call for a client that goes away, but not for a deadline of ours.
             response.cancel()
             raise
+        except RayTaskError as error:  # of this request alone, for all anyone knows
+            raise _unavailable(_FAILED) from error
         except (RayError, RayServeException) as error:
             self._know(_GONE)
             raise _unavailable(_GONE) from error

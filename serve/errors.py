@@ -3,6 +3,7 @@ reach logs that keep error messages."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from journeyman.cascade.refusals import (
     DeadlinePassed,
     Overloaded,
     Refusal,
+    StudentOverloaded,
+    TeacherAway,
     TeacherStarting,
     TeacherUnavailable,
     TextRefused,
@@ -30,10 +33,13 @@ _REFUSALS: dict[type[Refusal], tuple[int, str, str, dict[str, str]]] = {
     ColumnsRefused: (422, "invalid_request_error", "wrong_columns", {}),
     TextRefused: (400, "invalid_request_error", "text_refused", {}),
     Overloaded: (503, "overloaded", "teacher_queue_full", {}),
+    StudentOverloaded: (503, "overloaded", "student_queue_full", {}),
     TeacherUnavailable: (503, "unavailable", "teacher_unavailable", {}),
+    TeacherAway: (503, "unavailable", "teacher_unavailable", {}),
     TeacherStarting: (503, "unavailable", "teacher_starting", {}),
     DeadlinePassed: (504, "timeout", "deadline_passed", {"x-should-retry": "false"}),
 }
+_SAID = 5  # of all that is wrong with a body
 _OF_ANOTHER_BRANCH = ("string_type", "list_type", "dict_type")
 TOO_LARGE = ("invalid_request_error", "body_too_large")
 DESCRIBED: dict[int | str, dict[str, Any]] = {
@@ -64,6 +70,8 @@ def add_handlers(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> None:
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 413:
             return response(413, *TOO_LARGE, str(error.detail))
+        if error.status_code == 408:
+            return response(408, "timeout", "body_too_slow", str(error.detail))
         message = f"{request.method} {request.url.path}: {error.detail}; see /docs."
         return response(error.status_code, "invalid_request_error", "no_such_route", message)
 
@@ -88,7 +96,8 @@ def _sentence(error: RequestValidationError, known: tuple[str, ...]) -> str:
     # than that another's type is wrong.
     problems = error.errors()
     kinds = [p for p in problems if p["type"] not in _OF_ANOTHER_BRANCH] or problems
-    return "; ".join(dict.fromkeys(_words(problem, known) for problem in kinds)) + "."
+    words = dict.fromkeys(_words(problem, known) for problem in kinds)
+    return "; ".join(itertools.islice(words, _SAID)) + "."
 
 
 def _words(problem: Mapping[str, Any], known: tuple[str, ...]) -> str:

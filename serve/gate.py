@@ -5,6 +5,7 @@ An ASGI middleware: it decides before a body is read or parsed.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from datetime import UTC, datetime, timedelta
 
@@ -21,6 +22,12 @@ from serve.schema import MAX_CHARACTERS, MAX_TEXTS
 # As many of the longest texts as a request may have, of one byte a character on average, once more
 # for escapes.
 MAX_BODY_BYTES = 2 * MAX_TEXTS * MAX_CHARACTERS
+
+
+# What anybody may see, with keys too: the page, what describes the endpoints, and the probes.
+_OPEN = {"", "/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", "/healthz",
+         "/readyz"}  # fmt: skip
+_BODY_S = 60.0  # for a whole body to arrive
 
 
 class Gate:
@@ -41,7 +48,7 @@ class Gate:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        if refusal := self._refusal(scope["path"], headers):
+        if refusal := self._refusal(_route_path(scope), headers):
             return await refusal(scope, receive, send)
         await self._app(scope, self._counted(receive), send)
 
@@ -49,7 +56,7 @@ class Gate:
         announced = headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > self._max_body_bytes:
             return errors.response(413, *errors.TOO_LARGE, self._too_large)
-        if self._keyring is None or not path.startswith("/v1/"):
+        if self._keyring is None or path in _OPEN:
             return None
         scheme, _, presented = headers.get("authorization", "").partition(" ")
         key = self._keyring.find(presented.strip()) if scheme.lower() == "bearer" else None
@@ -70,17 +77,30 @@ class Gate:
 
     def _counted(self, receive: Receive) -> Receive:
         """Reads no more of a body than may be, whatever its headers said of its length."""
-        read = 0
+        read, whole = 0, False
+        until = asyncio.get_running_loop().time() + _BODY_S
 
         async def counted() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            try:  # behind the body only the client's leaving is waited for
+                async with asyncio.timeout_at(None if whole else until):
+                    message = await receive()
+            except TimeoutError as error:
+                raise HTTPException(408, f"no whole body within {_BODY_S:g} s.") from error
+            whole = whole or not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self._max_body_bytes:
                 raise HTTPException(413, self._too_large)
             return message
 
         return counted
+
+
+def _route_path(scope: Scope) -> str:
+    """Without the application's prefix, as routes see it."""
+    path: str = scope["path"]
+    prefix = scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 def _spent(key: Key, purse: Purse) -> JSONResponse:

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import FastAPI
 
@@ -25,6 +25,7 @@ from journeyman.cascade.policy import Decision, Escalation, Policy
 from journeyman.cascade.recording import Answering, Recording
 from journeyman.cascade.remembering import Remembering
 from journeyman.cascade.stability import Stability
+from journeyman.certify.thresholds import ESCALATE_EVERYTHING
 from journeyman.columns import unpacked
 from journeyman.errors import BundleMismatch, ClusterError
 from journeyman.folder import Folder
@@ -123,11 +124,15 @@ class Ingress:
         self._teacher.count(agreed.n_teachers)
         self._keyring.share(agreed.n_replicas)
 
-    def _served(self, loaded: Loaded, student: Classifier, watch: Watch | None) -> Served:
+    def _served(
+        self, loaded: Loaded, student: Classifier, watch: Watch | _Unknown | None
+    ) -> Served:
         """Everything that answers by one bundle, started."""
         bundle, settings = loaded.bundle, loaded.recipe.cascade
         rule = _Rule(loaded, student)
-        if watch:
+        if watch == _UNKNOWN:
+            rule.hold()
+        elif isinstance(watch, Watch):
             rule.tighten(watch.threshold)
         batcher = Batcher(rule.decide, settings.max_batch_size, self._worked)
         cascade = Cascade(rule.policy, batcher, self._teacher, settings)
@@ -140,7 +145,7 @@ class Ingress:
             journal = _journal(kept)
             auditor = Auditor(
                 rule.policy,
-                self._teacher,
+                cascade,
                 busy=lambda: cascade.waiting.n_waiting > 0 or self._teacher.asleep,
             )
             answering = Recording(
@@ -149,7 +154,7 @@ class Ingress:
         member = Member(
             replica=self._replica,
             bundle=bundle.bundle_id,
-            fresh=watch,
+            fresh=watching.watch_of(bundle) if watch == _UNKNOWN else watch,
             feedback=kept.to if kept else None,
             breaker=cascade.breaker,
             auditor=auditor,
@@ -173,6 +178,7 @@ class Ingress:
         async def close() -> None:
             for task in running:
                 task.cancel()
+            await member.leave()
             await batcher.close()
             if journal:
                 await asyncio.to_thread(journal.close)
@@ -192,6 +198,7 @@ class _Rule:
     def __init__(self, loaded: Loaded, student: Classifier) -> None:
         self.policy = Policy.from_bundle(loaded.bundle)
         self.when_changed: Callable[[], None] = lambda: None
+        self._held: Policy | None = None
         self._columns = loaded.bundle.columns
         self._inputs = Inputs(loaded.recipe.learner())
         self._student = student
@@ -200,10 +207,24 @@ class _Rule:
         rows = self._inputs.all(unpacked(text, self._columns) for text in texts)
         return self.policy.decide_batch(self._student.logits(rows, _ROWS_A_PASS))
 
+    def hold(self) -> None:
+        """Answer nothing until it is known how strict the audits have made the rule."""
+        self._held = self.policy
+        self.policy = self.policy.tightened(ESCALATE_EVERYTHING)
+
     def tighten(self, accept_above: float) -> None:
+        changed = self._held is not None
+        if self._held is not None:
+            self.policy, self._held = self._held, None
         if accept_above > self.policy.accept_above:
             self.policy = self.policy.tightened(accept_above)
+            changed = True
+        if changed:
             self.when_changed()
+
+
+_Unknown = Literal["unknown"]
+_UNKNOWN: _Unknown = "unknown"
 
 
 def _student(loaded: Loaded) -> Classifier:
@@ -217,16 +238,18 @@ def _student(loaded: Loaded) -> Classifier:
     return student
 
 
-def _watch(loaded: Loaded) -> Watch | None:
-    """As the audits have left it, None where none are made; raises DataError if that is damaged."""
+def _watch(loaded: Loaded) -> Watch | _Unknown | None:
+    """As the audits have left it, unknown where their store is away, None where none are made;
+    raises DataError if that is damaged."""
     feedback = loaded.recipe.cascade.feedback
     if not feedback:
         return None
+    fresh = watching.watch_of(loaded.bundle)
     try:
         found = watching.stored(Folder(feedback.to), loaded.bundle.bundle_id)
-    except ClusterError:  # the store is away: serving goes on, and the figures say so
-        found = None
-    return found or watching.watch_of(loaded.bundle)
+    except ClusterError:  # serving goes on by the teacher, and the figures say so
+        return fresh and _UNKNOWN
+    return found or fresh
 
 
 def _journal(settings: Feedback) -> Journal:

@@ -114,6 +114,7 @@ class Measured:
         except Refusal as refusal:
             self._refused.inc(tags=self._tags | {"reason": type(refusal).__name__})
             self._count(Counter(refused=1))
+            self._paid(refusal.teacher_prompt_tokens, refusal.teacher_output_tokens)
             raise
         self._answered(answers, asked, time.perf_counter() - started)
         return answers
@@ -157,7 +158,16 @@ class Measured:
             self._texts.inc(n, tags=self._tags | {"answered_by": who})
         slowest = "teacher" if by["teacher"] else "student"
         self._seconds.observe(seconds, tags=self._tags | {"answered_by": slowest})
-        tokens = (answers.teacher_prompt_tokens, answers.teacher_output_tokens)
+        self._paid(answers.teacher_prompt_tokens, answers.teacher_output_tokens)
+        if asked == "cascade":
+            self._count(by)
+            self._health.stability.add(
+                d.confidence for d in answers.decisions if d.confidence is not None
+            )
+
+    def _paid(self, read: int, written: int) -> None:
+        """The teacher's tokens, by the key whose request it was."""
+        tokens = (read, written)
         for direction, n in zip(("read", "written"), tokens, strict=True):
             if n:
                 self._tokens.inc(n, tags=self._tags | {"direction": direction})
@@ -168,11 +178,6 @@ class Measured:
         ):
             self._dollars.inc(dollars / 1e6, tags=self._tags)
             self._health.purse.pay(paying.get(), dollars / 1e6)
-        if asked == "cascade":
-            self._count(by)
-            self._health.stability.add(
-                d.confidence for d in answers.decisions if d.confidence is not None
-            )
 
     def _count(self, more: Counter[str]) -> None:
         self._totals.update(more)

@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from journeyman.cascade.answering import Asked
 from journeyman.cascade.policy import AnsweredBy
-from serve.schema import MAX_TEXTS, Promise, Text
+from serve.schema import MAX_CHARACTERS, MAX_TEXTS, Body, Promise, Text
 
 MAX_TOP_LOGPROBS = 20  # OpenAI's
+MAX_PARTS = 64
 
 
 class Part(BaseModel):
@@ -19,7 +20,7 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
-    text: str
+    text: Annotated[str, Field(max_length=MAX_CHARACTERS)]
 
 
 class Message(BaseModel):
@@ -29,7 +30,7 @@ class Message(BaseModel):
         description="The cascade is certified for one prompt, which has a place for a user's text "
         "and for nothing else."
     )
-    content: Text | Annotated[list[Part], Field(min_length=1)]
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
     name: str | None = None
 
     @property
@@ -39,9 +40,11 @@ class Message(BaseModel):
         return "\n".join(part.text for part in self.content)
 
     @model_validator(mode="after")
-    def _not_blank(self) -> Message:
+    def _is_a_text(self) -> Message:
         if not self.text.strip():
             raise ValueError("is blank")
+        if len(self.text) > MAX_CHARACTERS:
+            raise ValueError(f"has more than {MAX_CHARACTERS} characters")
         return self
 
 
@@ -52,14 +55,12 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class _Common(BaseModel):
+class _Common(Body):
     """Parameters of both endpoints.
 
     An answer is one of the labels: temperature, top_p, seed, penalties and limits on its length
     are taken, as clients send them by default, and change nothing.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: Asked
     stream: bool = False

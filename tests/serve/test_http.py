@@ -72,6 +72,8 @@ def post(bundle, body, cascade: Cascade | None = None) -> httpx.Response:
         ({"input": ["x", " \n"]}, "text 1 is blank."),
         ({"input": []}, "input: list should have at least 1 item after validation, not 0."),
         ({"input": ["x"] * 257}, "input: list should have at most 256 items"),
+        ({"input": [[[0] * 300]]}, "input: list should have at most 256 items"),
+        ({"input": "x"} | {f"f{i}": 0 for i in range(300)}, "the body has more than 256 fields."),
         ({"input": "x" * 32_769}, "input: string should have at most 32768 characters."),
         ({"input": "x", "model": "gpt"}, "model: input should be 'cascade', 'student' or"),
         ([], "the body is no JSON object (with Content-Type: application/json)."),

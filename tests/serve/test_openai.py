@@ -1,6 +1,7 @@
 """The official `openai` client against the cascade's endpoints, without Ray."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 
 import httpx
@@ -180,6 +181,30 @@ def test_what_it_cannot_do_is_refused_as_openai_does(bundle, asked: dict, senten
     error = ask(bundle, talk)
     assert sentence in error.body["message"], error.body
     assert error.code == "invalid_request" and error.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"type": "text", "text": "\ud800 hi"}],  # half of a character, which no tokenizer takes
+        [{"type": "text", "text": "x" * 32_769}],
+        [{"type": "text", "text": "x" * 20_000}] * 2,
+        [{"type": "text", "text": "x"}] * 65,
+        [0] * 100_000,
+    ],
+)
+def test_parts_are_bounded_as_texts_are(bundle, parts: list):
+    body = {"model": "teacher", "messages": [{"role": "user", "content": parts}]}
+
+    async def post() -> httpx.Response:
+        app = api(tiny.live(Cascade(), bundle), lambda: None)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://cascade") as client:
+            return await client.post("/v1/chat/completions", content=json.dumps(body))
+
+    response = asyncio.run(post())
+    assert response.status_code == 400, response.text
+    assert len(response.text) < 2000
 
 
 def test_parts_of_text_are_one_text(bundle):

@@ -20,6 +20,8 @@ from journeyman.cascade.policy import Decision, Escalation, Policy, student_answ
 from journeyman.cascade.refusals import (
     DeadlinePassed,
     Overloaded,
+    StudentOverloaded,
+    TeacherAway,
     TeacherStarting,
     TeacherUnavailable,
     TextRefused,
@@ -84,6 +86,9 @@ class Cascade:
         self._settings = settings
         self._clock = clock
         self.waiting = WaitingRoom(settings.max_queued_requests, clock)
+        self._students = WaitingRoom(
+            settings.max_student_queue, clock, "student", StudentOverloaded
+        )
         self.breaker = Breaker(settings.breaker)
 
     async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers:
@@ -91,8 +96,9 @@ class Cascade:
         deadline = self._clock() + self._settings.request_timeout_s
         if asked == "teacher":
             return await self._with_teacher(texts, dict.fromkeys(range(len(texts))), {}, deadline)
-        async with self._before(deadline):
-            decisions = await self._student.submit(texts)
+        with self._students.places(len(texts)):
+            async with self._before(deadline):
+                decisions = await self._student.submit(texts)
         if asked == "student":
             return Answers(decisions=tuple(student_answers(decisions)))
         escalated = {i: d.student for i, d in enumerate(decisions) if isinstance(d, Escalation)}
@@ -101,8 +107,9 @@ class Cascade:
             return Answers(decisions=tuple(accepted[i] for i in range(len(texts))))
         try:
             return await self._with_teacher(texts, dict(escalated), accepted, deadline)
-        except (Overloaded, TeacherUnavailable, DeadlinePassed):
+        except (Overloaded, TeacherUnavailable, DeadlinePassed) as refusal:
             if self._settings.when_teacher_fails != "degrade":
+                refusal.decided = decisions
                 raise
             students = tuple(student_answers(decisions))
             return Answers(decisions=students, void=frozenset(escalated))
@@ -119,13 +126,15 @@ class Cascade:
         with self.waiting.places(len(escalated)):
             labels = await self._labels([texts[i] for i in escalated], deadline)
         decisions = dict(accepted)
-        read = written = 0
+        labeled = [label for label in labels if isinstance(label, ClassLabels)]
+        read = sum(label.n_prompt_tokens for label in labeled)
+        written = sum(label.n_output_tokens for label in labeled)
         for (i, student), label in zip(escalated.items(), labels, strict=True):
             if isinstance(label, Unlabeled):
-                raise TextRefused(i, label.reason)
+                refusal = TextRefused(i, label.reason)
+                refusal.teacher_prompt_tokens, refusal.teacher_output_tokens = read, written
+                raise refusal
             decisions[i] = self._policy.teacher_decision(label.class_logprobs, student)
-            read += label.n_prompt_tokens
-            written += label.n_output_tokens
         return Answers(
             decisions=tuple(decisions[i] for i in range(len(texts))),
             teacher_prompt_tokens=read,
@@ -157,20 +166,37 @@ class Cascade:
                 "that the student may answer are answered meanwhile.",
                 wait_s,
             )
+        began = self._clock()
         try:
             async with self._before(deadline), self._before_teachers_own():
                 labels = await self._teacher.labels(texts)
             self._check(labels, len(texts))
-        except TeacherStarting:
+        except (TeacherStarting, TeacherAway):
             self.breaker.abandoned()
             raise
-        except (TeacherUnavailable, DeadlinePassed):
+        except DeadlinePassed:
+            # What the student's queue left of a request's time may have been too little.
+            if self._clock() - began >= self._fair_s:
+                self.breaker.failed(self._clock())
+            else:
+                self.breaker.abandoned()
+            raise
+        except TeacherUnavailable:
             self.breaker.failed(self._clock())
             raise
         except BaseException:  # the caller went away, most likely: nothing is known
             self.breaker.abandoned()
             raise
         self.breaker.succeeded()
+        return labels
+
+    async def labels(self, texts: Sequence[str]) -> Sequence[ClassLabels | Unlabeled]:
+        """The teacher's for an audit: such as could answer a request, and not while the teacher is
+        left alone. Raises TeacherUnavailable."""
+        if not self.breaker.is_closed:
+            raise TeacherUnavailable("the teacher is left alone for a while.")
+        labels = await self._teacher.labels(texts)
+        self._check(labels, len(texts))
         return labels
 
     def _check(self, labels: Sequence[ClassLabels | Unlabeled], n_texts: int) -> None:
@@ -184,6 +210,12 @@ class Cascade:
                 "the teacher's answer is no distribution over the labels; send this request again.",
                 _ASK_AGAIN_S,
             )
+
+    @property
+    def _fair_s(self) -> float:
+        """Seconds in which a teacher that is well has answered."""
+        half = self._settings.request_timeout_s / 2
+        return min(half, self._settings.teacher_timeout_s or half) * 0.99
 
     def _before(self, deadline: float) -> contextlib.AbstractAsyncContextManager[None]:
         seconds = max(0.0, deadline - self._clock())

@@ -12,6 +12,7 @@ which audits of accepted answers alone cannot (broken in .70 against .08 of simu
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -148,7 +149,12 @@ class Journal:
             if rows is None:
                 self._roll()
                 return
-            self._write(rows)
+            try:
+                self._write(rows)
+            except OSError as error:  # a full disk: these rows are lost, later ones need not be
+                self._roll()
+                self.failure = f"{type(error).__name__}: {error}"
+                continue
             late = time.monotonic() - self._since > self._roll_s
             if self._rows >= self._roll_rows or (self._rows and late):
                 self._roll()
@@ -158,7 +164,9 @@ class Journal:
             self._file, self._since = self._new_file(), time.monotonic()
         for row in rows:
             assert self._file is not None
-            self._file.write(json.dumps(asdict(row), ensure_ascii=False).encode() + b"\n")
+            line = json.dumps(asdict(row), ensure_ascii=False).encode() + b"\n"
+            while line:  # a file that is not buffered may take less
+                line = line[self._file.write(line) :]
         self._rows += len(rows)
 
     def _roll(self) -> None:
@@ -175,8 +183,8 @@ class Journal:
                 self._roll_file(path)
 
     def _roll_file(self, path: Path) -> None:
-        rows = _read(path)
         try:
+            rows = _read(path)
             if rows:
                 # Named after the rows: rolled twice, after a kill, it is one file all the same.
                 first = datetime.fromtimestamp(rows[0]["received_at"], UTC)
@@ -184,6 +192,8 @@ class Journal:
                     f"{first:%Y%m%dT%H%M%S}-{path.stem.split('.')[-1]}.parquet", _parquet(rows)
                 )
             path.unlink()
+        except FileNotFoundError:  # another journal of this host was faster
+            pass
         except Exception as error:  # a store that is away must not end the thread
             self.failure = f"{type(error).__name__}: {error}"
 
@@ -223,9 +233,12 @@ def _parquet(rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; the last one of a process that was killed while it wrote may be none."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    """Whole lines; one that was cut short, by a kill or a full disk, is none."""
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            rows += [json.loads(line)] if line.endswith(b"\n") else []
+    return rows
 
 
 def _nobody_writes(path: Path, name: str) -> bool:

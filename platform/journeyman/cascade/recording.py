@@ -10,6 +10,7 @@ from typing import Protocol
 from journeyman.cascade.answering import Answers, Asked
 from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.feedback import Journal, unanswered, worth_keeping
+from journeyman.cascade.policy import Decision, Escalation
 from journeyman.cascade.refusals import DeadlinePassed, Overloaded, TeacherUnavailable
 
 
@@ -48,14 +49,16 @@ class Recording:
         audited = [self._coin.random() < self._audit_rate for _ in texts]  # before all else
         try:
             answers = await self._cascade.answer(texts, asked)
-        except (Overloaded, TeacherUnavailable, DeadlinePassed):
+        except (Overloaded, TeacherUnavailable, DeadlinePassed) as refusal:
             now = time.time()
+            for i, decision in enumerate(refusal.decided):
+                self._audit(audited[i], texts[i], decision)
             self._journal.add(unanswered(texts, audited, self._audit_rate, self._bundle, now))
             raise
-        if self._auditor:
-            for i, text in enumerate(texts):
-                if audited[i] and i not in answers.void:
-                    self._auditor.add(text, answers.decisions[i])
+        for i, text in enumerate(texts):
+            decision = answers.decisions[i]
+            void = i in answers.void
+            self._audit(audited[i], text, Escalation(student=decision) if void else decision)
         by_teacher = {i for i, d in enumerate(answers.decisions) if d.answered_by == "teacher"}
         self._journal.add(
             worth_keeping(
@@ -69,3 +72,13 @@ class Recording:
             )
         )
         return answers
+
+    def _audit(self, audited: bool, text: str, decision: Decision | Escalation) -> None:
+        """Of each audited text that was decided, answered or not: without those of bad times the
+        sample were fair no more."""
+        if not (audited and self._auditor):
+            return
+        if isinstance(decision, Escalation):
+            self._auditor.escalated(decision.student)
+        else:
+            self._auditor.add(text, decision)

@@ -5,6 +5,12 @@ The HTTP edge turns them into codes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from journeyman.cascade.policy import Decision, Escalation
+
 
 class Refusal(Exception):  # noqa: N818 - an outcome of a request, no mistake of the program's
     """Base of all reasons. retry_after_s: when the same request may fare better, where known."""
@@ -12,10 +18,18 @@ class Refusal(Exception):  # noqa: N818 - an outcome of a request, no mistake of
     def __init__(self, sentence: str, retry_after_s: float | None = None) -> None:
         super().__init__(sentence)
         self.retry_after_s = retry_after_s
+        # What the student made of the texts, where it was asked; and what the teacher did all the
+        # same.
+        self.decided: Sequence[Decision | Escalation] = ()
+        self.teacher_prompt_tokens = self.teacher_output_tokens = 0
 
 
 class Overloaded(Refusal):
     """As many texts wait for the teacher as may."""
+
+
+class StudentOverloaded(Overloaded):
+    """As many texts wait for the student as may."""
 
 
 class TeacherUnavailable(Refusal):
@@ -24,6 +38,10 @@ class TeacherUnavailable(Refusal):
 
 class TeacherStarting(TeacherUnavailable):
     """It sleeps and was woken, which is no failure of its."""
+
+
+class TeacherAway(TeacherUnavailable):
+    """It is known to be starting or gone, and was not asked."""
 
 
 class DeadlinePassed(Refusal):

@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from journeyman.cascade.answering import Answers, Asked
 from journeyman.cascade.policy import Decision
 from journeyman.cascade.recording import Answering
-from journeyman.cascade.refusals import TextRefused
+from journeyman.cascade.refusals import Refusal, TextRefused
+
+
+def _elsewhere(refusal: TextRefused, place: int) -> TextRefused:
+    """The same refusal, of a text at another place of its request."""
+    other = TextRefused(place, refusal.reason)
+    other.teacher_prompt_tokens = refusal.teacher_prompt_tokens
+    other.teacher_output_tokens = refusal.teacher_output_tokens
+    return other
 
 
 class Remembering:
@@ -23,11 +31,13 @@ class Remembering:
         self._inner, self._size = inner, size
         self._known: OrderedDict[bytes, Decision] = OrderedDict()
         self.hits = 0
+        self._rule = 0  # counts its changes
 
     async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers:
         """Raises Refusal."""
         if asked != "cascade":
             return await self._inner.answer(texts, asked)
+        rule = self._rule
         keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
         found = [self._recall(key) for key in keys]
         missing = [i for i, decision in enumerate(found) if decision is None]
@@ -36,11 +46,16 @@ class Remembering:
         try:
             fresh = await self._inner.answer([texts[i] for i in missing])
         except TextRefused as refusal:
-            raise TextRefused(missing[refusal.place], refusal.reason) from refusal
+            raise _elsewhere(refusal, missing[refusal.place]) from refusal
+        except Refusal as refusal:
+            if refusal.decided:
+                fresh_ones = iter(refusal.decided)
+                refusal.decided = [known or next(fresh_ones) for known in found]
+            raise
         void = frozenset(missing[i] for i in fresh.void)
         decisions = dict(zip(missing, fresh.decisions, strict=True))
         for i, decision in decisions.items():
-            if i not in void:
+            if i not in void and rule == self._rule:  # else it was decided by an older one
                 self._keep(keys[i], decision)
         return Answers(
             decisions=tuple(known or decisions[i] for i, known in enumerate(found)),
@@ -51,6 +66,7 @@ class Remembering:
 
     def forget(self) -> None:
         """Everything: the rule has changed by which it was answered."""
+        self._rule += 1
         self._known.clear()
 
     def _recall(self, key: bytes) -> Decision | None:

@@ -60,8 +60,11 @@ def to_json(watch: Watch, bundle_id: str) -> bytes:
         "n_audits": watch.n_audits,
         "thresholds": watch.thresholds.tolist(),
         "alarmed": watch.alarmed.tolist(),
-        # -inf before the first audit, which JSON has no word for.
-        "detectors": np.exp(watch.log_detectors).tolist(),
+        # null before the first audit: -inf, which JSON has no word for.
+        "log_detectors": [
+            [None if np.isneginf(value) else float(value) for value in rung]
+            for rung in watch.log_detectors
+        ],
     }
     return json.dumps(content, indent=1, allow_nan=False).encode()
 
@@ -69,8 +72,14 @@ def to_json(watch: Watch, bundle_id: str) -> bytes:
 def from_json(written: bytes) -> Watch:
     """Raises ValueError, KeyError or TypeError if it is none."""
     content: dict[str, Any] = json.loads(written)
-    with np.errstate(divide="ignore"):
-        log_detectors = np.log(np.array(content["detectors"], dtype=np.float64))
+    if "detectors" in content:  # of before, and not of long enough a series of errors
+        with np.errstate(divide="ignore"):
+            log_detectors = np.log(np.array(content["detectors"], dtype=np.float64))
+    else:
+        log_detectors = np.array(
+            [[-np.inf if value is None else value for value in rung]
+             for rung in content["log_detectors"]], dtype=np.float64,
+        )  # fmt: skip
     return Watch(
         kind=content["kind"],
         alpha=content["alpha"],

@@ -93,9 +93,9 @@ class WrittenConfidence:
     head: DeferralHead | None = None
 
     def of(self, logprobs: npt.ArrayLike, lengths: npt.ArrayLike) -> FloatArray:
-        """Confidence, float64[n]; arguments as in `token_features`, rounded as labels keep them,
-        to 16 bits, so that an answer that is being given is scored as one that was stored."""
-        stored = np.asarray(logprobs, dtype=np.float64).astype(np.float16).astype(np.float64)
+        """Confidence, float64[n]; arguments as in `token_features`, as a label dataset gives them
+        back: whoever scores an answer that was not stored rounds it by the same codec."""
+        stored = np.asarray(logprobs, dtype=np.float64)
         if self.score == "mean_logprob":
             features = token_features(stored, lengths)  # which checks them
             of_row = np.asarray(lengths, dtype=np.int64)

@@ -124,9 +124,12 @@ class RowLabeler:
                 # Where no other row is answered either, it is the teacher that fails; and too many
                 # requests are no row's fault.
                 limited = isinstance(reason, RateLimited)
-                attempts += self._outage.successes > successes and not limited
+                heard = self._outage.successes > successes
+                attempts += isinstance(reason, TimeoutError) or (heard and not limited)
                 if attempts >= self._labels.max_attempts:
                     return _unanswered(row, reason, attempts)
+                if isinstance(reason, TimeoutError):
+                    continue
                 try:
                     await self._outage.wait(reason)
                 except ClusterError:
@@ -247,14 +250,15 @@ class _Outage:
         self.successes += 1
         self._since = None
 
-    async def wait(self, reason: Exception) -> None:
+    async def wait(self, reason: Unreachable) -> None:
         now = time.monotonic()
         self._since = now if self._since is None else self._since
         lasted = now - self._since
         if lasted > self._longest_s:
             raise ClusterError(
                 f"the teacher has answered nothing for {lasted:.0f} s "
-                f"({_said(reason).rstrip('.')}); what was finished is kept: run the same command again when it is back."
+                f"({str(reason).rstrip('.')}); what was finished is kept: run the same "
+                "command again when it is back."
             )
         asked_for = reason.retry_after_s if isinstance(reason, RateLimited) else 0.0
         pause = min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, lasted))
@@ -301,11 +305,8 @@ class _Gate:
 
 
 def _unanswered(row: Row, reason: Exception, attempts: int) -> Quarantined:
-    return quarantined(row, type(reason).__name__, _said(reason), attempts)
-
-
-def _said(reason: Exception) -> str:
-    return str(reason) or "the teacher did not answer within its request_timeout_s."
+    words = str(reason) or "the teacher did not answer within its request_timeout_s."
+    return quarantined(row, type(reason).__name__, words, attempts)
 
 
 def columns_of(row: Row) -> dict[str, Any]:

@@ -219,6 +219,10 @@ class Cascade(Section):
     max_queued_requests: Count = Field(
         512, description="Requests waiting for the teacher before further ones get 503."
     )
+    max_student_queue: Count = Field(
+        2048, description="Texts waiting for the student, of each replica, before further requests "
+        "get 503.",
+    )  # fmt: skip
     student_replicas: StudentReplicas = Field(default_factory=StudentReplicas)
     teacher_replicas: TeacherReplicas = Field(default_factory=TeacherReplicas)
     teacher_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="Ray CPUs a teacher.")

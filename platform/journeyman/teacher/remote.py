@@ -277,7 +277,7 @@ class RemoteTeacher:
         """What an error of the API says of the row, or of all rows."""
         import openai
 
-        if isinstance(error, openai.APITimeoutError):
+        if isinstance(error, openai.APITimeoutError) and not _not_connected(error):
             return TimeoutError(f"no answer within {self.settings.request_timeout_s:g} s")
         if not isinstance(error, openai.APIStatusError):
             return Unreachable(f"{self._url} does not answer ({_cause(error)}).")
@@ -306,6 +306,13 @@ class RemoteTeacher:
             f"teacher.api_key_env: {self._url} answers {error.status_code} ({_words(error)}): "
             f"{key}; set it where the replicas run."
         )
+
+
+def _not_connected(error: openai.APIError) -> bool:
+    """Whether nobody was there to wait for: no row's fault."""
+    import httpx
+
+    return isinstance(error.__cause__, httpx.ConnectTimeout | httpx.PoolTimeout)
 
 
 def _retry_after_s(error: openai.APIStatusError) -> float:

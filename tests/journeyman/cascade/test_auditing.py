@@ -10,6 +10,7 @@ import pytest
 from journeyman.cascade import auditing
 from journeyman.cascade.answering import Unlabeled
 from journeyman.cascade.auditing import Auditor
+from journeyman.cascade.drift import Audit
 from journeyman.cascade.policy import Decision, Policy
 from journeyman.cascade.refusals import TeacherUnavailable
 from journeyman.cascade.watching import LOST
@@ -139,3 +140,30 @@ def test_an_audit_too_many_counts_as_an_error(monkeypatch: pytest.MonkeyPatch):
     for _ in range(3):
         auditor.add("y", answer())
     assert auditor.n_pending == 2 and auditor.outcomes() == [LOST]
+
+
+def test_outcomes_leave_in_the_order_of_their_requests():
+    """Those known at once would come first, and the others in one run behind them."""
+    auditor = Auditor(POLICY, Teacher(), busy=lambda: False)
+    auditor.add("n", answer("yes"))
+    auditor.add("a", answer("no", by="teacher", confidence=0.2))
+    auditor.escalated(answer("no", confidence=0.3))
+    auditor.add("y", answer("yes", confidence=0.9))
+    assert auditor.outcomes() == [] and auditor.n_pending == 2
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
+    found = [(audit.score, audit.loss) for audit in auditor.outcomes()]
+    assert found == [(0.8, 1), (0.2, 0), (0.3, 0), (0.9, 0)]
+
+
+def test_a_text_that_the_teacher_fails_on_again_and_again_is_lost_and_holds_up_no_other():
+    class Failing(Teacher):
+        async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
+            if texts == ["b"]:
+                raise TypeError("a bug")
+            return await super().labels(texts)
+
+    auditor = Auditor(POLICY, Failing(), busy=lambda: False)
+    auditor.add("b", answer())
+    auditor.add("y", answer())
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
+    assert auditor.outcomes() == [LOST, Audit(score=0.8, loss=0)]

@@ -71,20 +71,18 @@ some_answers = st.lists(
 
 
 @given(some_answers)
-def test_scores_are_those_of_each_answers_stored_log_probabilities(answers):
+def test_scores_are_those_of_each_answer(answers):
     flat, lengths = np.concatenate(answers), [len(a) for a in answers]
-    stored = [np.float64(np.array(a, dtype=np.float16)) for a in answers]
     for name, expected in (
-        ("mean_logprob", [a.mean() for a in stored]),
-        ("least_logprob", [a.min() for a in stored]),
-        ("token_quantile", [np.quantile(a, 0.1) for a in stored]),
+        ("mean_logprob", [np.mean(a) for a in answers]),
+        ("least_logprob", [np.min(a) for a in answers]),
+        ("token_quantile", [np.quantile(a, 0.1) for a in answers]),
     ):
         confidence = WrittenConfidence(score=name)
         together = confidence.of(flat, lengths)
         np.testing.assert_allclose(together, expected, atol=1e-12)
         alone = np.concatenate([confidence.of(a, [len(a)]) for a in answers])
         assert together.tobytes() == alone.tobytes()
-        assert confidence.of(np.concatenate(stored), lengths).tobytes() == together.tobytes()
 
 
 def test_a_learned_score_is_the_heads_of_the_quantiles():
@@ -132,9 +130,11 @@ def test_rows_are_what_both_said_and_a_row_without_an_answer_is_never_trusted(tm
     assert got.outcomes.differs.tolist() == [False, True, True, True]
     assert got.outcomes.losses.tolist() == [0, -1, 1, 1]
     assert got.outcomes.has_gold.all() and got.right is not None
-    assert got.lengths.tolist() == [2, 1, 0, 0] and got.logprobs.tolist() == [-0.5, -0.25, -1.0]
+    assert got.lengths.tolist() == [2, 1, 0, 0]
+    np.testing.assert_allclose(got.logprobs, [-0.5, -0.25, -1.0], atol=2e-3)  # the codec's bound
     scores = got.scores(WrittenConfidence(score="mean_logprob"))
-    assert scores.tolist() == [-0.375, -1.0, written.NEVER, written.NEVER]
+    np.testing.assert_allclose(scores[:2], [-0.375, -1.0], atol=2e-3)
+    assert scores[2:].tolist() == [written.NEVER, written.NEVER]
     assert got.self_agreement is None
 
 

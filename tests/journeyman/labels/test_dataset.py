@@ -115,6 +115,16 @@ def test_an_unfinished_or_broken_dataset_is_refused(tmp_path: Path):
         dataset.read(tmp_path)
 
 
+def test_a_dataset_is_finished_once_its_filters_are(tmp_path: Path):
+    """A run that was killed between its last label and them would be read uncorrected."""
+    store = finished(tmp_path)
+    store.finish({"filtered": None})
+    for read in (lambda: dataset.read(tmp_path), lambda: dataset.finished_manifest(store)):
+        with pytest.raises(DataError, match="not finished; run journeyman label again"):
+            read()
+    assert len(dataset.read(tmp_path, filtered=True))
+
+
 def test_class_rows_of_another_kind_are_refused(tmp_path: Path):
     finished(tmp_path)
     with pytest.raises(DataError, match="kind logits, where class distributions are needed"):

@@ -20,7 +20,7 @@ from journeyman.labels.schema import Filtered, Quarantined
 from journeyman.recipe import Logits
 from journeyman.teacher.answers import ClassLabels, ContextOverflow, EmptyTarget
 from journeyman.teacher.engine import EngineDied
-from journeyman.teacher.remote import Unreachable
+from journeyman.teacher.remote import RateLimited, Unreachable
 from tests.journeyman.labels import synthetic
 
 GROUPS = 8
@@ -368,3 +368,35 @@ def test_a_replica_whose_engine_does_not_start_again_leaves(monkeypatch: pytest.
     engine.start_error = ModelError("it does not fit any more")
     with pytest.raises(Left):
         within_seconds(Labeling(engine).fate("kills: it"))
+
+
+class Limited(Engine):
+    """Behind a URL that takes one request in three, and answers nothing else about the others."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+        self.asked = 0
+
+    async def run(self, row: dict[str, Any], seed: int = 0) -> ClassLabels:
+        self.asked += 1
+        if row["text"].startswith("broken") or (
+            isinstance(self._error, RateLimited) and self.asked % 3
+        ):
+            await asyncio.sleep(0)
+            raise self._error
+        return SAID
+
+
+def test_too_many_requests_are_no_rows_fault():
+    work = Labeling(Limited(RateLimited("429", 0.0)), max_attempts=2)
+    fates = within_seconds(work.all([f"fine: {i}" for i in range(40)]))
+    assert all(fate is SAID for fate in fates.values())
+
+
+def test_a_row_that_an_api_always_fails_on_is_found_when_all_others_are_answered():
+    work = Labeling(Limited(Unreachable("answered 500")), max_attempts=3)
+    work.labeler._outage._longest_s = 0.0
+    fates = within_seconds(work.all(["fine: 1", "broken: 2"]))
+    assert fates["fine: 1"] is SAID
+    assert fates["broken: 2"].error_class == "Unreachable"

@@ -17,7 +17,7 @@ from journeyman.labels.replica import Replica
 from journeyman.models import Model
 from journeyman.recipe import Classes, Generate, Logits, Rationales
 from journeyman.teacher import tasks
-from journeyman.teacher.answers import ContextOverflow, EmptyTarget
+from journeyman.teacher.answers import ContextOverflow, EmptyTarget, InvalidRequest
 from journeyman.teacher.engine import Engine, engine_arguments
 from tests.conftest import small_recipe
 
@@ -339,6 +339,14 @@ def test_rows_that_cannot_be_scored_say_why(replica: Replica):
         run(replica, classes(replica, target="{% if false %}x{% endif %}"), "hello")
     with pytest.raises(EmptyTarget, match="no token with another in front"):
         run(replica, Logits(), "a")
+
+
+def test_a_request_that_vllm_refuses_is_the_rows_fault(replica: Replica):
+    task = tasks.local(Logits(k=2, tokens="ids"), replica._backend)
+    row = {"text": "x", "ids": [5, 10_000_000]}
+    with pytest.raises(InvalidRequest, match="vocab"):
+        replica._call(task.run(row, 0))
+    assert run(replica, Logits(k=2), "a b c").recorded is not None  # the engine lives on
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -28,7 +28,7 @@ from journeyman.recipe import Teacher
 from journeyman.recipe.labels import Structured
 from journeyman.teacher.answers import Refused
 from journeyman.teacher.prompting import Rendered, Sampling
-from journeyman.teacher.remote import RemoteTeacher, Unreachable, word_logprobs
+from journeyman.teacher.remote import RateLimited, RemoteTeacher, Unreachable, word_logprobs
 
 TOP = {" yes": -0.5, " no": -1.5, "yes": -3.0, " maybe": -4.0}
 RAW = Rendered(segments=(("Is it so? ", False), ("a row", True)))
@@ -330,6 +330,14 @@ def test_an_api_that_keeps_failing_is_unreachable_and_not_the_rows_fault(api: Ap
     with pytest.raises(Unreachable, match=f"answered {status}: later"):
         spoken(api.url, max_retries=1)
     assert len(api.requests) == 2
+
+
+def test_a_pause_longer_than_the_client_waits_is_handed_on(api: Api):
+    wait = {"retry-after": "3600"}
+    api.faults.append(Fault(status=429, error={"message": "slow down"}, headers=wait))
+    with pytest.raises(RateLimited, match="answered 429: slow down") as limited:
+        spoken(api.url, max_retries=1)
+    assert limited.value.retry_after_s == 3600
 
 
 def test_an_api_that_drops_every_connection_is_unreachable(api: Api):

@@ -93,3 +93,14 @@ def test_what_a_column_cannot_give_is_refused(
     values = asked(tmp_path).model_dump(mode="json") | changes
     with pytest.raises(RecipeError, match=why):
         recipe.parse(values)
+
+
+def test_two_answers_to_one_question_are_two_rows_and_a_new_one_is_another(tmp_path: Path) -> None:
+    """The label is made of what was written, so a row that says something else is no duplicate."""
+    settings = asked(tmp_path)
+    named = corpus.id_columns(settings)
+    assert named == ["said", "text"] and corpus.prompt_columns(settings) == ["text"]
+    source = tmp_path / "rows.jsonl"
+    twice = [{"text": "two and two?", "said": said} for said in ("#### 4", "#### four")]
+    source.write_text("".join(json.dumps(row) + "\n" for row in twice))
+    assert corpus.prepare(settings, tmp_path / "corpus")["rows"] == 2

@@ -1,6 +1,7 @@
 """What is kept of the traffic, in which split, and that a killed replica loses nothing of it."""
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -17,8 +18,10 @@ import pytest
 from scipy.stats import binomtest
 
 from journeyman.cascade.answering import Answers
+from journeyman.cascade.auditing import Auditor
+from journeyman.cascade.drift import Audit
 from journeyman.cascade.feedback import Journal, Seen, worth_keeping
-from journeyman.cascade.policy import Decision
+from journeyman.cascade.policy import Decision, Escalation
 from journeyman.cascade.recording import Recording
 from journeyman.cascade.refusals import TeacherUnavailable
 from journeyman.errors import ClusterError
@@ -123,6 +126,8 @@ def test_a_store_that_is_away_keeps_rows_in_the_spool_until_it_is_back(tmp_path:
 WRITER = """
 import json, sys, time
 from pathlib import Path
+from journeyman.cascade.auditing import Auditor
+from journeyman.cascade.drift import Audit
 from journeyman.cascade.feedback import Journal, Seen
 journal = Journal(Path(sys.argv[1]), lambda *_: None, roll_rows=10**6, roll_s=600)
 fields = json.loads(sys.argv[2])
@@ -202,6 +207,37 @@ def test_traffic_is_recorded_with_the_audits_rate_and_all_that_was_escalated(tmp
         dict.fromkeys("abc", True)
     )
     assert {(row["split"], row["propensity"]) for row in rows} == {("train", 0.8), ("certify", 0.2)}
+
+
+def test_the_watch_sees_requests_that_were_refused_or_answered_in_the_teachers_place(
+    tmp_path: Path,
+):
+    """Without them the accepted ones would be too many among its audits."""
+
+    class Failing:
+        def __init__(self, degrades: bool) -> None:
+            self.degrades = degrades
+
+        async def answer(self, texts: list[str], asked: str = "cascade") -> Answers:
+            if self.degrades:
+                return Answers(decisions=(decision("student"),) * 2, void=frozenset({1}))
+            refusal = TeacherUnavailable("away")
+            refusal.decided = [decision("student"), Escalation(student=decision("student"))]
+            raise refusal
+
+    async def seen(degrades: bool) -> tuple[int, list[int]]:
+        auditor = Auditor(None, None, busy=lambda: True)  # type: ignore[arg-type]
+        journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=10**6, roll_s=600)
+        recording = Recording(Failing(degrades), journal, 1.0, "b", auditor=auditor)
+        with contextlib.suppress(TeacherUnavailable):
+            await recording.answer(["accepted", "escalated"])
+        journal.close()
+        pending = auditor.n_pending
+        auditor._settle(Audit(score=0.5, loss=1))
+        return pending, [audit.loss for audit in auditor.outcomes()]
+
+    for degrades in (True, False):
+        assert asyncio.run(seen(degrades)) == (1, [1, 0])
 
 
 def test_audits_of_requests_that_were_refused_are_kept_too(tmp_path: Path):

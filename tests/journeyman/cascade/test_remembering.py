@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from journeyman.cascade.answering import Answers
-from journeyman.cascade.policy import Decision
-from journeyman.cascade.refusals import TextRefused
+from journeyman.cascade.policy import Decision, Escalation
+from journeyman.cascade.refusals import TeacherUnavailable, TextRefused
 from journeyman.cascade.remembering import Remembering
 
 
@@ -102,5 +102,50 @@ def test_a_refused_text_keeps_its_place_in_the_request():
         await cache.answer(["a", "b"])
         with pytest.raises(TextRefused, match="text 3: too long"):
             await cache.answer(["a", "b", "c", "never"])
+
+    asyncio.run(test())
+
+
+def test_what_an_older_rule_decided_is_not_kept():
+    """A request that was under way when the threshold was tightened ends behind that."""
+
+    async def test() -> None:
+        inner = Inner()
+        cache = Remembering(inner, size=10)
+        answer = inner.answer
+
+        async def tightened_meanwhile(texts: Sequence[str], asked: str = "cascade") -> Answers:
+            found = await answer(texts, asked)
+            cache.forget()
+            return found
+
+        inner.answer = tightened_meanwhile  # type: ignore[method-assign]
+        await cache.answer(["a"])
+        inner.answer = answer  # type: ignore[method-assign]
+        await cache.answer(["a"])
+        assert inner.asked == [["a"], ["a"]] and cache.hits == 0
+
+    asyncio.run(test())
+
+
+def test_a_refusal_says_of_every_text_what_was_decided():
+    class Refusing(Inner):
+        async def answer(self, texts: Sequence[str], asked: str = "cascade") -> Answers:
+            found = await super().answer(texts, asked)
+            if "hard" in texts:
+                refusal = TeacherUnavailable("away")
+                refusal.decided = [Escalation(student=d) for d in found.decisions]
+                raise refusal
+            return found
+
+    async def test() -> None:
+        cache = Remembering(Refusing(), size=10)
+        await cache.answer(["b"])
+        with pytest.raises(TeacherUnavailable) as refused:
+            await cache.answer(["hard", "b", "c"])
+        hard, b, c = refused.value.decided
+        assert isinstance(hard, Escalation) and hard.student.label == "hard"
+        assert isinstance(b, Decision) and b.label == "b"
+        assert isinstance(c, Escalation) and c.student.label == "c"
 
     asyncio.run(test())

@@ -1,0 +1,32 @@
+"""The rule by which a replica answers, while it is not known how strict it must be."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from journeyman.cascade.policy import Decision, Escalation
+from serve import loading
+from serve.ingress import _Rule, _student
+from tests.serve import tiny
+
+
+def by_student(decisions: Sequence[Decision | Escalation]) -> list[bool]:
+    return [isinstance(decision, Decision) for decision in decisions]
+
+
+def test_a_rule_that_is_held_answers_nothing_until_it_is_told(run: tiny.Run):
+    loaded = loading.load(run.bundle_dir)
+    rule, changes = _Rule(loaded, _student(loaded)), []
+    rule.when_changed = lambda: changes.append(rule.policy.accept_above)
+    accepts = (run.scores > run.bundle.accept_above).tolist()
+    assert by_student(rule.decide(tiny.TEXTS)) == accepts and any(accepts)
+    rule.hold()
+    assert not any(by_student(rule.decide(tiny.TEXTS)))
+    rule.tighten(run.bundle.accept_above)
+    assert by_student(rule.decide(tiny.TEXTS)) == accepts
+    stricter = float(np.sort(run.scores[accepts])[0])
+    rule.hold()
+    rule.tighten(stricter)
+    assert sum(by_student(rule.decide(tiny.TEXTS))) == sum(accepts) - 1
+    rule.tighten(run.bundle.accept_above)  # never looser again
+    assert changes == [run.bundle.accept_above, stricter]

@@ -29,6 +29,7 @@ from journeyman.certify.scores import ScoreName
 from journeyman.certify.sequence_scores import WrittenConfidence, WrittenScore
 from journeyman.certify.thresholds import WrittenThreshold, read_threshold
 from journeyman.errors import BundleMismatch
+from journeyman.models import Model
 
 SCHEMA_VERSION: Final = 1
 BUNDLE_FILE = "bundle.json"
@@ -206,6 +207,18 @@ class WrittenBundle(Bundle):
     def _scores_as_it_says(self) -> Self:
         _check_head(self.score, self.deferral_head)
         return self
+
+
+def of_models(student: Model, teacher: Model) -> dict[str, str]:
+    """What a bundle says of the models that it was made for."""
+    return {
+        "student": student.reference,
+        "teacher": teacher.reference,
+        "student_digest": student.weights_digest,
+        "teacher_digest": teacher.weights_digest,
+        "student_tokenizer_digest": student.tokenizer_digest,
+        "teacher_tokenizer_digest": teacher.tokenizer_digest,
+    }
 
 
 def _check_head(score: str, head: DeferralHead | None) -> None:

@@ -125,12 +125,7 @@ def certify(
     own, right = confidence.class_thresholds, parts["calibrate"].right() or (None, None)
     whose = "the mixture's" if mixture else "the teacher's"
     bundle = PolicyBundle(
-        student=student.reference,
-        teacher=teacher.reference,
-        student_digest=student.weights_digest,
-        teacher_digest=teacher.weights_digest,
-        student_tokenizer_digest=student.tokenizer_digest,
-        teacher_tokenizer_digest=teacher.tokenizer_digest,
+        **bundles.of_models(student, teacher),
         prompt_digest=prompt_digest(recipe.classes()),
         columns=tuple(corpus.prompt_columns(recipe)),
         label_names=rows.labels,

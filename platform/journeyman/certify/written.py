@@ -157,12 +157,7 @@ def certify(
     curve = cost_quality_curve(scores, certified.outcomes.differs, *(certified.right or ()))
     right = parts["calibrate"].right or (None, None)
     bundle = WrittenBundle(
-        student=student.reference,
-        teacher=teacher.reference,
-        student_digest=student.weights_digest,
-        teacher_digest=teacher.weights_digest,
-        student_tokenizer_digest=student.tokenizer_digest,
-        teacher_tokenizer_digest=teacher.tokenizer_digest,
+        **bundles.of_models(student, teacher),
         prompt_digest=digest(asked.asked()),
         columns=tuple(corpus.prompt_columns(recipe)),
         score=confidence.score,

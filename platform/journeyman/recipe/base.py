@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -37,3 +38,13 @@ def digest(value: object) -> str:
     """128-bit BLAKE2b of a JSON-like value's canonical form, in hex."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def check_answer_pattern(pattern: str) -> None:
+    """Raises ValueError unless it is a regular expression with a group ``answer``."""
+    try:
+        groups = re.compile(pattern).groupindex
+    except re.error as error:
+        raise ValueError(f"answer_pattern is not a regular expression ({error})") from error
+    if "answer" not in groups:
+        raise ValueError("answer_pattern needs a group called answer: (?P<answer>...)")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from journeyman.recipe.base import Count, Section, Share
+from journeyman.recipe.base import Count, Section, Share, check_answer_pattern
 
 _PROMPT = (
     "Jinja template over the row's columns (text, and those of columns.meta); with chat, of the "
@@ -230,12 +229,7 @@ class Rationales(_Asked, _Sampled):
 
     @model_validator(mode="after")
     def _pattern_has_an_answer(self) -> Rationales:
-        try:
-            groups = re.compile(self.answer_pattern).groupindex
-        except re.error as error:
-            raise ValueError(f"answer_pattern is not a regular expression ({error})") from error
-        if "answer" not in groups:
-            raise ValueError("answer_pattern needs a group called answer: (?P<answer>...)")
+        check_answer_pattern(self.answer_pattern)
         if self.samples > 1 and not self.temperature:
             raise ValueError("samples > 1 at temperature 0 are all the same: raise temperature")
         if len(self.classes) == 1:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from journeyman.recipe.base import Count, Range, Seconds, Section, Share
+from journeyman.recipe.base import Count, Range, Seconds, Section, Share, check_answer_pattern
 
 Guarantee = Literal["system_agreement", "selective_agreement", "accuracy"]
 Score = Literal["max_probability", "margin", "entropy", "deferral_head"]
@@ -74,14 +73,8 @@ class Certify(Section):
     def _match_has_its_pattern(self) -> Certify:
         if (self.match == "parsed") != (self.answer_pattern is not None):
             raise ValueError("match: parsed and answer_pattern go together")
-        if self.answer_pattern is None:
-            return self
-        try:
-            groups = re.compile(self.answer_pattern).groupindex
-        except re.error as error:
-            raise ValueError(f"answer_pattern is not a regular expression ({error})") from error
-        if "answer" not in groups:
-            raise ValueError("answer_pattern needs a group called answer: (?P<answer>...)")
+        if self.answer_pattern is not None:
+            check_answer_pattern(self.answer_pattern)
         return self
 
     @model_validator(mode="after")

@@ -36,6 +36,7 @@ RANKS = {
             ],
             [
                 "recipe",
+                "adapters",
                 "models",
                 "prompts",
                 "columns",

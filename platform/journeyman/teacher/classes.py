@@ -199,7 +199,8 @@ def _check_not_empty(prompt: Sequence[int]) -> None:
 def normalised(loglik: np.ndarray) -> tuple[np.ndarray, float]:
     """float32[c], log of each one's share; and the log of their sum. Raises NotFinite."""
     loglik = loglik.astype(np.float64)
-    log_mass = float(np.logaddexp.reduce(loglik))
+    with np.errstate(invalid="ignore"):  # which is found below
+        log_mass = float(np.logaddexp.reduce(loglik))
     if not np.isfinite(log_mass):
         raise NotFinite
     return (loglik - log_mass).astype(np.float32), log_mass

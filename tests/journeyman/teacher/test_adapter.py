@@ -197,6 +197,7 @@ def test_half_an_adapter_is_refused(tiny: Model, copy: Path) -> None:
     refused(tiny, copy, r"is no LoRA adapter")
 
 
+@pytest.mark.slow  # half a minute for an engine that does not start
 def test_what_only_vllm_finds_wrong_is_said_before_the_first_row(tiny: Model, copy: Path) -> None:
     weights = load_file(copy / "adapter_model.safetensors")
     named = {name.replace("q_proj", "queries"): w for name, w in weights.items()}

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from journeyman import corpus, files
 from journeyman.certify import bundle as bundles
-from journeyman.certify.bundle import Guarantee, PolicyBundle
+from journeyman.certify.bundle import Bundle, Guarantee, PolicyBundle
 from journeyman.certify.calibration import Calibrator, fit_temperature
 from journeyman.certify.certificate import Certificate
 from journeyman.certify.confidence import Confidence
@@ -146,14 +146,28 @@ def certify(
         recommendation=recommend(served, right[0], right[1], whose),
     )
     with files.replaced_directory(out_dir) as fresh:
-        bundles.save(bundle, fresh)
-        files.write_json(fresh / RECIPE_FILE, recipe.model_dump(mode="json"))
         np.savez(fresh / SCORED_FILE, logits=parts["test"].logits)
-        seconds = round(time.monotonic() - started, 3)
-        manifest = {"inputs": inputs, "bundle": bundle.bundle_id, "seconds": seconds}
-        said = {"recommendation": bundle.recommendation}
-        files.write_json(fresh / "manifest.json", {"step": "certify", **manifest, **said})
+        write_down(bundle, recipe, fresh, inputs=inputs, started=started)
     return bundle
+
+
+def write_down(
+    bundle: Bundle, recipe: Recipe, folder: Path, *, inputs: str, started: float
+) -> None:
+    """A bundle, the recipe that it is served by, and the step's manifest, last; started: by
+    ``time.monotonic``."""
+    bundles.save(bundle, folder)
+    files.write_json(folder / RECIPE_FILE, recipe.model_dump(mode="json"))
+    files.write_json(
+        folder / "manifest.json",
+        {
+            "step": "certify",
+            "inputs": inputs,
+            "bundle": bundle.bundle_id,
+            "seconds": round(time.monotonic() - started, 3),
+            "recommendation": bundle.recommendation,
+        },
+    )
 
 
 def decide(

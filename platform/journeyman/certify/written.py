@@ -34,7 +34,7 @@ from journeyman.certify.sequence_scores import (
     WrittenScore,
     token_features,
 )
-from journeyman.certify.step import RECIPE_FILE, spend_rows
+from journeyman.certify.step import spend_rows, write_down
 from journeyman.errors import DataError, RecipeError
 from journeyman.labels import dataset, pipeline
 from journeyman.labels.quality import same_answer
@@ -176,12 +176,7 @@ def certify(
         recommendation=recommend(served, *right),
     )
     with files.replaced_directory(out_dir) as fresh:
-        bundles.save(bundle, fresh)
-        files.write_json(fresh / RECIPE_FILE, recipe.model_dump(mode="json"))
-        seconds = round(time.monotonic() - started, 3)
-        manifest = {"inputs": inputs, "bundle": bundle.bundle_id, "seconds": seconds}
-        said = {"recommendation": bundle.recommendation}
-        files.write_json(fresh / "manifest.json", {"step": "certify", **manifest, **said})
+        write_down(bundle, recipe, fresh, inputs=inputs, started=started)
     return bundle
 
 

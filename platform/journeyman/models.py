@@ -48,6 +48,7 @@ class Model:
     size_bytes: int  # of the weight files
     vocab_size: int = 0  # ids that its output layer knows
     adapter: Path | None = None  # a LoRA adapter on it; the weights' digest is of both then
+    stamp: str = ""  # sizes and times of change of the files behind the digests, hex
 
     @property
     def identity(self) -> dict[str, str]:
@@ -73,17 +74,18 @@ def resolve(reference: str, revision: str | None = None, cache: Path | None = No
         raise ModelError(
             f"{reference}: {path} is no Hugging Face model folder (config.json is missing)."
         )
-    weights = _files(path, _WEIGHTS)
     config = json.loads((path / "config.json").read_text())
+    weights = _files(path, _WEIGHTS)
     if not weights:
         raise ModelError(f"{reference}: {path} holds no weights (*.safetensors or *.bin).")
     return Model(
         reference=reference,
         path=path,
-        weights_digest=_digest([path / "config.json", *weights], cache),
+        weights_digest=_weights_digest(path, None, cache),
         tokenizer_digest=_digest(_files(path, _TOKENIZER), cache),
         size_bytes=sum(file.stat().st_size for file in weights),
         vocab_size=config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0),
+        stamp=_stamp(path, None),
     )
 
 
@@ -108,12 +110,12 @@ def teacher(settings: Teacher, cache: Path | None = None) -> Model:
         return model
     adapter = _locate(settings.lora, None)
     adapters.check(adapter, model.path, settings.lora)
-    own = _digest([adapter / adapters.CONFIG, adapter / adapters.WEIGHTS], cache or files.cache())
     return dataclasses.replace(
         model,
         reference=f"{model.reference} with {settings.lora}",
-        weights_digest=hashlib.sha256(f"{model.weights_digest} {own}".encode()).hexdigest(),
+        weights_digest=_weights_digest(model.path, adapter, cache or files.cache()),
         adapter=adapter,
+        stamp=_stamp(model.path, adapter),
     )
 
 
@@ -131,16 +133,27 @@ def look(reference: str, revision: str | None = None) -> tuple[int, int]:
     return resolve(reference, revision).size_bytes, 0
 
 
-def here(elsewhere: Model, resolve_again: Callable[[], Model]) -> Model:
+def here(elsewhere: Model, resolve_again: Callable[[], Model], cache: Path | None = None) -> Model:
     """A model that another node resolved, on this node; raises ModelError if it is not the same.
 
-    On a disk that all nodes share it lies where it was found; in each node's own cache of the hub
-    or of packages it is looked for again.
+    On a disk that all nodes share it lies where it was found, its files as old as there; files of
+    another time are read and their digests compared. In each node's own cache of the hub or of
+    packages it is looked for again.
     """
-    if elsewhere.path.is_dir() and (elsewhere.adapter is None or elsewhere.adapter.is_dir()):
-        return elsewhere
-    found = resolve_again()
-    if found.identity != elsewhere.identity:
+    path, adapter = elsewhere.path, elsewhere.adapter
+    if path.is_dir() and (adapter is None or adapter.is_dir()):
+        if _stamp(path, adapter) == elsewhere.stamp:
+            return elsewhere
+        cache = cache or files.cache()
+        same = (
+            _weights_digest(path, adapter, cache) == elsewhere.weights_digest
+            and _digest(_files(path, _TOKENIZER), cache) == elsewhere.tokenizer_digest
+        )
+        found = elsewhere
+    else:
+        found = resolve_again()
+        same = found.identity == elsewhere.identity
+    if not same:
         raise ModelError(
             f"{elsewhere.reference}: the weights or the tokenizer on {platform.node()} are others "
             "than those that the run was begun with; name a revision, or put one copy where all "
@@ -236,11 +249,33 @@ def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 
+def _adapter_files(adapter: Path) -> list[Path]:
+    return [adapter / adapters.CONFIG, adapter / adapters.WEIGHTS]
+
+
+def _weights_digest(path: Path, adapter: Path | None, cache: Path) -> str:
+    """SHA-256 over config and weights, and over the adapter's where there is one."""
+    weights = _digest([path / "config.json", *_files(path, _WEIGHTS)], cache)
+    if adapter is None:
+        return weights
+    adapted = _digest(_adapter_files(adapter), cache)
+    return hashlib.sha256(f"{weights} {adapted}".encode()).hexdigest()
+
+
+def _stamp(path: Path, adapter: Path | None) -> str:
+    """Of the same files on the same disk, without reading them."""
+    of = [path / "config.json", *_files(path, _WEIGHTS), *_files(path, _TOKENIZER)]
+    return _facts(of + (_adapter_files(adapter) if adapter else []))
+
+
+def _facts(of: list[Path]) -> str:
+    facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in of]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
 def _digest(of: list[Path], cache: Path) -> str:
     """SHA-256 over the files' names and contents; remembered by size and time of change."""
-    facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in of]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    remembered = cache / "digests" / key
+    remembered = cache / "digests" / _facts(of)
     if remembered.is_file():
         return remembered.read_text()
     hasher = hashlib.sha256()

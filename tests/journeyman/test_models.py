@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,15 @@ def test_a_model_that_another_node_resolved_is_looked_for_on_this_one(folder: Pa
     other = dataclasses.replace(elsewhere, weights_digest="of another revision")
     with pytest.raises(ModelError, match="others than those that the run was begun with"):
         models.here(other, resolve)
+
+
+def test_a_copy_at_the_same_path_of_another_node_is_the_same_model_by_its_content(
+    folder: Path, tmp_path: Path
+):
+    begun = models.resolve(str(folder), cache=tmp_path / "cache")
+    os.utime(folder / "config.json", (1, 1))  # as another node's own copy would be
+    copied = models.here(begun, lambda: pytest.fail("it is here"), tmp_path / "node")
+    assert copied is begun
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    with pytest.raises(ModelError, match="others than those that the run was begun with"):
+        models.here(begun, lambda: pytest.fail("it is here"), tmp_path / "node")

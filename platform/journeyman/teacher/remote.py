@@ -28,6 +28,7 @@ from journeyman.teacher.pace import Pace
 from journeyman.teacher.prompting import Rendered, Sampling
 
 if TYPE_CHECKING:
+    import httpx2
     import openai
 
 Form = TypeVar("Form")
@@ -78,6 +79,7 @@ class RemoteTeacher:
         tries = settings.max_retries + 1
         self._longest_s = tries * (settings.request_timeout_s + _LONGEST_PAUSE_S)
         self._limits = _Limits(settings, replicas)
+        self._quiet_until = 0.0  # by time.monotonic: the API asked for silence, of all rows
         self._answered = False
         # Forms of a request that APIs differ in, the best first; what one accepts is kept. Of the
         # log-probabilities at a position: how many besides the token's own, or none at all.
@@ -100,6 +102,9 @@ class RemoteTeacher:
             api_key=os.environ.get(self.settings.api_key_env) or "none",
             timeout=openai.Timeout(self.settings.request_timeout_s, pool=None),
             max_retries=self.settings.max_retries,
+            http_client=openai.DefaultAsyncHttpxClient(
+                event_hooks={"request": [self._be_quiet], "response": [self._heed]}
+            ),
         )
         try:
             self._check_served(await self._listed(client))
@@ -165,6 +170,16 @@ class RemoteTeacher:
             answer.usage.n_output_tokens,
             answer.usage.n_cached_tokens,
         )
+
+    async def _be_quiet(self, _: httpx2.Request) -> None:
+        """Before each try of each request: a limit that one row met holds for all of them."""
+        while (left_s := self._quiet_until - time.monotonic()) > 0:
+            await asyncio.sleep(left_s)
+
+    async def _heed(self, response: httpx2.Response) -> None:
+        if response.status_code == 429:
+            pause_s = min(_retry_after_s(response), _LONGEST_PAUSE_S)
+            self._quiet_until = max(self._quiet_until, time.monotonic() + pause_s)
 
     async def _listed(self, client: openai.AsyncOpenAI) -> object:
         """What GET /models answers; None where the API has no such list."""
@@ -288,7 +303,7 @@ class RemoteTeacher:
             return ModelError(f"teacher.url: {self._url} has no quota left for this key ({words}).")
         if status == 429:
             said = f"{self._url} answered 429: {words}"
-            return RateLimited(said, _retry_after_s(error))
+            return RateLimited(said, _retry_after_s(error.response))
         if status in _TEMPORARY or status >= 500:
             return Unreachable(f"{self._url} answered {status}: {words}")
         if status in _NOT_OFFERED and not self._answered:
@@ -310,14 +325,14 @@ class RemoteTeacher:
 
 def _not_connected(error: openai.APIError) -> bool:
     """Whether nobody was there to wait for: no row's fault."""
-    import httpx
+    import httpx2
 
-    return isinstance(error.__cause__, httpx.ConnectTimeout | httpx.PoolTimeout)
+    return isinstance(error.__cause__, httpx2.ConnectTimeout | httpx2.PoolTimeout)
 
 
-def _retry_after_s(error: openai.APIStatusError) -> float:
+def _retry_after_s(response: httpx2.Response) -> float:
     """As a number of seconds or an HTTP date; 0 where there is none."""
-    written = error.response.headers.get("retry-after", "")
+    written = response.headers.get("retry-after", "")
     with contextlib.suppress(ValueError):
         return max(0.0, float(written))
     with contextlib.suppress(ValueError, TypeError):

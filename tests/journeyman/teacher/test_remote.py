@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -314,6 +314,33 @@ def test_retry_after_is_waited_for(api: Api):
     assert 2.0 <= api.times[1] - api.times[0] < 4.0
 
 
+def test_a_pause_that_one_request_is_asked_for_holds_for_all(api: Api):
+    api.faults.append(Fault(status=429, headers={"Retry-After": "2"}))
+
+    async def one_and_then_more(teacher: RemoteTeacher):
+        first = asyncio.create_task(teacher.speak(CHAT, SAMPLING, 1))
+        while not api.times:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)  # its answer, which is 429, has come back
+        await asyncio.gather(first, *(teacher.speak(CHAT, SAMPLING, 1) for _ in range(3)))
+
+    with_teacher(api.url, one_and_then_more)
+    assert len(api.times) == 5
+    assert api.times[1] - api.times[0] >= 2.0
+
+
+def test_a_connection_that_is_never_made_is_not_the_rows_fault(api: Api):
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as held:
+        for _ in range(2):  # its queue is full: whoever else knocks waits
+            knocking = held.enter_context(socket.socket())
+            knocking.setblocking(False)
+            knocking.connect_ex(full.getsockname())
+        elsewhere = f"http://127.0.0.1:{full.getsockname()[1]}/"
+        api.faults.append(Fault(status=307, headers={"Location": elsewhere}))
+        with pytest.raises(Unreachable, match="does not answer"):
+            spoken(api.url, request_timeout_s=0.5, max_retries=0)
+
+
 @pytest.mark.parametrize("fault", [Fault(status=500), Fault(dropped=True), Fault(delay_s=0.6)])
 def test_what_passes_is_tried_again_with_growing_pauses(api: Api, fault: Fault):
     api.faults.extend([fault, fault])
@@ -512,7 +539,7 @@ def test_tokens_are_reserved_by_estimate_and_corrected_by_usage(api: Api):
 # --- a real server ---
 
 
-@contextmanager
+@contextlib.contextmanager
 def vllm_server(model: Path, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

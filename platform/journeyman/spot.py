@@ -1,7 +1,8 @@
 """Spot nodes: heed the cloud's notice that a node is about to be taken away.
 
-Neither Ray nor its launcher asks for the notice (Ray 2.60). Who works on such a node does, and has
-Ray drain it: no further work is sent there, and what is under way may end before the node does.
+Neither Ray nor its launcher asks for the notice (Ray 2.60). Who works on such a node does, has Ray
+drain it, so that no further work is sent there, and begins nothing new: what is under way may end
+before the node does, and what waits is begun elsewhere when it has gone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime
 
 import httpx
@@ -23,6 +25,7 @@ _GCP = ("GCE_METADATA_HOST", "169.254.169.254")
 _GCP_NOTICE_S = 30.0
 _POLL_S = 5.0
 _PATIENCE_S = 2.0  # with an answer
+_LATE_S = 60.0  # a node that is still there so long after its time stays, for all anyone knows
 _TOKEN_S = 300  # that AWS lets a token live
 _log = logging.getLogger(__name__)
 
@@ -57,16 +60,31 @@ def _gcp(client: httpx.Client) -> float | None:
     return _GCP_NOTICE_S if told.raise_for_status().text.strip() == "TRUE" else None
 
 
-def watch(cloud: Cloud) -> None:
-    """Look for the notice while this process lives, and have Ray drain the node once it comes."""
-    threading.Thread(target=_watch, args=(cloud,), name="spot notice", daemon=True).start()
+class Notice:
+    """Looks for the notice while this process lives, and has Ray drain the node once it comes."""
+
+    def __init__(self, cloud: Cloud) -> None:
+        self._gone_at: float | None = None  # by time.monotonic
+        threading.Thread(target=self._watch, args=(cloud,), name="spot notice", daemon=True).start()
+
+    def hold(self) -> None:
+        """Return at once, unless the node is about to go: then not before it should have gone."""
+        while self._gone_at is not None and time.monotonic() < self._gone_at + _LATE_S:
+            time.sleep(_POLL_S)
+
+    def _watch(self, cloud: Cloud) -> None:
+        left_s = _wait_for_notice(cloud)
+        self._gone_at = time.monotonic() + left_s
+        _drain(left_s)
 
 
-def _watch(cloud: Cloud) -> None:
+def _wait_for_notice(cloud: Cloud) -> float:
+    """Seconds that are left when it comes."""
     pause = threading.Event()
     unheard = False
     with httpx.Client(timeout=_PATIENCE_S) as client:
-        while not pause.wait(_POLL_S):
+        while True:
+            pause.wait(_POLL_S)
             try:
                 left = seconds_left(cloud, client)
                 unheard = False
@@ -78,19 +96,24 @@ def _watch(cloud: Cloud) -> None:
                 unheard = True
                 continue
             if left is not None:
-                return _drain(left)
+                return left
 
 
 def _drain(left_s: float) -> None:
     import ray
 
-    here = ray.get_runtime_context()
+    here, gone_at = ray.get_runtime_context(), time.monotonic() + left_s
     _log.warning("this node is taken away in %.0f s: draining it", left_s)
-    done = subprocess.run(
-        [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={here.gcs_address}",
-         f"--node-id={here.get_node_id()}", "--reason=DRAIN_NODE_REASON_PREEMPTION",
-         "--reason-message=spot notice", f"--deadline-remaining-seconds={int(left_s)}"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
+    while True:
+        left_s = max(0.0, gone_at - time.monotonic())
+        done = subprocess.run(
+            [sys.executable, "-m", "ray.scripts.scripts", "drain-node",
+             f"--address={here.gcs_address}", f"--node-id={here.get_node_id()}",
+             "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot notice",
+             f"--deadline-remaining-seconds={int(left_s)}"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if not done.returncode or not left_s:
+            return
         _log.error("the node could not be drained: %s", done.stderr.strip())
+        time.sleep(_POLL_S)

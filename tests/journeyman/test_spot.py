@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -80,3 +81,21 @@ def test_a_service_that_does_not_answer_is_an_error_of_its_own(metadata: Metadat
     metadata.server_close()
     with httpx.Client() as client, pytest.raises(httpx.HTTPError):
         spot.seconds_left("aws", client)
+
+
+def test_what_waits_is_held_until_the_node_should_have_gone(metadata: Metadata, monkeypatch):
+    told: list[float] = []
+    monkeypatch.setattr(spot, "_drain", told.append)
+    monkeypatch.setattr(spot, "_POLL_S", 0.05)
+    monkeypatch.setattr(spot, "_LATE_S", 0.3)
+    notice = spot.Notice("aws")
+    notice.hold()  # nothing was said yet
+    metadata.taken_at = datetime.now(UTC) + timedelta(seconds=2)
+    deadline = time.monotonic() + 10
+    while not told:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert 0 < told[0] <= 2
+    began = time.monotonic()
+    notice.hold()
+    assert time.monotonic() - began >= told[0]  # and some time over, in which it might go

@@ -204,8 +204,7 @@ class _ShardLabeler:
         run = spec.recipe
         name = f"label-{uuid.uuid4().hex[:8]}"
         self._log = Log.of_ray(name, run=run.name, recipe=run.hash, labels=spec.labels)
-        if cloud := run.cluster.spot:
-            spot.watch(cloud)
+        self._notice = spot.Notice(run.cluster.spot) if run.cluster.spot else None
         try:
             self._replica = Replica(spec, lambda *report: tally.add.remote(*report))
             self._log.info("replica started", seconds=round(self._replica.start_seconds, 1))
@@ -217,6 +216,8 @@ class _ShardLabeler:
         """An error of ours comes back as a value: Ray Data would wrap it, and try again."""
         if self._failed:
             return {"commit": [""], "error": [self._failed]}
+        if self._notice:
+            self._notice.hold()  # Ray Data has queued it here; it goes elsewhere with the node
         try:
             commits = [self._labeled(_work(str(work))) for work in batch["work"]]
         except JourneymanError as error:

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from journeyman.errors import ModelError
 from journeyman.models import Model
 from journeyman.recipe import Teacher
-from journeyman.teacher import adapter, capture, lifeline, worker
+from journeyman.teacher import adapter, capture, lifeline, plugins, worker
 from journeyman.teacher.answers import Completion, InvalidRequest, Recorded, Spoken
 from journeyman.teacher.prompting import Sampling
 from journeyman.teacher.spread import Spread
@@ -393,6 +393,7 @@ def _set_environment(settings: Teacher, draws: bool) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is resolved to a folder already
     # Prompts are encoded one by one: handing each to a thread costs more than encoding it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    plugins.announce()
     os.environ[lifeline.PARENT] = str(os.getpid())
     os.environ[lifeline.SPREAD] = "1" if settings.spread else ""
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(settings.start_timeout_s))

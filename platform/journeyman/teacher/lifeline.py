@@ -2,7 +2,7 @@
 
 vLLM 0.29's engine core lives on when its parent is killed, holding gigabytes and every core; and
 for five minutes when a worker on another node has died, as it waits for that one's answer. vLLM
-loads this as a plugin (``vllm.general_plugins`` in pyproject.toml) in each of its processes.
+loads this as a plugin (see ``plugins``) in each of its processes.
 """
 
 from __future__ import annotations

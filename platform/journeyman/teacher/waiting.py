@@ -2,7 +2,7 @@
 
 By itself an engine core of vLLM 0.29 asks again and again (``sched_yield``) whether its worker is
 done, on a core that the worker's threads compute on: 4% of labeling's speed on two cores. vLLM
-loads this as a plugin (``vllm.general_plugins`` in pyproject.toml) in each of its processes.
+loads this as a plugin (see ``plugins``) in each of its processes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run the label step of a recipe, as a Ray job or by hand.
+"""Label the corpus of a recipe, prepared first where it is not yet, as a Ray job or by hand.
 
 python jobs/label.py jobs/recipes/demo.yaml
 ray job submit --working-dir . -- python jobs/label.py jobs/recipes/demo.yaml
@@ -12,4 +12,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "platform"))
 from journeyman.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["label", *sys.argv[1:]]))
+    sys.exit(main(["label", "--prepare", *sys.argv[1:]]))

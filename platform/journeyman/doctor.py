@@ -62,6 +62,7 @@ def examine(recipe: Recipe | None, wait_s: float) -> Iterator[Finding]:
     if recipe:
         yield from _in_reach(recipe, reports)
         yield memory(recipe, nodes, reports)
+        yield from other_gpus(recipe)
         yield disk(reports)
 
 
@@ -97,6 +98,22 @@ def gpus(settings: Cluster, nodes: Sequence[Node], reports: Sequence[NodeReport]
             "for nodes to come with --wait SECONDS, or set it to 0"
         ))  # fmt: skip
     return Finding(what="GPUs", ok=True, words=f"{total} on {len(nodes)} nodes")
+
+
+def other_gpus(recipe: Recipe) -> Iterator[Finding]:
+    """Where labeling is on GPUs, what of the rest would not be."""
+    if not recipe.cluster.gpus_per_replica or recipe.student is None:
+        return
+    served = recipe.labels.kind == "classes" and not recipe.teacher.gives_text_alone
+    lacking = []
+    if not recipe.training.gpus_per_worker:
+        lacking.append(("training.gpus_per_worker", "the student trains on CPUs"))
+    if served and not recipe.cascade.teacher_gpus:
+        taken = "a teacher that serves takes a GPU that Ray believes to be free"
+        lacking.append(("cascade.teacher_gpus", taken))
+    for name, otherwise in lacking:
+        words = f"labeling is on GPUs, and {name} is 0: {otherwise}; set it to 1"
+        yield Finding(what="GPUs", ok=False, words=words)
 
 
 def memory(recipe: Recipe, nodes: Sequence[Node], reports: Sequence[NodeReport]) -> Finding:

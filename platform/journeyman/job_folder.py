@@ -13,18 +13,21 @@ from pathlib import Path, PurePath
 import yaml
 
 from journeyman import cluster, sources
-from journeyman.errors import RecipeError
+from journeyman.errors import ClusterError, RecipeError
 from journeyman.recipe import Recipe, Teacher
 
 RECIPE = "recipe.yaml"
 _CODE = ("platform/journeyman", "jobs", "serve")
 _CODE_SUFFIXES = {".py", ".css", ".html", ".j2", ".typed"}
 _MOST_BYTES = 64 << 20  # of a recipe's own files; Ray takes some hundred MB, and every node unpacks
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _SHORTEST_SECRET = 12  # characters; what is shorter may stand in a recipe by chance
 _SECRET = re.compile(
-    r"AKIA[0-9A-Z]{16}|\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|\bjm-[A-Za-z0-9_-]{20,}"
+    r"\bA(?:KIA|SIA)[0-9A-Z]{16}\b|\bAIza[A-Za-z0-9_-]{35}|\bgh[pousr]_[A-Za-z0-9]{30,}"
+    r"|\bgithub_pat_\w{30,}|\bxox[abpr]-[A-Za-z0-9-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"|\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|\bjm-[A-Za-z0-9_-]{20,}"
     r"|://[^\s/:@]+:[^\s/@]+@"  # user and password in a URL
+    r"|[?&](?:X-Amz-Signature|X-Goog-Signature|sig)=[^\s&]{16,}"  # a URL that opens by itself
 )
 
 
@@ -56,8 +59,13 @@ def pack(recipe: Recipe | None, folder: Path) -> int:
     names; returns the bytes in it.
 
     Raises RecipeError where the recipe's files are too many for a job, DataError where one is not
-    there.
+    there, ClusterError where the code is not.
     """
+    if not (cluster.CHECKOUT / "jobs" / "pipeline.py").is_file():
+        raise ClusterError(
+            f"{cluster.CHECKOUT} holds no jobs/, which a job runs: call journeyman from a clone of "
+            "the repository that is installed with pip install --editable."
+        )
     for top in _CODE:
         for file in (cluster.CHECKOUT / top).rglob("*"):
             if file.suffix in _CODE_SUFFIXES:

@@ -21,7 +21,7 @@ from journeyman import job_folder
 from journeyman.errors import ClusterError
 from journeyman.recipe import Recipe
 
-SCRIPTS = ("pipeline", "prepare", "label", "train", "certify")  # of jobs/
+SCRIPTS = ("pipeline", "prepare", "estimate", "label", "train", "certify")  # of jobs/
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _ADDRESS = "RAY_API_SERVER_ADDRESS"
 _POLL_S = 0.5
@@ -113,17 +113,23 @@ class Jobs:
         given = [job_folder.RECIPE] if recipe else []
         with tempfile.TemporaryDirectory(prefix="journeyman-") as folder:
             job_folder.pack(recipe, Path(folder))
-            with self._errors():
-                self._client.submit_job(
-                    entrypoint=shlex.join(["python", f"jobs/{script}.py", *given, *arguments]),
-                    submission_id=id,
-                    metadata={"recipe": recipe.hash} if recipe else {},
-                    runtime_env={
-                        "working_dir": folder,
-                        # From the job's own folder, where every process of it starts.
-                        "env_vars": {**environment, "PYTHONPATH": "platform:."},
-                    },
-                )
+            try:
+                with self._errors():
+                    self._client.submit_job(
+                        entrypoint=shlex.join(["python", f"jobs/{script}.py", *given, *arguments]),
+                        submission_id=id,
+                        metadata={"recipe": recipe.hash} if recipe else {},
+                        runtime_env={
+                            "working_dir": folder,
+                            # From the job's own folder, where every process of it starts.
+                            "env_vars": {**environment, "PYTHONPATH": "platform:."},
+                        },
+                    )
+            except ClusterError:
+                # Someone else may have started the very same in the meantime.
+                there = self.latest(recipe, script)
+                if not (there and there.id == id and there.active):
+                    raise
         return self.get(id)
 
     def follow(self, id: str, write: Callable[[str], None]) -> Job:
@@ -134,6 +140,7 @@ class Jobs:
                 n_written = asyncio.run(self._tail(id, n_written, write))
                 job = self.get(id)
                 if not job.active:
+                    write(self.log(id)[n_written:])  # where the line broke before its end
                     return job
                 answered = time.monotonic()
             except ClusterError:
@@ -186,7 +193,8 @@ class Jobs:
         except AuthenticationError as error:
             raise ClusterError(
                 f"{self.address}: asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
-                "RAY_AUTH_TOKEN_PATH to the cluster's own (on its head: ~/.ray/auth_token)."
+                "RAY_AUTH_TOKEN_PATH to the cluster's own (on its head: ~/.ray/auth_token; with "
+                "KubeRay in the secret that is called as the cluster: docs/kubernetes.md)."
             ) from error
         except (ConnectionError, requests.RequestException) as error:
             raise ClusterError(
@@ -195,8 +203,7 @@ class Jobs:
                 "with --address."
             ) from error
         except (RuntimeError, ValueError) as error:  # what the cluster says of a request
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ClusterError(f"{self.address}: refused ({reason}).") from error
+            raise ClusterError(f"{self.address}: refused ({_reason(error)}).") from error
 
 
 def _client(address: str) -> Any:
@@ -213,6 +220,14 @@ def _client(address: str) -> Any:
         os.environ.pop(_ADDRESS)
         if before is not None:
             os.environ[_ADDRESS] = before
+
+
+def _reason(error: Exception) -> str:
+    """The one line that says why: of a traceback, which a cluster may answer with, the last."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip(" .'\"}")]
+    if not lines:
+        return type(error).__name__
+    return lines[-1 if any("Traceback" in line for line in lines) else 0].rstrip(".")
 
 
 def _job(details: Any) -> Job:

@@ -133,6 +133,16 @@ def look(reference: str, revision: str | None = None) -> tuple[int, int]:
     return resolve(reference, revision).size_bytes, 0
 
 
+def look_for_adapter(settings: Teacher) -> None:
+    """Fetch the LoRA adapter of a teacher, which is small; raises ModelError where there is none
+    in reach."""
+    if settings.lora is not None:
+        adapter = _locate(settings.lora, None)
+        for file in _adapter_files(adapter):
+            if not file.is_file():
+                raise ModelError(f"{settings.lora}: {adapter} has no {file.name}.")
+
+
 def here(elsewhere: Model, resolve_again: Callable[[], Model], cache: Path | None = None) -> Model:
     """A model that another node resolved, on this node; raises ModelError if it is not the same.
 

@@ -120,7 +120,9 @@ def _look(teacher: Teacher) -> tuple[int, int]:
         remote = RemoteTeacher(patient)
         asyncio.run(remote.start())
         return 0, 0
-    return models.look(teacher.model, teacher.revision)
+    found = models.look(teacher.model, teacher.revision)
+    models.look_for_adapter(teacher)
+    return found
 
 
 def _versions() -> dict[str, str]:

@@ -353,9 +353,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def names(recipe: Recipe) -> tuple[str, ...]:
     """The steps of a recipe: cascades are of classifiers, and labeling alone needs no student."""
-    if recipe.labels.kind == "classes":
-        return NAMES
-    return NAMES[: NAMES.index("train") + (recipe.student is not None)]
+    if recipe.student is None:
+        return NAMES[: NAMES.index("train")]
+    return NAMES if recipe.labels.kind == "classes" else NAMES[: NAMES.index("certify")]
 
 
 Reporter = Callable[[StepResult], None]

@@ -48,6 +48,16 @@ def test_gpus_that_ray_does_not_offer_or_nobody_has_are_named():
     assert doctor.gpus(recipe.Cluster(), [node("a")], [report("a")]).ok
 
 
+def test_what_labeling_on_gpus_would_leave_on_cpus_is_named():
+    on_gpus = ["cluster.gpus_per_replica=1", "training.gpus_per_worker=1"]
+    assert not list(doctor.other_gpus(with_teacher()))
+    [teacher] = doctor.other_gpus(with_teacher(*on_gpus))
+    assert not teacher.ok and "cascade.teacher_gpus is 0" in teacher.words
+    assert not list(doctor.other_gpus(with_teacher(*on_gpus, "cascade.teacher_gpus=1")))
+    found = [f.words for f in doctor.other_gpus(with_teacher("cluster.gpus_per_replica=1"))]
+    assert len(found) == 2 and "training.gpus_per_worker is 0" in found[0]
+
+
 @pytest.mark.parametrize(
     ("n_gpus", "overrides", "fits"),
     [

@@ -50,6 +50,11 @@ def test_the_recipe_arrives_as_it_will_run(name: str, tmp_path: Path):
         ("teacher.engine_args={hf_token: hf_0123456789abcdefghijklmnopqrstuv}",
          r"looks like a credential \(hf_0123…\).*--env NAME"),
         ("corpus.sources=['s3://me:mine-alone@bucket/rows.jsonl']", "looks like a credential"),
+        (f"corpus.sources=['https://b/r.csv?X-Amz-Date=1&X-Amz-Signature={'0a' * 32}']",
+         "looks like a credential"),
+        (f"corpus.sources=['https://b/r.csv?sv=2024&sig={'Ab%2F' * 9}']", "looks like a cred"),
+        ("labels.prompt='ASIA" + "Q" * 16 + " {{ label }}'", "looks like a credential"),
+        ("labels.prompt='ghp_" + "a1" * 18 + " {{ label }}'", "looks like a credential"),
     ],
 )  # fmt: skip
 def test_what_would_be_lost_or_given_away_is_refused(override: str, words: str):
@@ -62,6 +67,8 @@ def test_a_secret_of_the_environment_must_not_be_in_the_recipe():
     job_folder.check(loaded, {"HOME": "correct-horse-battery"})
     with pytest.raises(RecipeError, match=r"variable MY_API_KEY.*--env MY_API_KEY"):
         job_folder.check(loaded, {"MY_API_KEY": "correct-horse-battery"})
+    with pytest.raises(RecipeError, match=r"variable db_password"):
+        job_folder.check(loaded, {"db_password": "correct-horse-battery"})
 
 
 def test_what_the_cluster_has_of_its_own_is_left_to_it():

@@ -7,6 +7,7 @@ the Kubernetes API's; a field that is misspelt, misplaced or of another type is 
 from __future__ import annotations
 
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from journeyman import recipe
 from tests.conftest import DEMO, ROOT
+from tests.jobs.test_cluster_file import recipe_of_documents
 
 JOBS = sorted((ROOT / "jobs" / "kuberay").glob("*.yaml"))
 SERVICE = ROOT / "serve" / "kuberay" / "cascade.yaml"
@@ -93,6 +95,7 @@ class HeadGroup(Strict):
 
 class WorkerGroup(Strict):
     group_name: Name
+    labels: dict[str, str]
     replicas: Annotated[int, Field(ge=0)]
     min_replicas: Annotated[int, Field(ge=0)]
     max_replicas: Annotated[int, Field(ge=0)]
@@ -165,7 +168,32 @@ def test_there_is_a_job_for_labeling_training_and_the_whole():
     assert [path.stem for path in JOBS] == ["label", "pipeline", "train"]
     groups = {p.stem: [g.group_name for g in job(p).spec.ray_cluster_spec.worker_group_specs]
               for p in JOBS}  # fmt: skip
-    assert groups == {"label": ["label"], "pipeline": ["label", "train"], "train": ["train"]}
+    assert groups == {
+        "label": ["label", "cpu"], "pipeline": ["label", "train", "cpu"], "train": ["train"],
+    }  # fmt: skip
+
+
+def test_nodes_have_the_labels_that_the_documents_recipe_asks_for():
+    asked = recipe_of_documents()
+    wanted = [settings.node_labels for settings in (asked.cluster, asked.training, asked.cascade)]
+    of = {p.stem: job(p).spec.ray_cluster_spec.worker_group_specs for p in JOBS}
+    groups = {name: [group.labels for group in found] for name, found in of.items()}
+    assert wanted[0] in groups["label"] and wanted[1] in groups["train"]
+    assert all(labels in groups["pipeline"] for labels in wanted)
+    assert service().spec.ray_cluster_config.worker_group_specs[0].labels == wanted[2]
+
+
+def test_the_documents_doctor_is_a_job_like_labeling():
+    [line] = [li for li in (ROOT / "docs/kubernetes.md").read_text().splitlines()
+              if li.startswith("sed ")]  # fmt: skip
+    made = subprocess.run(
+        ["bash", "-c", line.partition(" | kubectl")[0]], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    doctor = RayJob.model_validate(yaml.safe_load(made.stdout))
+    assert doctor.metadata.name == "journeyman-doctor" and doctor.spec.backoff_limit == 0
+    script, *given = shlex.split(doctor.spec.entrypoint)[1:]
+    assert script.endswith("/jobs/doctor.py") and given[1:] == ["--wait", "900"]
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
@@ -216,5 +244,6 @@ def test_work_fits_gpu_workers_and_none_of_it_the_head():
         for group in cluster.worker_group_specs:
             has = group.template.spec.containers[0].resources.limits
             assert int(has["cpu"]) >= asked.cpus_per_replica
-            assert has["nvidia.com/gpu"] >= asked.gpus_per_replica
+            gpus = has.get("nvidia.com/gpu", 0)
+            assert gpus >= asked.gpus_per_replica or group.labels == {"journeyman": "cpu"}
             assert group.min_replicas <= group.replicas <= group.max_replicas

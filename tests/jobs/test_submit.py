@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 import yaml
 
 from journeyman import corpus, recipe
+from journeyman.errors import ClusterError
 from journeyman.jobs import Jobs
 from journeyman.labels.store import LabelStore
 from tests import ray_head
@@ -104,6 +106,58 @@ def test_ctrl_c_that_the_client_takes_for_a_broken_line_still_lets_go():
     with pytest.raises(KeyboardInterrupt):
         jobs.follow("a-job", said.append)
     assert said == ["begun\n"]
+
+
+def details(id: str, status: str) -> SimpleNamespace:
+    return SimpleNamespace(submission_id=id, status=status, message="", metadata={}, start_time=1,
+                           end_time=None)  # fmt: skip
+
+
+def test_what_a_job_wrote_while_the_line_was_broken_is_shown_when_it_has_ended():
+    class Client:
+        async def tail_job_logs(self, _: str):
+            yield "begun\n"
+            raise RuntimeError("the line is broken")
+
+        def list_jobs(self):
+            return [details("a-job", "SUCCEEDED")]
+
+        def get_job_logs(self, _: str) -> str:
+            return "begun\nall of it done\n"
+
+    said: list[str] = []
+    jobs = Jobs.__new__(Jobs)
+    jobs._client, jobs.address = Client(), "http://head:8265"
+    assert jobs.follow("a-job", said.append).status == "SUCCEEDED"
+    assert "".join(said) == "begun\nall of it done\n"
+
+
+def test_who_submits_the_same_at_the_same_moment_gets_the_other_ones_job():
+    submitted_by_another: list[SimpleNamespace] = []
+    settings = recipe.load(DEMO, ["output=/shared/runs"])
+
+    class Client:
+        def list_jobs(self):
+            return submitted_by_another
+
+        def submit_job(self, submission_id: str, **_: object):
+            if not refused:
+                submitted_by_another.append(details(submission_id, "RUNNING"))
+            raise RuntimeError(
+                "Request failed with status code 500: Traceback (most recent call last):\n"
+                '  File "job_agent.py", line 5, in submit_job\n'
+                "ValueError: it exists already, or worse.\n"
+            )
+
+    jobs = Jobs.__new__(Jobs)
+    jobs._client, jobs.address = Client(), "http://head:8265"
+    refused = False
+    assert jobs.submit(settings, "label", {}).active
+    submitted_by_another.clear()
+    refused = True
+    words = r"refused \(ValueError: it exists already, or worse\)\.$"
+    with pytest.raises(ClusterError, match=words):
+        jobs.submit(settings, "label", {})
 
 
 @pytest.mark.slow  # ten seconds, and the one beside it meets the same code

@@ -139,6 +139,9 @@ _ESTIMATE_ROWS = 200
 def _add_label_options(label: argparse.ArgumentParser) -> None:
     label.add_argument("--new", action="store_true", help=_NEW)
     label.add_argument(
+        "--prepare", action="store_true", help="prepare the corpus first, where it is not yet"
+    )
+    label.add_argument(
         "--estimate",
         action="store_true",
         help="label a sample only, and say how long the whole corpus will take and what it will "
@@ -189,7 +192,7 @@ def _run(options: argparse.Namespace) -> int:
     done = steps.run(loaded, _print_result, new_labels=options.new)
     print()
     run = steps.Run(loaded)
-    if loaded.labels.kind != "classes":
+    if "report" not in steps.names(loaded):
         print(summary.table(summary.without_cascade(run)))
         made = "train" if loaded.student else "label"
         print(f"\n{made:<9} {run.path(made) if loaded.student else run.labels}")
@@ -214,6 +217,10 @@ def _step(options: argparse.Namespace) -> int:
 def _label(options: argparse.Namespace) -> int:
     from journeyman import steps
 
+    if options.prepare:
+        run = steps.Run(load(options))
+        with run.locked():
+            _print_result(run.execute("prepare"))
     if options.trial:
         if options.estimate or options.new:
             raise RecipeError("--try labels nothing: give it without --estimate and --new.")

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from journeyman.cli.arguments import add_overrides, command
-from journeyman.cli.jobs import add_address, follow
+from journeyman.cli.jobs import add_address, add_variables, follow, variables
 
 _DESCRIPTION = """\
 Look at a cluster, and say what to mend: are all nodes alike, does Ray offer the GPUs that are
@@ -32,6 +32,7 @@ def add_command(commands: Any) -> None:
     doctor.add_argument("recipe", metavar="RECIPE", nargs="?", help="the recipe, a YAML file")
     add_overrides(doctor)
     add_address(doctor)
+    add_variables(doctor)
     doctor.add_argument(
         "--wait", metavar="SECONDS", type=float, default=30.0,
         help="for room for a replica, new nodes included (default 30)",
@@ -59,5 +60,6 @@ def _as_job(options: argparse.Namespace, loaded: Any) -> int:
     if loaded:
         job_folder.check(loaded, os.environ)
     cluster = Jobs(options.address)
-    job = cluster.submit(loaded, "doctor", {}, ["--wait", f"{options.wait:g}"])
+    given = variables(options.variables)
+    job = cluster.submit(loaded, "doctor", given, ["--wait", f"{options.wait:g}"])
     return follow(cluster, job.id)

@@ -49,11 +49,7 @@ def add_commands(commands: Any) -> None:
         "--step", choices=jobs.SCRIPTS, default=jobs.SCRIPTS[0],
         help="one step alone; by default all that are not done yet",
     )  # fmt: skip
-    submit.add_argument(
-        "--env", dest="variables", metavar="NAME", action="append", default=[],
-        help="hand this environment variable to the job, such as HF_TOKEN; may be given again. "
-        "Who may look at the cluster's dashboard can read it: the nodes' own role is better",
-    )  # fmt: skip
+    add_variables(submit)
     submit.add_argument("--again", action="store_true", help="also if the same job has ended")
     submit.add_argument("--detach", action="store_true", help="do not follow it")
     group = commands.add_parser(
@@ -72,6 +68,14 @@ def add_commands(commands: Any) -> None:
     logs.add_argument("--follow", action="store_true", help="until the job has ended")
 
 
+def add_variables(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--env", dest="variables", metavar="NAME", action="append", default=[],
+        help="hand this environment variable to the job, such as HF_TOKEN; may be given again. "
+        "Who may look at the cluster's dashboard can read it: the nodes' own role is better",
+    )  # fmt: skip
+
+
 def add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address", metavar="URL",
@@ -84,7 +88,7 @@ def _submit(options: argparse.Namespace) -> int:
     from journeyman import job_folder
 
     recipe = load(options)
-    environment = _environment(options.variables)
+    environment = variables(options.variables)
     job_folder.check(recipe, os.environ)
     cluster = Jobs(options.address)
     there = cluster.latest(recipe, options.step)
@@ -99,7 +103,8 @@ def _submit(options: argparse.Namespace) -> int:
     return follow(cluster, job.id, f"job       {job.id} {words}\n")
 
 
-def _environment(names: Sequence[str]) -> dict[str, str]:
+def variables(names: Sequence[str]) -> dict[str, str]:
+    """Those of this environment, by name; raises RecipeError where one is not set."""
     for name in names:
         if name not in os.environ:
             raise RecipeError(f"--env {name}: no such environment variable is set here.")

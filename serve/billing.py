@@ -28,11 +28,13 @@ GONE_AFTER_S = 60.0  # without a word of it, a replica is dead, and what it had 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bill:
     """What one replica's keys have spent since it settled last; number: of this bill, so that one
-    that is sent again counts once; state: the folder or store where the ledgers are."""
+    that is sent again counts once; holds: its leases, of which it spent that; state: the folder or
+    store where the ledgers are."""
 
     replica: str
     number: int
     spent: Mapping[str, float]
+    holds: Mapping[str, float]
     limits: Mapping[str, float]
     state: str
 
@@ -70,6 +72,11 @@ class Billing:
                 if replica != bill.replica and now - one.at < GONE_AFTER_S
             ]
             leases = ledger.leases(bill.limits, others)
+            if before is None and bill.holds:
+                # We began anew beneath it. Others hold leases, too, of which we have not heard yet:
+                # it keeps its own until the next time.
+                leases = {key: max(0.0, bill.holds[key] - bill.spent.get(key, 0.0))
+                          for key in leases}  # fmt: skip
             self._settled[bill.replica] = _Settled(number=bill.number, at=now, leases=leases)
             return leases
 
@@ -97,6 +104,7 @@ async def settle(
                 replica=replica,
                 number=number,
                 spent=purse.bill(),
+                holds=purse.leases,
                 limits=purse.limits,
                 state=state,
             )

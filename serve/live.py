@@ -17,10 +17,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from journeyman.cascade.recording import Answering
-from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify.bundle import PolicyBundle, WrittenBundle
 from journeyman.errors import JourneymanError
 
 _log = logging.getLogger("ray.serve")
+_MOST_SHADOWED = 256  # texts that wait for a shadow at a time; further ones are not tried
 
 
 class Candidate(BaseModel):
@@ -52,7 +53,7 @@ class UserConfig(BaseModel):
 class Served:
     """One bundle and what answers by it."""
 
-    bundle: PolicyBundle
+    bundle: PolicyBundle | WrittenBundle
     answering: Answering
     figures: Callable[[], dict[str, Any]]
     decide: Callable[[Sequence[str]], Awaitable[object]]  # by the student alone, and counted
@@ -74,10 +75,11 @@ class Live:
         self._following: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._leaving: list[Served] = []  # that still answer what they began
+        self._n_shadowing = self._n_not_shadowed = 0  # texts, of this candidate
         self.failure: str | None = None  # why what was asked for last does not answer
 
     @property
-    def bundle(self) -> PolicyBundle:
+    def bundle(self) -> PolicyBundle | WrittenBundle:
         """The one that answers; a candidate's stands in the figures."""
         return self._main.bundle
 
@@ -87,7 +89,11 @@ class Live:
             return self._main
         if self._tried.mode == "canary":
             return self._candidate
-        self._begin(self._shadow(self._candidate, texts))
+        if self._n_shadowing + len(texts) > _MOST_SHADOWED:
+            self._n_not_shadowed += len(texts)
+        else:
+            self._n_shadowing += len(texts)
+            self._begin(self._shadow(self._candidate, texts))
         return self._main
 
     def figures(self) -> dict[str, Any]:
@@ -102,6 +108,7 @@ class Live:
                 "bundle": tried.bundle.bundle_id,
                 "mode": self._tried.mode,
                 "share": self._tried.share,
+                "not_shadowed": self._n_not_shadowed,
                 **tried.figures(),
             },
             "reload_failure": self.failure,
@@ -151,6 +158,7 @@ class Live:
             tried = await self._load(wanted.candidate.bundle) if wanted.candidate else None
             self._candidate, before_it = tried, self._candidate
             self._tried = wanted.candidate
+            self._n_not_shadowed = 0
             if before_it:
                 self._close(before_it)
 
@@ -159,6 +167,8 @@ class Live:
             await candidate.decide(texts)
         except Exception as error:  # it may not harm the one that answers
             self._fail(f"shadow: {type(error).__name__}")  # its words may quote the text
+        finally:
+            self._n_shadowing -= len(texts)
 
     def _close(self, served: Served) -> None:
         """Once its last request has its answer."""

@@ -175,9 +175,16 @@ def test_a_member_hands_on_once_and_goes_on_alone_where_nobody_answers(tmp_path:
     assert [len(one.audits) for one in sent] == [12, 12, 1]
 
 
-def bill(to: Path, number: int, dollars: float, replica: str = "a") -> Bill:
+def bill(
+    to: Path, number: int, dollars: float, replica: str = "a", holds: float | None = None
+) -> Bill:
     return Bill(
-        replica=replica, number=number, spent={"k": dollars}, limits={"k": 10.0}, state=str(to)
+        replica=replica,
+        number=number,
+        spent={"k": dollars},
+        holds={} if holds is None else {"k": holds},
+        limits={"k": 10.0},
+        state=str(to),
     )
 
 
@@ -200,6 +207,22 @@ def test_what_a_key_spends_is_kept_once_over_replicas_and_restarts(tmp_path: Pat
     assert settled(Agreement(30.0), bill(tmp_path, 1, 99.0, "d")) == {"k": 0.0}
     [ledger] = (tmp_path / "budgets").iterdir()
     assert json.loads(ledger.read_text())["spent"] == {"k": 105.0}
+
+
+def test_an_agreement_that_begins_anew_promises_nothing_that_others_still_hold(tmp_path: Path):
+    first = Agreement(30.0)
+    a = settled(first, bill(tmp_path, 1, 0.0, "a"))["k"]
+    assert a == 10.0 and settled(first, bill(tmp_path, 1, 0.0, "b")) == {"k": 0.0}
+    a = settled(first, bill(tmp_path, 2, 2.0, "a"))["k"]
+    b = settled(first, bill(tmp_path, 2, 0.0, "b"))["k"]
+    assert a + b <= 8.0
+    anew = Agreement(30.0)
+    a = settled(anew, bill(tmp_path, 3, 1.0, "a", holds=a))["k"]
+    assert a + b <= 7.0, "b is not heard of yet"
+    b = settled(anew, bill(tmp_path, 3, 0.0, "b", holds=b))["k"]
+    assert a + b <= 7.0
+    again = settled(anew, bill(tmp_path, 4, 0.0, "a", holds=a))["k"]
+    assert 0 < again <= 7.0 - b
 
 
 def test_a_damaged_ledger_is_said_and_pays_for_nothing(tmp_path: Path):

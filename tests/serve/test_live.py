@@ -35,6 +35,7 @@ class Bundles:
         async def decide(texts: Any) -> None:
             if "poison" in texts:
                 raise RuntimeError("poison")
+            await self.may_load.wait()
             self.shadowed.append(list(texts))
 
         async def close() -> None:
@@ -137,7 +138,7 @@ def test_a_canary_answers_its_share_and_a_text_stays_with_one():
         assert [now(live, text) for text in texts] == by
         assert live.bundle.bundle_id == "a"
         assert live.figures()["candidate"] == {
-            "bundle": "b", "mode": "canary", "share": 0.2, "of": "b",
+            "bundle": "b", "mode": "canary", "share": 0.2, "not_shadowed": 0, "of": "b",
         }  # fmt: skip
         live.follow({})
         await settled(live)
@@ -165,5 +166,23 @@ def test_a_replica_that_stops_closes_every_bundle_it_has():
         await settled(live)
         await live.close()
         assert sorted(bundles.closed) == ["a", "b", "c"]
+
+    run(test)
+
+
+def test_a_shadow_that_is_too_slow_tries_fewer_texts_and_says_how_many_it_left_out():
+    async def test(live: Live, bundles: Bundles) -> None:
+        live.follow({"candidate": {"bundle": "b", "mode": "shadow"}})
+        await settled(live)
+        bundles.may_load.clear()
+        for i in range(300):
+            assert now(live, str(i)) == "a"
+        assert live.figures()["candidate"]["not_shadowed"] == 300 - 256
+        bundles.may_load.set()
+        await asyncio.sleep(0.01)
+        assert len(bundles.shadowed) == 256
+        now(live, "later")
+        await asyncio.sleep(0.01)
+        assert bundles.shadowed[-1] == ["later"]
 
     run(test)

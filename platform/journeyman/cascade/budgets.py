@@ -68,6 +68,11 @@ class Purse:
         self._unsettled: defaultdict[str, float] = defaultdict(float)
 
     @property
+    def leases(self) -> dict[str, float]:
+        """Dollars by key; none before the first settlement."""
+        return dict(self._leases or {})
+
+    @property
     def has_settled(self) -> bool:
         return self._leases is not None
 

@@ -18,15 +18,17 @@ from ray.serve import Application
 
 from journeyman import cluster
 from journeyman.cascade import keys
+from journeyman.certify.bundle import WrittenBundle
 from journeyman.errors import JourneymanError, RecipeError
 from journeyman.recipe import Recipe
 from journeyman.recipe.serving import StudentReplicas, TeacherReplicas
 from serve import loading
 from serve.agreement import Agreement
-from serve.ingress import STUDENT_CPUS, Ingress, IngressSpec
+from serve.ingress import Ingress, IngressSpec
 from serve.ports import check_port_of_serve_run
 from serve.scaling import BusyStudents, RisingLoad
-from serve.teacher import Teacher
+from serve.students import STUDENT_CPUS
+from serve.teacher import Student, Teacher
 
 # Serve counts a request that waits for the teacher as load on the ingress. The bounds that refuse
 # requests are our own (cascade.max_queued_requests); this one must never be what holds one back.
@@ -65,45 +67,81 @@ def app(args: AppArgs) -> Application:
 def build(bundle: str | Path) -> Application:
     """Of a bundle's folder or URL; raises BundleMismatch, ModelError, RecipeError."""
     loaded = loading.load(bundle)
-    cascade = loaded.recipe.cascade
-    runtime_env = {"env_vars": {"PYTHONPATH": cluster.python_path()}}
-    spread = loaded.recipe.teacher.spread  # then the engine has its GPUs reserved itself
-    teacher_deployment = serve.deployment(
-        Teacher,
-        name="Teacher",
-        # The ingress logs each request; here it would be each probe, too.
-        logging_config={"enable_access_log": False},
-        max_ongoing_requests=cascade.max_queued_requests + _ROOM_FOR_ACCEPTED,
-        **_scaling(cascade.teacher_replicas, **_by_load(cascade.teacher_replicas)),
-        ray_actor_options={
-            "num_cpus": cascade.teacher_cpus,
-            "num_gpus": 0 if spread else cascade.teacher_gpus,
-            "runtime_env": runtime_env,
-        },
+    settings = loaded.recipe
+    spec = IngressSpec(loaded=loaded, keys=_keys(settings))
+    teacher = _teacher(settings).bind(
+        settings.teacher,
+        loading.question(loaded),
+        loaded.bundle.columns,
+        loaded.teacher,
+        node_labels=settings.cascade.node_labels,
     )
     agreement = serve.deployment(
         Agreement,
         name="Agreement",
         logging_config={"enable_access_log": False},
         max_ongoing_requests=_ROOM_FOR_ACCEPTED,
-        ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env},
+        ray_actor_options=_actor(settings, 0),
+    ).bind(
+        settings.cascade.breaker.probe_timeout_s,
+        teacher_may_sleep=settings.cascade.teacher_replicas.min == 0,
     )
-    ingress = serve.deployment(
+    students = settings.cascade.student_replicas
+    if isinstance(loaded.bundle, WrittenBundle):  # beside the ingress, which computes nothing then
+        student = _student(settings).bind(loaded)
+        ingress = _ingress(settings, 0, num_replicas=students.min)
+        return ingress.bind(spec, teacher, agreement, student)
+    scaling = _scaling(students, **_by_busy_students(students.busy))
+    return _ingress(settings, STUDENT_CPUS, **scaling).bind(spec, teacher, agreement)
+
+
+def _ingress(settings: Recipe, n_cpus: float, **scaling: Any) -> Any:
+    return serve.deployment(
         serve.ingress()(Ingress),
         name="Cascade",
+        max_ongoing_requests=settings.cascade.max_queued_requests + _ROOM_FOR_ACCEPTED,
+        ray_actor_options=_actor(settings, n_cpus),
+        **scaling,
+    )
+
+
+def _teacher(settings: Recipe) -> Any:
+    cascade = settings.cascade
+    spread = settings.teacher.spread  # then the engine has its GPUs reserved itself
+    return serve.deployment(
+        Teacher,
+        name="Teacher",
+        # The ingress logs each request; here it would be each probe, too.
+        logging_config={"enable_access_log": False},
         max_ongoing_requests=cascade.max_queued_requests + _ROOM_FOR_ACCEPTED,
-        **_scaling(cascade.student_replicas, **_by_busy_students(cascade.student_replicas.busy)),
-        ray_actor_options={"num_cpus": STUDENT_CPUS, "runtime_env": runtime_env},
+        ray_actor_options=_actor(
+            settings, cascade.teacher_cpus, 0 if spread else cascade.teacher_gpus
+        ),
+        **_scaling(cascade.teacher_replicas, **_by_load(cascade.teacher_replicas)),
     )
-    spec = IngressSpec(loaded=loaded, keys=_keys(loaded.recipe))
-    settings = loaded.recipe
-    teacher = teacher_deployment.bind(
-        settings.teacher, settings.classes(), loaded.bundle.columns, loaded.teacher
+
+
+def _student(settings: Recipe) -> Any:
+    cascade, by_load = settings.cascade, {"target_ongoing_requests": settings.teacher.max_num_seqs}
+    return serve.deployment(
+        Student,
+        name="Student",
+        logging_config={"enable_access_log": False},
+        max_ongoing_requests=cascade.max_student_queue + _ROOM_FOR_ACCEPTED,
+        ray_actor_options=_actor(settings, cascade.student_cpus, cascade.student_gpus),
+        **_scaling(cascade.student_replicas, **by_load),
     )
-    shared = agreement.bind(
-        cascade.breaker.probe_timeout_s, teacher_may_sleep=cascade.teacher_replicas.min == 0
-    )
-    return ingress.bind(spec, teacher, shared)
+
+
+def _actor(settings: Recipe, n_cpus: float, n_gpus: float = 0) -> dict[str, Any]:
+    """Ray's options for a replica: what it reserves, where, and where it finds our code."""
+    labels = settings.cascade.node_labels
+    return {
+        "num_cpus": n_cpus,
+        "num_gpus": n_gpus,
+        "runtime_env": {"env_vars": {"PYTHONPATH": cluster.python_path()}},
+        **({"label_selector": labels} if labels else {}),
+    }
 
 
 def _scaling(replicas: TeacherReplicas | StudentReplicas, **by: Any) -> dict[str, Any]:

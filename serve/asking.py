@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from journeyman.cascade.answering import Unlabeled
+from journeyman.cascade.answering import Said
 from journeyman.cascade.refusals import TeacherAway, TeacherStarting, TeacherUnavailable
-from journeyman.teacher.answers import ClassLabels
 from serve.teacher import Unavailable
 
 if TYPE_CHECKING:
@@ -23,26 +22,29 @@ if TYPE_CHECKING:
 _PROBE_INTERVAL_S = 1.0
 _PROBE_TIMEOUT_S = 5.0  # of a busy machine
 _BACK_IN_S = 5.0  # no better is known of an engine that starts
-_STARTING = "the teacher is starting"
-_FAILED = "the teacher failed on this request"
-_GONE = "the teacher's replica is gone and another is starting"
 
 
 class TeacherByHandle:
-    """The teacher as the cascade sees it. Knows whether it may be asked at all: a call to a
-    deployment without a replica would wait for one until its deadline.
+    """The teacher, or a student that writes, as the cascade sees it. Knows whether it may be asked
+    at all: a call to a deployment without a replica would wait for one until its deadline.
 
     One that may sleep is not probed, since each probe would keep it awake: whether a replica runs
     is what the others say, and a call that is left at the handle wakes it.
     """
 
-    def __init__(self, handle: DeploymentHandle, may_sleep: bool = False) -> None:
+    def __init__(
+        self, handle: DeploymentHandle, may_sleep: bool = False, whose: str = "teacher"
+    ) -> None:
+        """whose: its name in sentences."""
         self._handle = handle
         self._may_sleep = may_sleep
         self._waking: asyncio.Task[None] | None = None
         self._started_in_s = _BACK_IN_S  # how long it took the last time
         self.n_running = 0
-        self.unready: str | None = None if may_sleep else _STARTING
+        self._whose = whose
+        self._starting = f"the {whose} is starting"
+        self._gone = f"the {whose}'s replica is gone and another is starting"
+        self.unready: str | None = None if may_sleep else self._starting
 
     @property
     def asleep(self) -> bool:
@@ -51,11 +53,11 @@ class TeacherByHandle:
     def count(self, n_running: int) -> None:
         self.n_running = n_running
 
-    async def labels(self, texts: Sequence[str]) -> Sequence[ClassLabels | Unlabeled]:
+    async def labels(self, texts: Sequence[str]) -> Sequence[Said]:
         """Raises TeacherUnavailable."""
         if self.asleep:
             self._wake()
-            raise TeacherStarting(_words(_STARTING), self._started_in_s)
+            raise TeacherStarting(_words(self._starting), self._started_in_s)
         if self.unready:
             raise TeacherAway(_words(self.unready), _BACK_IN_S)
         response = self._handle.label.remote(list(texts))
@@ -66,10 +68,10 @@ class TeacherByHandle:
             response.cancel()
             raise
         except RayTaskError as error:  # of this request alone, for all anyone knows
-            raise _unavailable(_FAILED) from error
+            raise _unavailable(f"the {self._whose} failed on this request") from error
         except (RayError, RayServeException) as error:
-            self._know(_GONE)
-            raise _unavailable(_GONE) from error
+            self._know(self._gone)
+            raise _unavailable(self._gone) from error
         if isinstance(reply, Unavailable):
             self._know(reply.reason)
             raise _unavailable(reply.reason)
@@ -106,9 +108,9 @@ class TeacherByHandle:
                 self.unready = await response
         except TimeoutError:
             response.cancel()
-            self.unready = self.unready or "the teacher does not answer"
+            self.unready = self.unready or f"the {self._whose} does not answer"
         except (RayError, RayServeException):
-            self.unready = _GONE
+            self.unready = self._gone
 
 
 def _unavailable(reason: str) -> TeacherUnavailable:

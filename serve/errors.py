@@ -17,9 +17,11 @@ from starlette.exceptions import HTTPException
 from journeyman.cascade.refusals import (
     ColumnsRefused,
     DeadlinePassed,
+    NoClasses,
     Overloaded,
     Refusal,
     StudentOverloaded,
+    StudentUnavailable,
     TeacherAway,
     TeacherStarting,
     TeacherUnavailable,
@@ -31,9 +33,11 @@ from serve.schema import MAX_TEXTS, ErrorAnswer, ErrorBody
 # x-should-retry forbids it; a deadline that passed would only pass again, under more load.
 _REFUSALS: dict[type[Refusal], tuple[int, str, str, dict[str, str]]] = {
     ColumnsRefused: (422, "invalid_request_error", "wrong_columns", {}),
+    NoClasses: (400, "invalid_request_error", "no_classes", {}),
     TextRefused: (400, "invalid_request_error", "text_refused", {}),
     Overloaded: (503, "overloaded", "teacher_queue_full", {}),
     StudentOverloaded: (503, "overloaded", "student_queue_full", {}),
+    StudentUnavailable: (503, "unavailable", "student_unavailable", {}),
     TeacherUnavailable: (503, "unavailable", "teacher_unavailable", {}),
     TeacherAway: (503, "unavailable", "teacher_unavailable", {}),
     TeacherStarting: (503, "unavailable", "teacher_starting", {}),

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from journeyman.cascade.answering import Answers
 from journeyman.cascade.budgets import Purse
 from journeyman.cascade.keys import Keyring
-from journeyman.cascade.refusals import TeacherUnavailable
+from journeyman.cascade.refusals import NoClasses, TeacherUnavailable
+from journeyman.certify.bundle import WrittenBundle
 from serve import errors, openai_routes
 from serve.gate import Gate
 from serve.live import Live
@@ -62,6 +63,10 @@ def api(
         texts = request.texts(live.bundle.columns)
         served = live.served(texts)
         bundle = served.bundle
+        if isinstance(bundle, WrittenBundle):
+            raise NoClasses(
+                "this cascade writes its answers; ask /v1/chat/completions or /v1/completions."
+            )
         answers = await served.answering.answer(texts, request.model)
         response.headers.update(headers_of(answers, bundle, request.model))
         return ClassifyAnswer(

@@ -9,12 +9,14 @@ from typing import Any
 from journeyman import files, models, recipe
 from journeyman.cascade import fitting
 from journeyman.certify import bundle as bundles
-from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify import written
+from journeyman.certify.bundle import PolicyBundle, WrittenBundle
 from journeyman.certify.step import RECIPE_FILE
 from journeyman.errors import BundleMismatch, DataError, RecipeError
 from journeyman.folder import Folder
 from journeyman.mirror import Mirror, reading_copy_of
 from journeyman.models import Model
+from journeyman.recipe import Classes, Generate, Labels
 
 _STUDENT = "student"  # the name of its folder beside the bundle's
 
@@ -23,7 +25,7 @@ _STUDENT = "student"  # the name of its folder beside the bundle's
 class Loaded:
     """What belongs together, checked."""
 
-    bundle: PolicyBundle
+    bundle: PolicyBundle | WrittenBundle
     recipe: recipe.Recipe
     student: Model
     teacher: Model
@@ -49,9 +51,9 @@ def here(where: str | Path) -> Path:
 def load(where: str | Path) -> Loaded:
     """Raises BundleMismatch, ModelError, RecipeError, ClusterError."""
     bundle_dir = here(where)
-    bundle = bundles.load(bundle_dir)
+    bundle = bundles.load_any(bundle_dir)
     settings = recipe_of(bundle_dir)
-    labels = settings.classes()
+    labels = _asked(settings, bundle)
     student = models.resolve(str(_student_folder(bundle.student, bundle_dir, str(where))))
     if settings.teacher.url or settings.ensemble:
         raise RecipeError(
@@ -63,6 +65,13 @@ def load(where: str | Path) -> Loaded:
     return Loaded(
         bundle=bundle, recipe=settings, student=student, teacher=teacher, where=str(where)
     )
+
+
+def question(loaded: Loaded) -> Labels:
+    """What the teacher answers."""
+    if isinstance(loaded.bundle, PolicyBundle):
+        return loaded.recipe.classes()
+    return written.question(loaded.recipe)
 
 
 def student_here(loaded: Loaded) -> Path:
@@ -93,21 +102,46 @@ def recipe_of(bundle_dir: Path) -> recipe.Recipe:
     return recipe.parse(content, str(bundle_dir / RECIPE_FILE))
 
 
-def check_same_teacher(bundle: PolicyBundle, running: PolicyBundle) -> None:
-    """Raises BundleMismatch unless the teacher that runs for one can answer for the other."""
-    asked = (
+def check_same_engines(
+    bundle: PolicyBundle | WrittenBundle, running: PolicyBundle | WrittenBundle
+) -> None:
+    """Raises BundleMismatch unless what runs beside the ingress for one can answer for the other:
+    the teacher, and a student that writes."""
+    asked = [
         "teacher_digest",
         "teacher_tokenizer_digest",
         "prompt_digest",
         "label_names",
         "columns",
-    )
-    differing = [name for name in asked if getattr(bundle, name) != getattr(running, name)]
+    ]
+    if isinstance(running, WrittenBundle):
+        asked += ["student_digest", "student_tokenizer_digest"]
+    differing = [
+        name for name in asked if getattr(bundle, name, None) != getattr(running, name, None)
+    ]
     if differing:
         raise BundleMismatch(
-            f"bundle {bundle.bundle_id} was certified with another teacher or prompt than the one "
-            f"that runs ({', '.join(differing)}): deploy it anew, it cannot be swapped in."
+            f"bundle {bundle.bundle_id} was certified with another model or prompt than what runs "
+            f"({', '.join(differing)}): deploy it anew, it cannot be swapped in."
         )
+
+
+def _asked(settings: recipe.Recipe, bundle: PolicyBundle | WrittenBundle) -> Classes | Generate:
+    """What is certified: the teacher's question, or that to a student that writes. Raises
+    RecipeError for what serving cannot do."""
+    if isinstance(bundle, PolicyBundle):
+        return settings.classes()
+    if bundle.columns != ("text",):
+        raise RecipeError(
+            f"labels.prompt takes the columns {', '.join(bundle.columns)}, and a prompt over HTTP "
+            "is one text: name it {{ text }} to serve a student that writes."
+        )
+    if settings.cascade.feedback is not None:
+        raise RecipeError(
+            "cascade.feedback: what is kept and audited are answers of classes so far; serve a "
+            "student that writes without it."
+        )
+    return written.check(settings)
 
 
 def _student_folder(reference: str, bundle_dir: Path, where: str) -> Path:

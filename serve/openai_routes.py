@@ -1,4 +1,5 @@
-"""OpenAI's endpoints in front of a cascade: the answer to a message is its label.
+"""OpenAI's endpoints in front of a cascade: the answer to a message is its label, or what is
+written to it.
 
 Streams begin once the decision has been made, so no byte is ever taken back.
 """
@@ -11,16 +12,15 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
 
 from journeyman.cascade.answering import Answers, Asked
-from journeyman.cascade.policy import Decision
 from journeyman.cascade.refusals import ColumnsRefused
-from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify.bundle import PolicyBundle, WrittenBundle
 from serve import errors
 from serve.live import Live
+from serve.openai_answers import said
 from serve.openai_schema import (
     Chat,
     ChatChoice,
@@ -49,7 +49,7 @@ def routes(live: Live) -> APIRouter:
 
     async def ask(
         texts: list[str], request: ChatRequest | CompletionRequest
-    ) -> tuple[PolicyBundle, Answers]:
+    ) -> tuple[PolicyBundle | WrittenBundle, Answers]:
         if live.bundle.columns != ("text",):
             raise ColumnsRefused(
                 f"this cascade classifies rows of {', '.join(live.bundle.columns)}, which a prompt "
@@ -65,31 +65,38 @@ def routes(live: Live) -> APIRouter:
 
     @router.post("/v1/chat/completions", responses=_RESPONSES)
     async def chat(request: ChatRequest, response: Response) -> Chat:
-        """Classify a user's message; the label is the assistant's answer."""
+        """Answer a user's message, with its label where the cascade classifies."""
         bundle, answers = await ask([request.messages[0].text], request)
-        decision = answers.decisions[0]
-        text = request.cut(decision.label)
-        top = request.top_logprobs or 0
-        logprobs = _chat_logprobs(decision, bundle, top) if request.logprobs else None
-        message = {"role": "assistant", "content": text, "refusal": None}
+        answer = said(answers.decisions[0], bundle, request)
+        logprobs = answer.chat_logprobs(request.top_logprobs or 0) if request.logprobs else None
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
         body = Chat(
             id=f"chatcmpl-{uuid.uuid4().hex}",
             created=int(time.time()),
             model=request.model,
-            choices=[ChatChoice(index=0, finish_reason="stop", logprobs=logprobs, message=message)],
+            choices=[
+                ChatChoice(
+                    index=0,
+                    finish_reason=answer.finish_reason,
+                    logprobs=logprobs,
+                    message=message,
+                )
+            ],
             usage=_usage(answers),
             system_fingerprint=bundle.bundle_id,
-            journeyman=_note(answers, bundle, request.model),
+            journeyman=_note(answers, bundle, request.model, as_asked=answer.whole),
         )
-        response.headers.update(headers_of(answers, bundle, request.model))
+        response.headers.update(headers_of(answers, bundle, request.model, as_asked=answer.whole))
         if request.stream:
             return _streamed(_chat_chunks(body, _with_usage(request)), response)  # type: ignore[return-value]
         return body
 
     @router.post("/v1/completions", responses=_RESPONSES)
     async def completions(request: CompletionRequest, response: Response) -> Completion:
-        """Classify one prompt or several; the labels are the completions."""
+        """Answer one prompt or several, with their labels where the cascade classifies."""
         bundle, answers = await ask(request.texts, request)
+        all_said = [said(decision, bundle, request) for decision in answers.decisions]
+        whole = all(answer.whole for answer in all_said)
         body = Completion(
             id=f"cmpl-{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -97,19 +104,19 @@ def routes(live: Live) -> APIRouter:
             choices=[
                 TextChoice(
                     index=i,
-                    finish_reason="stop",
-                    text=request.cut(decision.label),
+                    finish_reason=answer.finish_reason,
+                    text=answer.text,
                     logprobs=None
                     if request.logprobs is None
-                    else _text_logprobs(decision, bundle, request.logprobs),
+                    else answer.text_logprobs(request.logprobs),
                 )
-                for i, decision in enumerate(answers.decisions)
+                for i, answer in enumerate(all_said)
             ],
             usage=_usage(answers),
             system_fingerprint=bundle.bundle_id,
-            journeyman=_note(answers, bundle, request.model),
+            journeyman=_note(answers, bundle, request.model, as_asked=whole),
         )
-        response.headers.update(headers_of(answers, bundle, request.model))
+        response.headers.update(headers_of(answers, bundle, request.model, as_asked=whole))
         if request.stream:
             return _streamed(_text_chunks(body, _with_usage(request)), response)  # type: ignore[return-value]
         return body
@@ -117,45 +124,22 @@ def routes(live: Live) -> APIRouter:
     return router
 
 
-def _note(answers: Answers, bundle: PolicyBundle, asked: Asked) -> Note:
+def _note(
+    answers: Answers, bundle: PolicyBundle | WrittenBundle, asked: Asked, *, as_asked: bool
+) -> Note:
+    names = bundle.label_names if isinstance(bundle, PolicyBundle) else ()
     return Note(
         bundle=bundle.bundle_id,
-        guarantee=promise_of(answers, bundle, asked),
+        guarantee=promise_of(answers, bundle, asked, as_asked=as_asked),
         answered_by=[decision.answered_by for decision in answers.decisions],
         confidence=[decision.confidence for decision in answers.decisions],
-        probabilities=[probabilities_of(d, bundle.label_names) for d in answers.decisions],
+        probabilities=[probabilities_of(d, names) for d in answers.decisions],
     )
 
 
 def _usage(answers: Answers) -> TokenUsage:
     read, written = answers.teacher_prompt_tokens, answers.teacher_output_tokens
     return TokenUsage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
-
-
-def _chat_logprobs(decision: Decision, bundle: PolicyBundle, top: int) -> dict[str, Any]:
-    """The label as one token."""
-    said = [
-        {"token": label, "logprob": logprob, "bytes": list(label.encode())}
-        for label, logprob in _ranked(decision, bundle)
-    ]
-    return {"content": [{**said[0], "top_logprobs": said[:top]}], "refusal": None}
-
-
-def _text_logprobs(decision: Decision, bundle: PolicyBundle, top: int) -> dict[str, Any]:
-    ranked = _ranked(decision, bundle)
-    return {
-        "tokens": [ranked[0][0]],
-        "token_logprobs": [ranked[0][1]],
-        "top_logprobs": [dict(ranked[:top])],
-        "text_offset": [0],
-    }
-
-
-def _ranked(decision: Decision, bundle: PolicyBundle) -> list[tuple[str, float]]:
-    """Labels and their log-probabilities, the likeliest first."""
-    logprobs = np.log(np.maximum(decision.probabilities, np.finfo(np.float64).tiny))
-    order = np.argsort(-logprobs, kind="stable")
-    return [(bundle.label_names[i], float(logprobs[i])) for i in order]
 
 
 def _with_usage(request: ChatRequest | CompletionRequest) -> bool:

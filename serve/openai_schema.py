@@ -58,8 +58,9 @@ class StreamOptions(BaseModel):
 class _Common(Body):
     """Parameters of both endpoints.
 
-    An answer is one of the labels: temperature, top_p, seed, penalties and limits on its length
-    are taken, as clients send them by default, and change nothing.
+    An answer is one of the labels, or the one that was certified: temperature, top_p, seed and
+    penalties are taken, as clients send them by default, and change nothing. A limit on its length
+    cuts one that was written, and then nothing is promised.
     """
 
     model: Asked
@@ -83,6 +84,11 @@ class _Common(Body):
         ends = [answer.find(stop) for stop in stops if stop and stop in answer]
         return answer[: min(ends)] if ends else answer
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens that an answer may have."""
+        return self.max_tokens
+
 
 class ChatRequest(_Common):
     """One user message."""
@@ -93,6 +99,10 @@ class ChatRequest(_Common):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
     @model_validator(mode="after")
     def _logprobs_asked(self) -> ChatRequest:
@@ -149,7 +159,7 @@ class Choice(BaseModel):
     """Of a chat: message or delta; of a completion: text."""
 
     index: int
-    finish_reason: Literal["stop"] | None
+    finish_reason: Literal["stop", "length"] | None
     logprobs: dict[str, Any] | None = None
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from journeyman.cascade.answering import Answers, Asked
 from journeyman.cascade.policy import AnsweredBy, Decision
 from journeyman.cascade.refusals import ColumnsRefused
-from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify.bundle import PolicyBundle, WrittenBundle
 from journeyman.certify.certificate import GuaranteeKind
 from journeyman.columns import packed
 from journeyman.errors import DataError
@@ -141,18 +141,24 @@ class ErrorAnswer(BaseModel):
     error: ErrorBody
 
 
-def promise_of(answers: Answers, bundle: PolicyBundle, asked: Asked) -> Promise | None:
-    """None where one model alone was asked."""
-    if asked != "cascade":
+def promise_of(
+    answers: Answers, bundle: PolicyBundle | WrittenBundle, asked: Asked, *, as_asked: bool = True
+) -> Promise | None:
+    """None where one model alone was asked; or where an answer was cut as the request wished
+    (as_asked is false then), since the promise is about whole ones."""
+    if asked != "cascade" or not as_asked:
         return None
     served = bundle.served
     return Promise(holds=not answers.void, kind=served.kind, alpha=served.alpha, delta=served.delta)
 
 
-def headers_of(answers: Answers, bundle: PolicyBundle, asked: Asked) -> dict[str, str]:
+def headers_of(
+    answers: Answers, bundle: PolicyBundle | WrittenBundle, asked: Asked, *, as_asked: bool = True
+) -> dict[str, str]:
     """What a proxy or a log needs to know of an answer without reading it."""
     by = {decision.answered_by for decision in answers.decisions}
-    guarantee = "none" if asked != "cascade" else "void" if answers.void else "holds"
+    promise = promise_of(answers, bundle, asked, as_asked=as_asked)
+    guarantee = "none" if promise is None else "holds" if promise.holds else "void"
     headers = {
         "x-journeyman-answered-by": by.pop() if len(by) == 1 else "both",
         "x-journeyman-bundle": bundle.bundle_id,
@@ -168,7 +174,7 @@ def probabilities_of(decision: Decision, label_names: tuple[str, ...]) -> dict[s
     return dict(zip(label_names, decision.probabilities.tolist(), strict=True))
 
 
-def bundle_card(bundle: PolicyBundle) -> dict[str, Any]:
+def bundle_card(bundle: PolicyBundle | WrittenBundle) -> dict[str, Any]:
     """The bundle as GET /v1/bundle shows it: without the curve, which is long."""
     content = bundle.model_dump(mode="json", exclude={"curve"})
     return {"id": bundle.bundle_id, "object": "bundle", **content}

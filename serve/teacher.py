@@ -1,4 +1,5 @@
-"""The teacher's deployment: one vLLM engine that scores texts as labeling scored its rows.
+"""The teacher's deployment: one vLLM engine that answers texts as labeling answered its rows; and
+that of a student that writes.
 
 The replica owns the engine, in an event loop of its own: starting one blocks for half a minute,
 and meanwhile the replica goes on answering that it cannot. Where the engine dies, the replica
@@ -13,21 +14,28 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+
 from journeyman import models
-from journeyman.cascade.answering import Unlabeled
+from journeyman.cascade.answering import Said, Unlabeled
+from journeyman.cascade.policy import Written
+from journeyman.certify import written
 from journeyman.columns import unpacked
 from journeyman.errors import ModelError
+from journeyman.labels.codec import Codec
 from journeyman.models import Model
-from journeyman.recipe import Classes
+from journeyman.recipe import Generate, Labels
 from journeyman.recipe import Teacher as TeacherSettings
-from journeyman.teacher.answers import ClassLabels, RowError
-from journeyman.teacher.classes import ClassTask
+from journeyman.student import writing
+from journeyman.teacher import tasks
+from journeyman.teacher.answers import ClassLabels, GeneratedLabels, RationaleLabels, RowError
 from journeyman.teacher.engine import Engine, EngineDied
+from serve import loading
+from serve.loading import Loaded
 
 T = TypeVar("T")
 
 _WATCH_INTERVAL_S = 0.5
-_RESTARTING = "the teacher's engine died and is starting again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,35 +48,51 @@ class Unavailable:
 class Teacher:
     """Answers ``label`` and ``unready`` by handle."""
 
+    whose = "teacher"  # in sentences
+
     def __init__(
-        self, settings: TeacherSettings, labels: Classes, columns: Sequence[str], model: Model
+        self,
+        settings: TeacherSettings,
+        labels: Labels,
+        columns: Sequence[str],
+        model: Model,
+        node_labels: dict[str, str] | None = None,
     ) -> None:
-        """Starts the engine; raises ModelError or RecipeError. columns: the bundle's."""
+        """Starts the engine; raises ModelError or RecipeError. columns: the bundle's; node_labels:
+        of the nodes over which an engine may spread."""
         self._columns = columns
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True).start()
-        self._engine = Engine(settings, models.here(model, lambda: models.teacher(settings)))
+        found = models.here(model, lambda: models.teacher(settings))
+        self._engine = Engine(settings, found, node_labels=node_labels)
         self._failure: str | None = None  # why the engine did not start again
         asyncio.run_coroutine_threadsafe(self._engine.start(), self._loop).result()
-        self._task = ClassTask(labels, self._engine)
+        if isinstance(labels, Generate):
+            labels = labels.model_copy(update=writing.LIKELIEST)
+        self._task = tasks.local(labels, self._engine)
+        self._codec = Codec(name="topk_fp16", vocab_size=model.vocab_size, k=1)
         self._watching = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
 
-    async def label(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled] | Unavailable:
-        """The teacher's labels, one for each text; stops when the call is cancelled."""
+    async def label(self, texts: Sequence[str]) -> list[Said] | Unavailable:
+        """The teacher's answers, one for each text; stops when the call is cancelled."""
         if reason := await self.unready():
             return Unavailable(reason=reason)
         try:
             return await self._in_engine_loop(self._label(texts))
         except EngineDied:
-            return Unavailable(reason=_RESTARTING)
+            return Unavailable(reason=self._restarting)
         except TimeoutError:
-            return Unavailable(reason="the teacher's engine does not answer")
+            return Unavailable(reason=f"the {self.whose}'s engine does not answer")
 
     async def unready(self) -> str | None:
         """Why the teacher cannot answer, None if it can."""
         if self._engine.alive:
             return None
-        return self._failure or _RESTARTING
+        return self._failure or self._restarting
+
+    @property
+    def _restarting(self) -> str:
+        return f"the {self.whose}'s engine died and is starting again"
 
     async def check_health(self) -> None:
         """For Serve, which replaces a replica that fails this three times."""
@@ -82,14 +106,43 @@ class Teacher:
         if hasattr(self, "_engine"):
             self._engine.close()
 
-    async def _label(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
+    async def _label(self, texts: Sequence[str]) -> list[Said]:
         return await asyncio.gather(*(self._label_one(text) for text in texts))
 
-    async def _label_one(self, text: str) -> ClassLabels | Unlabeled:
+    async def _label_one(self, text: str) -> Said:
         try:
-            return await self._task.run(unpacked(text, self._columns))
+            labels = await self._task.run(unpacked(text, self._columns))
         except RowError as error:
             return Unlabeled(reason=str(error))
+        if isinstance(labels, ClassLabels):
+            return labels
+        assert isinstance(labels, GeneratedLabels | RationaleLabels)  # a bundle has no others
+        return self._written(labels)
+
+    def _written(self, labels: GeneratedLabels | RationaleLabels) -> Written:
+        """Its log-probabilities as certification read them: packed by the codec, and unpacked."""
+        tokens: tuple[str, ...] = ()
+        logprobs = np.empty(0)
+        if isinstance(labels, GeneratedLabels) and (recorded := labels.recorded) is not None:
+            likeliest = recorded.token_ids[:, :1], recorded.logprobs[:, :1]
+            if np.array_equal(likeliest[0][:, 0], labels.token_ids):  # greedy, that is
+                packed = self._codec.encode(*likeliest)
+                logprobs = self._codec.decode(packed, len(recorded)).logprobs[:, 0]
+            tokens = self._tokens(labels.token_ids.tolist())
+        return Written(
+            text=labels.output if isinstance(labels, GeneratedLabels) else labels.answer,
+            tokens=tokens,
+            logprobs=logprobs.astype(np.float64),
+            finish_reason="length" if labels.finish_reason == "length" else "stop",
+            n_prompt_tokens=labels.n_prompt_tokens,
+            n_output_tokens=labels.n_output_tokens,
+        )
+
+    def _tokens(self, ids: list[int]) -> tuple[str, ...]:
+        """Without the one that ended the answer."""
+        tokenizer = self._engine.tokenizer
+        shown = ids[:-1] if ids and ids[-1] in tokenizer.all_special_ids else ids
+        return tuple(tokenizer.decode([token]) for token in shown)
 
     async def _watch(self) -> None:
         """Start the engine again whenever it has died; in the engine's loop, which it blocks."""
@@ -106,3 +159,16 @@ class Teacher:
     async def _in_engine_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         return await asyncio.wrap_future(future)
+
+
+class Student(Teacher):
+    """A student that writes, asked as it was for its certificate."""
+
+    whose = "student"
+
+    def __init__(self, loaded: Loaded) -> None:
+        """Starts the engine; raises ModelError, RecipeError, BundleMismatch."""
+        folder = loading.student_here(loaded)
+        asked = written.check(loaded.recipe)
+        settings = writing.written_by(loaded.recipe, folder, asked).teacher
+        super().__init__(settings, asked, loaded.bundle.columns, models.resolve(str(folder)))

@@ -24,8 +24,8 @@ from journeyman.cascade.batcher import Batcher
 from journeyman.cascade.policy import Policy, student_answers
 from journeyman.recipe import Recipe
 from journeyman.student.models import Classifier
-from serve.ingress import STUDENT_CPUS
 from serve.loading import Loaded
+from serve.students import STUDENT_CPUS
 
 LLM = "teacher"  # its model id in ray.serve.llm
 _ROOM = 1_000  # requests at a time: none of the limits is to be met here

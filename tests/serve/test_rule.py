@@ -6,7 +6,7 @@ import numpy as np
 
 from journeyman.cascade.policy import Decision, Escalation
 from serve import loading
-from serve.ingress import _Rule, _student
+from serve.students import Encoder, Rule, classifier
 from tests.serve import tiny
 
 
@@ -16,17 +16,18 @@ def by_student(decisions: Sequence[Decision | Escalation]) -> list[bool]:
 
 def test_a_rule_that_is_held_answers_nothing_until_it_is_told(run: tiny.Run):
     loaded = loading.load(run.bundle_dir)
-    rule, changes = _Rule(loaded, _student(loaded)), []
+    rule, changes = Rule(loaded.bundle), []
+    student = Encoder(loaded, classifier(loaded), rule)
     rule.when_changed = lambda: changes.append(rule.policy.accept_above)
     accepts = (run.scores > run.bundle.accept_above).tolist()
-    assert by_student(rule.decide(tiny.TEXTS)) == accepts and any(accepts)
+    assert by_student(student.decide(tiny.TEXTS)) == accepts and any(accepts)
     rule.hold()
-    assert not any(by_student(rule.decide(tiny.TEXTS)))
+    assert not any(by_student(student.decide(tiny.TEXTS)))
     rule.tighten(run.bundle.accept_above)
-    assert by_student(rule.decide(tiny.TEXTS)) == accepts
+    assert by_student(student.decide(tiny.TEXTS)) == accepts
     stricter = float(np.sort(run.scores[accepts])[0])
     rule.hold()
     rule.tighten(stricter)
-    assert sum(by_student(rule.decide(tiny.TEXTS))) == sum(accepts) - 1
+    assert sum(by_student(student.decide(tiny.TEXTS))) == sum(accepts) - 1
     rule.tighten(run.bundle.accept_above)  # never looser again
     assert changes == [run.bundle.accept_above, stricter]

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from journeyman import models, recipe
-from journeyman.certify.bundle import Guarantee, PolicyBundle, save
+from journeyman.certify.bundle import Guarantee, PolicyBundle, WrittenBundle, of_models, save
 from journeyman.certify.calibration import Calibrator
 from journeyman.certify.certificate import Certificate
 from journeyman.certify.scores import score
+from journeyman.recipe import Generate
 from journeyman.student.models import Classifier
 from journeyman.teacher.tasks import prompt_digest
 from serve.live import Live, Served
@@ -75,7 +76,7 @@ class Run:
         return [TEXTS[i] for i in np.argsort(self.scores) if not above[i]]
 
 
-def live(answering: Any, bundle: PolicyBundle) -> Live:
+def live(answering: Any, bundle: PolicyBundle | WrittenBundle) -> Live:
     """A cascade that answers as told, by a bundle that stays."""
 
     async def never(_: object) -> Any:
@@ -131,6 +132,19 @@ def a_bundle(folder: Path, settings: recipe.Recipe, threshold: float) -> PolicyB
         models.resolve(str(folder / "student")),
         models.resolve(str(folder / "teacher")),
     )
+    return PolicyBundle(
+        **of_models(student, teacher),
+        prompt_digest=prompt_digest(settings.classes()),
+        label_names=LABELS,
+        score="margin",
+        temperature=TEMPERATURE,
+        teacher_log_prior=LOG_PRIOR,
+        **a_promise(threshold),
+    )
+
+
+def a_promise(threshold: float) -> dict[str, Any]:
+    """The half of a bundle that every student's has."""
     certificate = Certificate(
         kind="system_agreement",
         alpha=0.1,
@@ -144,33 +158,37 @@ def a_bundle(folder: Path, settings: recipe.Recipe, threshold: float) -> PolicyB
         feasible=True,
         reason="",
     )
-    return PolicyBundle(
-        student=student.reference,
-        teacher=teacher.reference,
-        student_digest=student.weights_digest,
-        teacher_digest=teacher.weights_digest,
-        student_tokenizer_digest=student.tokenizer_digest,
-        teacher_tokenizer_digest=teacher.tokenizer_digest,
-        prompt_digest=prompt_digest(settings.classes()),
-        label_names=LABELS,
-        score="margin",
-        temperature=TEMPERATURE,
-        teacher_log_prior=LOG_PRIOR,
-        threshold=threshold,
-        served_guarantee="system_agreement",
-        guarantees=(Guarantee.from_certificate(certificate),),
-        curve=(),
-        ledger=(),
-        recommendation="serve it",
+    return {
+        "threshold": threshold,
+        "served_guarantee": "system_agreement",
+        "guarantees": (Guarantee.from_certificate(certificate),),
+        "curve": (),
+        "ledger": (),
+        "recommendation": "serve it",
+    }
+
+
+def a_written_bundle(
+    student: models.Model, teacher: models.Model, asked: Generate, threshold: float
+) -> WrittenBundle:
+    return WrittenBundle(
+        **of_models(student, teacher),
+        prompt_digest=prompt_digest(asked),
+        score="mean_logprob",
+        match="exact",
+        answer_pattern=None,
+        max_tokens=asked.max_tokens,
+        self_agreement=None,
+        **a_promise(threshold),
     )
 
 
-def write_teacher(folder: Path) -> None:
+def write_teacher(folder: Path, seed: int = 0) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(models.resolve(TOKENIZER_OF).path)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

@@ -13,14 +13,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import numpy as np
-
 from journeyman.cascade.breaker import Breaker
-from journeyman.cascade.policy import Decision, Escalation, Policy, student_answers
+from journeyman.cascade.policy import Decision, Escalation, Written, student_answers
 from journeyman.cascade.refusals import (
     DeadlinePassed,
     Overloaded,
     StudentOverloaded,
+    StudentUnavailable,
     TeacherAway,
     TeacherStarting,
     TeacherUnavailable,
@@ -42,16 +41,28 @@ class Unlabeled:
     reason: str
 
 
-class StudentDecisions(Protocol):
-    """The student behind the policy: see ``batcher.Batcher``."""
+Said = ClassLabels | Written | Unlabeled
 
-    async def submit(self, items: Sequence[str]) -> list[Decision | Escalation]: ...
+
+class StudentDecisions(Protocol):
+    """The student behind the policy."""
+
+    async def submit(self, items: Sequence[str]) -> list[Decision | Escalation]:
+        """One for each text; raises StudentUnavailable."""
+        ...
+
+
+class EscalationRule(Protocol):
+    """What becomes of the teacher's answers: see ``policy.Policy``."""
+
+    def is_answer(self, said: ClassLabels | Written) -> bool: ...
+    def escalated(self, said: ClassLabels | Written, student: Decision | None) -> Decision: ...
 
 
 class TeacherLabels(Protocol):
     """The teacher. Stops working on a request when the awaiting task is cancelled."""
 
-    async def labels(self, texts: Sequence[str]) -> Sequence[ClassLabels | Unlabeled]:
+    async def labels(self, texts: Sequence[str]) -> Sequence[Said]:
         """One for each text; raises TeacherUnavailable."""
         ...
 
@@ -74,7 +85,7 @@ class Cascade:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: EscalationRule,
         student: StudentDecisions,
         teacher: TeacherLabels,
         settings: Settings,
@@ -96,11 +107,9 @@ class Cascade:
         deadline = self._clock() + self._settings.request_timeout_s
         if asked == "teacher":
             return await self._with_teacher(texts, dict.fromkeys(range(len(texts))), {}, deadline)
-        with self._students.places(len(texts)):
-            async with self._before(deadline):
-                decisions = await self._student.submit(texts)
+        decisions = await self._decided(texts, asked, deadline)
         if asked == "student":
-            return Answers(decisions=tuple(student_answers(decisions)))
+            return Answers(decisions=_students_own(decisions))
         escalated = {i: d.student for i, d in enumerate(decisions) if isinstance(d, Escalation)}
         accepted = {i: d for i, d in enumerate(decisions) if isinstance(d, Decision)}
         if not escalated:
@@ -108,11 +117,23 @@ class Cascade:
         try:
             return await self._with_teacher(texts, dict(escalated), accepted, deadline)
         except (Overloaded, TeacherUnavailable, DeadlinePassed) as refusal:
-            if self._settings.when_teacher_fails != "degrade":
+            if self._settings.when_teacher_fails != "degrade" or None in escalated.values():
                 refusal.decided = decisions
                 raise
-            students = tuple(student_answers(decisions))
-            return Answers(decisions=students, void=frozenset(escalated))
+            return Answers(decisions=_students_own(decisions), void=frozenset(escalated))
+
+    async def _decided(
+        self, texts: Sequence[str], asked: Asked, deadline: float
+    ) -> list[Decision | Escalation]:
+        """By the student; where it is away, its teacher answers everything."""
+        with self._students.places(len(texts)):
+            try:
+                async with self._before(deadline):
+                    return await self._student.submit(texts)
+            except StudentUnavailable:
+                if asked == "student":
+                    raise
+                return [Escalation(student=None) for _ in texts]
 
     async def _with_teacher(
         self,
@@ -126,7 +147,7 @@ class Cascade:
         with self.waiting.places(len(escalated)):
             labels = await self._labels([texts[i] for i in escalated], deadline)
         decisions = dict(accepted)
-        labeled = [label for label in labels if isinstance(label, ClassLabels)]
+        labeled = [label for label in labels if not isinstance(label, Unlabeled)]
         read = sum(label.n_prompt_tokens for label in labeled)
         written = sum(label.n_output_tokens for label in labeled)
         for (i, student), label in zip(escalated.items(), labels, strict=True):
@@ -134,16 +155,14 @@ class Cascade:
                 refusal = TextRefused(i, label.reason)
                 refusal.teacher_prompt_tokens, refusal.teacher_output_tokens = read, written
                 raise refusal
-            decisions[i] = self._policy.teacher_decision(label.class_logprobs, student)
+            decisions[i] = self._policy.escalated(label, student)
         return Answers(
             decisions=tuple(decisions[i] for i in range(len(texts))),
             teacher_prompt_tokens=read,
             teacher_output_tokens=written,
         )
 
-    async def _labels(
-        self, texts: Sequence[str], deadline: float
-    ) -> Sequence[ClassLabels | Unlabeled]:
+    async def _labels(self, texts: Sequence[str], deadline: float) -> Sequence[Said]:
         """The teacher's; where the recipe says so, asked again until the deadline."""
         while True:
             try:
@@ -155,9 +174,7 @@ class Cascade:
                     raise
             await asyncio.sleep(pause_s)
 
-    async def _ask(
-        self, texts: Sequence[str], deadline: float
-    ) -> Sequence[ClassLabels | Unlabeled]:
+    async def _ask(self, texts: Sequence[str], deadline: float) -> Sequence[Said]:
         """Once, and tell the breaker how it went."""
         if not self.breaker.admit(self._clock()):
             wait_s = self.breaker.opens_in_s(self._clock()) or _ASK_AGAIN_S
@@ -190,7 +207,7 @@ class Cascade:
         self.breaker.succeeded()
         return labels
 
-    async def labels(self, texts: Sequence[str]) -> Sequence[ClassLabels | Unlabeled]:
+    async def labels(self, texts: Sequence[str]) -> Sequence[Said]:
         """The teacher's for an audit: such as could answer a request, and not while the teacher is
         left alone. Raises TeacherUnavailable."""
         if not self.breaker.is_closed:
@@ -199,15 +216,14 @@ class Cascade:
         self._check(labels, len(texts))
         return labels
 
-    def _check(self, labels: Sequence[ClassLabels | Unlabeled], n_texts: int) -> None:
+    def _check(self, labels: Sequence[Said], n_texts: int) -> None:
         """Raises TeacherUnavailable if these cannot be answers to the texts."""
-        n_classes = len(self._policy.label_names)
-        found = [np.asarray(x.class_logprobs) for x in labels if isinstance(x, ClassLabels)]
         if len(labels) != n_texts or not all(
-            logprobs.shape == (n_classes,) and np.isfinite(logprobs).all() for logprobs in found
+            isinstance(label, Unlabeled) or self._policy.is_answer(label) for label in labels
         ):
             raise TeacherUnavailable(
-                "the teacher's answer is no distribution over the labels; send this request again.",
+                "the teacher's answer is none (no distribution over the labels, say); send this "
+                "request again.",
                 _ASK_AGAIN_S,
             )
 
@@ -224,6 +240,18 @@ class Cascade:
     def _before_teachers_own(self) -> contextlib.AbstractAsyncContextManager[None]:
         seconds = self._settings.teacher_timeout_s
         return _within(seconds, seconds, "the teacher") if seconds else contextlib.nullcontext()
+
+
+def _students_own(decisions: Sequence[Decision | Escalation]) -> tuple[Decision, ...]:
+    """Raises TextRefused where the student has no answer to a text."""
+    answers = []
+    for place, answer in enumerate(student_answers(decisions)):
+        if answer is None:
+            raise TextRefused(
+                place, "the student has no answer to it: too long for it, or it wrote nothing."
+            )
+        answers.append(answer)
+    return tuple(answers)
 
 
 @contextlib.asynccontextmanager

@@ -9,12 +9,11 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from journeyman.cascade.answering import TeacherLabels, Unlabeled
+from journeyman.cascade.answering import EscalationRule, Said, TeacherLabels, Unlabeled
 from journeyman.cascade.drift import Audit
-from journeyman.cascade.policy import Decision, Policy
+from journeyman.cascade.policy import Decision
 from journeyman.cascade.refusals import TeacherUnavailable
 from journeyman.cascade.watching import LOST
-from journeyman.teacher.answers import ClassLabels
 
 _MOST_WAITING = 100_000  # texts: a night without a teacher, at one audit a second
 _LOOK_AGAIN_S = 0.2
@@ -29,7 +28,9 @@ class Auditor:
     come first otherwise, and a run of those that had to wait, behind them, looks like a change.
     """
 
-    def __init__(self, policy: Policy, teacher: TeacherLabels, busy: Callable[[], bool]) -> None:
+    def __init__(
+        self, policy: EscalationRule, teacher: TeacherLabels, busy: Callable[[], bool]
+    ) -> None:
         """busy: whether requests wait for the teacher."""
         self._policy, self._teacher, self._busy = policy, teacher, busy
         self._queue: deque[tuple[str, Decision] | Audit] = deque()  # not an Audit at its head
@@ -99,9 +100,9 @@ class Auditor:
             self._outcomes.append(head)
             self._queue.popleft()
 
-    def _compared(self, decision: Decision, label: ClassLabels | Unlabeled) -> Audit:
+    def _compared(self, decision: Decision, label: Said) -> Audit:
         assert decision.confidence is not None
         if isinstance(label, Unlabeled):  # nobody will ever know
             return Audit(score=decision.confidence, loss=1)
-        escalated = self._policy.teacher_decision(label.class_logprobs, decision)
+        escalated = self._policy.escalated(label, decision)
         return Audit(score=decision.confidence, loss=int(escalated.label != decision.label))

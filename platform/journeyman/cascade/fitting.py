@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify.bundle import PolicyBundle, WrittenBundle
 from journeyman.errors import BundleMismatch
 from journeyman.models import Model
-from journeyman.recipe import Classes
+from journeyman.recipe import Classes, Generate
 from journeyman.teacher.tasks import prompt_digest
 
 
-def check(bundle: PolicyBundle, student: Model, teacher: Model, labels: Classes) -> None:
-    """Raises BundleMismatch, with all that differs, unless the bundle was made for these."""
+def check(
+    bundle: PolicyBundle | WrittenBundle, student: Model, teacher: Model, labels: Classes | Generate
+) -> None:
+    """Raises BundleMismatch, with all that differs, unless the bundle was made for these.
+
+    labels: what is asked: of the teacher; of students that write, of these.
+    """
     pairs: dict[str, tuple[str | tuple[str, ...], str | tuple[str, ...]]] = {
         f"the student's weights ({student.path})": (bundle.student_digest, student.weights_digest),
         f"the teacher's weights ({teacher.path})": (bundle.teacher_digest, teacher.weights_digest),
         "the student's tokenizer": (bundle.student_tokenizer_digest, student.tokenizer_digest),
         "the teacher's tokenizer": (bundle.teacher_tokenizer_digest, teacher.tokenizer_digest),
         "the recipe's prompt": (bundle.prompt_digest, prompt_digest(labels)),
-        "the recipe's labels": (bundle.label_names, tuple(labels.classes)),
     }
+    if isinstance(bundle, PolicyBundle) and isinstance(labels, Classes):
+        pairs["the recipe's labels"] = bundle.label_names, tuple(labels.classes)
     differing = [
         f"{name} (bundle: {_short(made_for)}, here: {_short(found)})"
         for name, (made_for, found) in pairs.items()

@@ -19,30 +19,51 @@ from journeyman.certify.mixture import Mixture
 from journeyman.errors import DataError
 from journeyman.labels.prior import corrected
 from journeyman.probabilities import FloatArray
+from journeyman.teacher.answers import ClassLabels
 
 AnsweredBy = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Written:
+    """What a model wrote for one text.
+
+    tokens: those of ``text``, as text, empty where they are not known (of the answer that most
+    samples gave, say); logprobs: float64[t], of each token written, the one that ended the answer
+    included, at temperature 1 and rounded as a label dataset stores them.
+    """
+
+    text: str
+    tokens: tuple[str, ...]
+    logprobs: FloatArray
+    finish_reason: Literal["stop", "length"]
+    n_prompt_tokens: int
+    n_output_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Decision:
     """One text's answer.
 
-    confidence: the student's score, None if it was not asked; probabilities: float64[c], of who
-    answered (of the mixture, where the bundle has one and the teacher was asked), in the order of
-    the bundle's label names.
+    label: the class, or what was written; confidence: the student's score, None if it was not
+    asked; probabilities: float64[c], of who answered (of the mixture, where the bundle has one and
+    the teacher was asked), in the order of the bundle's label names, of classes; written: of
+    students that write.
     """
 
     answered_by: AnsweredBy
     label: str
     confidence: float | None
     probabilities: FloatArray
+    written: Written | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Escalation:
-    """The student is not confident enough; ``student`` is what it would have answered."""
+    """The student is not confident enough; ``student`` is what it would have answered, None where
+    it has no answer."""
 
-    student: Decision
+    student: Decision | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -93,6 +114,18 @@ class Policy:
             for answer, accept in zip(answers, accepted, strict=True)
         ]
 
+    def is_answer(self, said: ClassLabels | Written) -> bool:
+        """Whether it is a distribution over the labels."""
+        if not isinstance(said, ClassLabels):
+            return False
+        logprobs = np.asarray(said.class_logprobs)
+        return logprobs.shape == (len(self.label_names),) and bool(np.isfinite(logprobs).all())
+
+    def escalated(self, said: ClassLabels | Written, student: Decision | None) -> Decision:
+        """What a text is answered with that the student does not answer."""
+        assert isinstance(said, ClassLabels)
+        return self.teacher_decision(said.class_logprobs, student)
+
     def teacher_decision(
         self, class_logprobs: npt.ArrayLike, student: Decision | None = None
     ) -> Decision:
@@ -117,6 +150,6 @@ class Policy:
         )
 
 
-def student_answers(decisions: Sequence[Decision | Escalation]) -> list[Decision]:
-    """What the student says of each text, whether it may answer or not."""
+def student_answers(decisions: Sequence[Decision | Escalation]) -> list[Decision | None]:
+    """What the student says of each text, whether it may answer or not; None: nothing."""
     return [d.student if isinstance(d, Escalation) else d for d in decisions]

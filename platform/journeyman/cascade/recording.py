@@ -79,6 +79,7 @@ class Recording:
         if not (audited and self._auditor):
             return
         if isinstance(decision, Escalation):
-            self._auditor.escalated(decision.student)
+            if decision.student is not None:
+                self._auditor.escalated(decision.student)
         else:
             self._auditor.add(text, decision)

@@ -32,6 +32,14 @@ class StudentOverloaded(Overloaded):
     """As many texts wait for the student as may."""
 
 
+class StudentUnavailable(Refusal):
+    """The student, a deployment of its own, is starting, starting again, or gone."""
+
+
+class NoClasses(Refusal):
+    """A text is to be classified by a cascade that writes."""
+
+
 class TeacherUnavailable(Refusal):
     """The teacher is starting, starting again, or gone."""
 

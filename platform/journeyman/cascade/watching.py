@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from journeyman.cascade.drift import Audit, Watch, start_watch
-from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify.bundle import Bundle
 from journeyman.certify.thresholds import ESCALATE_EVERYTHING
 from journeyman.errors import DataError
 from journeyman.folder import Folder
@@ -24,7 +24,7 @@ LADDER = (0.75, 0.5, 0.25)
 LOST = Audit(score=float(np.finfo(np.float64).max), loss=1)
 
 
-def watch_of(bundle: PolicyBundle) -> Watch | None:
+def watch_of(bundle: Bundle) -> Watch | None:
     """The watch before its first audit; None where there is nothing to watch: the student answers
     nothing, or the promise is one against gold, which traffic does not bring along."""
     served = bundle.served
@@ -95,7 +95,7 @@ def _name(bundle_id: str) -> str:
     return f"watch/{bundle_id}.json"
 
 
-def _rungs(bundle: PolicyBundle) -> list[float]:
+def _rungs(bundle: Bundle) -> list[float]:
     """Rising thresholds; only the certified one where the curve has no stricter ones."""
     certified = bundle.accept_above
     covered = [

@@ -262,8 +262,8 @@ def load(directory: Path | str) -> PolicyBundle:
     bundle = load_any(directory)
     if not isinstance(bundle, PolicyBundle):
         raise BundleMismatch(
-            f"{Path(directory) / BUNDLE_FILE} is of a student that writes: it says what may be "
-            "promised of it, and serving and reports take classifiers so far."
+            f"{Path(directory) / BUNDLE_FILE} is of a student that writes, and this is for "
+            "classifiers."
         )
     return bundle
 

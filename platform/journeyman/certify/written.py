@@ -3,6 +3,7 @@ was of its words promises about them is a bundle.
 
     RUN/answers/prompts/   the held-out rows, a corpus
     RUN/answers/labels/    what the student wrote, greedily: a label dataset
+    RUN/answers/teacher/   what the teacher wrote, where its labels are of given texts: another
 
 ``calibrate`` rows pick the score, ``certify`` rows carry the guarantee; two answers are the same as
 ``certify.match`` says. A row without an answer (too long for the student, or nothing written) is
@@ -41,7 +42,7 @@ from journeyman.labels.quality import same_answer
 from journeyman.labels.store import LabelStore
 from journeyman.models import Model
 from journeyman.probabilities import FloatArray
-from journeyman.recipe import Certify, Generate, Rationales, Recipe, digest
+from journeyman.recipe import Certify, Generate, Logits, Rationales, Recipe, digest
 from journeyman.student import round_corpus, writing
 from journeyman.teacher.rationales import parse
 
@@ -94,14 +95,30 @@ class WrittenRows:
         return scores
 
 
+def question(recipe: Recipe) -> Generate | Rationales:
+    """What the teacher answers, and a cascade does; raises RecipeError where there is nothing."""
+    labels, complete = recipe.labels, recipe.certify.complete
+    if isinstance(labels, Generate | Rationales):
+        return labels
+    if not isinstance(labels, Logits) or complete is None:
+        raise RecipeError(
+            "a cascade answers requests, and labels of given texts (labels.kind: logits) hold no "
+            "answers; say what is to be written: certify.complete: {words: 8, max_tokens: 8}."
+        )
+    if bool(labels.context) == (complete.words is not None) or labels.tokens:
+        raise RecipeError(
+            "certify.complete: give words where nothing stands in front of the text, and leave "
+            "them out where labels.context does; labels.tokens has no text to write on."
+        )
+    shared = {n: getattr(labels, n) for n in Generate.model_fields if hasattr(labels, n)}
+    changes = {"kind": "generate", "max_tokens": complete.max_tokens, **writing.ALONE}
+    prompt = labels.context or "{{ text }}"
+    return Generate.model_validate(shared | changes | {"prompt": prompt})
+
+
 def check(recipe: Recipe) -> Generate:
     """What the student is asked; raises RecipeError where it cannot be certified."""
-    labels, settings = recipe.labels, recipe.certify
-    if not isinstance(labels, Generate | Rationales):
-        raise RecipeError(
-            "a cascade answers requests, and labels.kind: logits has none; certify a student of "
-            "classes, generate or rationales."
-        )
+    labels, settings = question(recipe), recipe.certify
     if settings.per_class:
         raise RecipeError("certify.per_class is for classes; this student writes.")
     if isinstance(labels, Generate) and labels.structured is not None:
@@ -143,6 +160,8 @@ def certify(
     started = time.monotonic()
     asked = check(recipe)
     answers = _answers(recipe, asked, corpus_dir, student, folder, on_progress)
+    if isinstance(recipe.labels, Logits):
+        labels = _written_on(recipe, teacher, folder, on_progress)
     parts = {name: read(recipe, labels, answers, name) for name in SPLITS}
     settings, certified = recipe.certify, parts["certify"]
     ledger = spend_rows(settings, certified.ids, student, out_dir)
@@ -189,8 +208,10 @@ def _answers(
     on_progress: Callable[[LabelProgress], None],
 ) -> Path:
     """The student's label dataset, which goes on where it was killed."""
+    words = recipe.certify.complete.words if recipe.certify.complete else None
     made_of = digest([corpus.read_manifest(corpus_dir)["digest"], student.weights_digest,
-                      student.tokenizer_digest, asked.asked()])  # fmt: skip
+                      student.tokenizer_digest, asked.asked(),
+                      *([] if words is None else [words])])  # fmt: skip
     record = folder / "answers.json"
     if not record.exists() or files.read_json(record).get("inputs") != made_of:
         files.set_aside(folder)
@@ -198,11 +219,29 @@ def _answers(
     prompts, labels = folder / "prompts", folder / "labels"
     if not (prompts / "manifest.json").exists():
         rows_per_shard = recipe.corpus.rows_per_shard
-        round_corpus.write_splits(corpus_dir, prompts, SPLITS, rows_per_shard)
+        round_corpus.write_splits(corpus_dir, prompts, SPLITS, rows_per_shard, words)
+    by_student = writing.written_by(recipe, student.path, asked)
+    return _labeled(by_student, student, prompts, labels, on_progress)
+
+
+def _written_on(
+    recipe: Recipe, teacher: Model, folder: Path, on_progress: Callable[[LabelProgress], None]
+) -> Path:
+    """The teacher's own words behind the same prompts."""
+    asked = recipe.model_copy(update={"labels": question(recipe), "ensemble": {}})
+    return _labeled(asked, teacher, folder / "prompts", folder / "teacher", on_progress)
+
+
+def _labeled(
+    asked: Recipe,
+    model: Model,
+    prompts: Path,
+    labels: Path,
+    on_progress: Callable[[LabelProgress], None],
+) -> Path:
     begun = (labels / "manifest.json").exists()
     if not begun or not LabelStore(labels).manifest().get("complete"):
-        by_student = writing.written_by(recipe, student.path, asked)
-        pipeline.label(by_student, student, prompts, labels, on_progress)
+        pipeline.label(asked, model, prompts, labels, on_progress)
     return labels
 
 
@@ -212,7 +251,7 @@ def read(recipe: Recipe, labels: str | Path, answers: Path, split: str) -> Writt
     codec = dataset.codec_of(dataset.finished_manifest(LabelStore(answers)))
     assert codec is not None  # of kind generate
     same, right_by = _same(recipe), _against_gold(recipe)
-    said = "output" if recipe.labels.kind == "generate" else "answer"
+    said = "output" if isinstance(question(recipe), Generate) else "answer"
     ids, differs, right, gold, lengths, logprobs, agreements = [], [], [], [], [], [], []
     for row in _of_split(labels, split):
         own = written.get(row["id"])
@@ -258,7 +297,7 @@ def _of_split(labels: str | Path, split: str) -> list[dict[str, Any]]:
 
 def _same(recipe: Recipe) -> Callable[[str, str], bool]:
     """Whether two answers are one, by ``certify.match``."""
-    labels, parsed = recipe.labels, _parser(recipe)
+    labels, parsed = question(recipe), _parser(recipe)
     if parsed is None:
         return lambda one, other: same_answer(one, other, labels)
     return lambda one, other: parsed(one) is not None and parsed(one) == parsed(other)
@@ -266,7 +305,7 @@ def _same(recipe: Recipe) -> Callable[[str, str], bool]:
 
 def _against_gold(recipe: Recipe) -> Callable[[str | None, str | None], bool]:
     """Whether an answer is the gold one, which may be what the pattern is to find."""
-    labels, parsed = recipe.labels, _parser(recipe)
+    labels, parsed = question(recipe), _parser(recipe)
 
     def right(answer: str | None, gold: str | None) -> bool:
         if answer is None or gold is None:

@@ -12,6 +12,17 @@ Guarantee = Literal["system_agreement", "selective_agreement", "accuracy"]
 Score = Literal["max_probability", "margin", "entropy", "deferral_head"]
 
 
+class Complete(Section):
+    """What teacher and student are asked where the labels are of given texts, and have no answer:
+    to write on, greedily, behind labels.context, or behind the beginning of a text."""
+
+    words: Count | None = Field(
+        None, description="So many words of a held-out text are given, where there is no "
+        "labels.context; served is what requests bring.",
+    )  # fmt: skip
+    max_tokens: Count = Field(8, description="Tokens that are written at most.")
+
+
 class Certify(Section):
     """The promise that the escalation threshold carries."""
 
@@ -59,14 +70,21 @@ class Certify(Section):
         "answer; the last match. An answer without one is like no other.",
     )
 
+    complete: Complete | None = Field(
+        None,
+        description="labels.kind: logits: what their student is certified and served for.",
+    )
+
     @property
     def guarantees(self) -> tuple[Guarantee, ...]:
         """The served one, then those besides, each once."""
         return tuple(dict.fromkeys((self.guarantee, *self.besides)))
 
     def decisive(self) -> dict[str, Any]:
-        """What a bundle is made of. Those from before there was a match are the same without."""
+        """What a bundle is made of. Those from before there was a setting are the same without."""
         later = {"match", "answer_pattern"} if self.match == "exact" else set()
+        if self.complete is None:
+            later |= {"complete"}
         return self.model_dump(mode="json", exclude=later)
 
     @model_validator(mode="after")
@@ -159,7 +177,8 @@ class TeacherReplicas(Range):
 
 class StudentReplicas(Range):
     """How many replicas of the ingress serve, each with the student in it, as Ray Serve scales
-    them. Requests that wait for the teacher do not count."""
+    them; requests that wait for the teacher do not count. Of a student that writes: how many
+    engines of it, scaled to ``teacher.max_num_seqs`` requests each, behind ``min`` ingresses."""
 
     min: Count = Field(1, description="Replicas at least.")
     max: Count = Field(1, description="Replicas at most.")
@@ -218,5 +237,16 @@ class Cascade(Section):
     )  # fmt: skip
     student_replicas: StudentReplicas = Field(default_factory=StudentReplicas)
     teacher_replicas: TeacherReplicas = Field(default_factory=TeacherReplicas)
+    student_cpus: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Ray CPUs an engine of a student that writes."
+    )
+    student_gpus: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Ray GPUs an engine of a student that writes."
+    )
     teacher_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="Ray CPUs a teacher.")
     teacher_gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="Ray GPUs a teacher.")
+    node_labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="Ray labels that the nodes of all replicas must have: {journeyman: serve} "
+        "keeps the cascade off the spot nodes of cluster.yaml.",
+    )

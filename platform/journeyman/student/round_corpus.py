@@ -47,9 +47,14 @@ def write_prompts(
 
 
 def write_splits(
-    corpus_dir: str | Path, folder: Path, splits: Sequence[str], rows_per_shard: int
+    corpus_dir: str | Path,
+    folder: Path,
+    splits: Sequence[str],
+    rows_per_shard: int,
+    words: int | None = None,
 ) -> int:
-    """The rows of these splits; how many. Raises DataError where one of them is empty."""
+    """The rows of these splits, or the first words of each; how many. Raises DataError where a
+    split is empty."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -61,6 +66,10 @@ def write_splits(
                 f"{corpus_dir}: split {split} has no rows; give it some with corpus.split_map or "
                 "corpus.shares."
             )
+    if words is not None:
+        texts = [" ".join(text.split()[:words]) for text in some["text"].to_pylist()]
+        place, kept = some.schema.get_field_index("text"), some.schema.field("text")
+        some = some.set_column(place, kept, pa.array(texts, kept.type))
     return _write(folder, _cut(some, rows_per_shard))
 
 

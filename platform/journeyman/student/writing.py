@@ -9,8 +9,8 @@ from journeyman.recipe import Filters, Generate, Rationales, Recipe
 from journeyman.student.token_rows import ANSWER
 
 # Of the distributions only what says how likely each token was.
-_ALONE: dict[str, Any] = {"k": 1, "codec": "topk_fp16", "filters": Filters(), "cache": None,
-                          "destination": None}  # fmt: skip
+LIKELIEST = {"k": 1, "codec": "topk_fp16"}
+ALONE: dict[str, Any] = LIKELIEST | {"filters": Filters(), "cache": None, "destination": None}
 
 
 def asked_of_student(labels: Generate | Rationales, **settings: Any) -> Generate:
@@ -18,7 +18,7 @@ def asked_of_student(labels: Generate | Rationales, **settings: Any) -> Generate
     shared = {n: getattr(labels, n) for n in Generate.model_fields if hasattr(labels, n)}
     if isinstance(labels, Rationales):
         shared |= {"prompt": ANSWER + labels.prompt}
-    changes = {"kind": "generate", **_ALONE, **settings}
+    changes = {"kind": "generate", **ALONE, **settings}
     return Generate.model_validate(shared | changes)
 
 

@@ -12,6 +12,7 @@ from journeyman.cascade.policy import Decision, Escalation, Policy
 from journeyman.cascade.refusals import (
     DeadlinePassed,
     Overloaded,
+    StudentUnavailable,
     TeacherUnavailable,
     TextRefused,
 )
@@ -240,7 +241,7 @@ def test_an_answer_that_is_none_is_a_failure_of_the_teacher(garbage: list[ClassL
     async def test() -> None:
         asked = Asked()
         asked.teacher.garbage = garbage
-        with pytest.raises(TeacherUnavailable, match="no distribution over the labels"):
+        with pytest.raises(TeacherUnavailable, match="the teacher's answer is none"):
             await asked.cascade.answer(["hm"])
 
     asyncio.run(test())
@@ -306,3 +307,42 @@ def test_clients_that_go_away_do_not_count_against_the_teacher():
         assert who(await asked.cascade.answer(["hm"])) == ["teacher"]
 
     asyncio.run(test())
+
+
+class Away:
+    """A student whose deployment is away, or that has no answer to anything."""
+
+    def __init__(self, speechless: bool = False) -> None:
+        self._speechless = speechless
+
+    async def submit(self, items: Sequence[str]) -> list[Decision | Escalation]:
+        if not self._speechless:
+            raise StudentUnavailable("the student is away", 5.0)
+        return [Escalation(student=None) for _ in items]
+
+
+@pytest.mark.parametrize("speechless", [False, True])
+def test_the_teacher_answers_what_the_student_has_no_answer_to(speechless: bool):
+    async def run() -> None:
+        teacher = Teacher()
+        teacher.may_answer.set()
+        cascade = Cascade(POLICY, Away(speechless), teacher, Settings())
+        answers = await cascade.answer(["a", "b"])
+        assert [d.answered_by for d in answers.decisions] == ["teacher", "teacher"]
+        assert [d.confidence for d in answers.decisions] == [None, None]
+        with pytest.raises(TextRefused if speechless else StudentUnavailable):
+            await cascade.answer(["a"], "student")
+
+    asyncio.run(run())
+
+
+def test_nothing_stands_in_for_a_teacher_where_the_student_has_no_answer():
+    async def run() -> None:
+        teacher = Teacher()
+        teacher.away = True
+        settings = Settings(when_teacher_fails="degrade")
+        cascade = Cascade(POLICY, Away(speechless=True), teacher, settings)
+        with pytest.raises(TeacherUnavailable):
+            await cascade.answer(["a"])
+
+    asyncio.run(run())

@@ -285,7 +285,7 @@ def test_serving_says_that_it_takes_classifiers(certify, tmp_path: Path):
 @pytest.mark.parametrize(
     ("kind", "labels", "certified", "match"),
     [
-        ("logits", {}, {}, "labels.kind: logits has none"),
+        ("logits", {}, {}, "hold no answers"),
         ("generate", {}, {"per_class": True}, "per_class is for classes"),
         ("generate", {"structured": {"choice": ["a", "b"]}}, {}, r"labels\.structured"),
     ],
@@ -307,6 +307,60 @@ def test_what_cannot_be_certified_is_said(kind, labels, certified, match: str):
 def test_a_pattern_that_finds_no_answer_is_refused(values: dict[str, Any], match: str):
     with pytest.raises(RecipeError, match=match):
         settings(**values)
+
+
+COMPLETE = {"complete": {"words": 3, "max_tokens": 5}}
+
+
+def test_where_labels_are_of_given_texts_both_write_on(tmp_path: Path, monkeypatch):
+    asked = settings("logits", alpha=0.3, **COMPLETE)
+    sources = [made.row(f"one two three {split} {i}", split)
+               for split in ("calibrate", "certify") for i in range(200)]  # fmt: skip
+    made.write_dataset(tmp_path / "t", asked.labels,
+                       [[(row, made.logits([1, 2], made.distributions(1))) for row in sources]],
+                       codec=made.TOP3)  # fmt: skip
+    seen: dict[str, set[str]] = {}
+
+    def label(by: Recipe, model: Model, prompts: Path, labels: Path, _: Any) -> None:
+        rows = corpus.read_shard(prompts, corpus.read_manifest(prompts)["shards"][0]["name"])
+        seen[by.teacher.model] = set(rows["text"].to_pylist())
+        assert (by.labels.prompt, by.labels.max_tokens) == ("{{ text }}", 5)
+        fates = [(row, said("a" if model == TEACHER or int(row["id"][:2], 16) % 4 else "b", [-0.5]))
+                 for row in rows.to_pylist()]  # fmt: skip
+        made.write_dataset(labels.parent / f"made-{labels.name}", by.labels, [fates],
+                           codec=LIKELIEST)  # fmt: skip
+        (labels.parent / f"made-{labels.name}" / "labels").rename(labels)
+
+    monkeypatch.setattr(pipeline, "label", label)
+    bundle = written.certify(
+        asked, tmp_path / "t" / "labels", tmp_path / "t" / "corpus", STUDENT, TEACHER,
+        tmp_path / "answers", tmp_path / "bundle", inputs="i", on_progress=print,
+    )  # fmt: skip
+    assert seen == {model: {"one two three"} for model in ("student", made.TEACHER["model"])}
+    certify_ids = [row["id"] for row in sources if row["split"] == "certify"]
+    differs = sum(int(i[:2], 16) % 4 == 0 for i in certify_ids)
+    assert bundle.served.n == 200 and bundle.curve[-1].system_disagreement == pytest.approx(
+        differs / 200
+    )
+    assert bundle.max_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("labels", "complete"),
+    [
+        ({}, {"max_tokens": 5}),
+        ({"context": "{{ text }}"}, {"words": 3}),
+        ({"tokens": "ids"}, {"words": 3}),
+    ],
+)
+def test_what_cannot_be_written_on_is_said(labels: dict[str, Any], complete: dict[str, Any]):
+    with pytest.raises(RecipeError, match=r"certify\.complete: give words where nothing"):
+        written.check(settings("logits", labels, complete=complete))
+
+
+def test_behind_a_context_its_answer_is_what_is_written():
+    asked = written.check(settings("logits", {"context": "Q: {{ text }}"}, complete={}))
+    assert (asked.prompt, asked.max_tokens, asked.k) == ("Q: {{ text }}", 8, 1)
 
 
 def test_settings_of_before_there_was_a_match_are_the_same(certify):

@@ -241,7 +241,7 @@ def _distinct(recipe: Recipe, urls: Sequence[str], tally: _Tally) -> dict[str, _
             # A row that stands in two splits is kept out of the one nearer to training.
             entry.split = max(entry.split, fresh.split, key=SPLITS.index)
         entry.count += 1
-        if gold is not None:
+        if gold is not None and str(gold).strip():  # CSV has no other way to say nothing
             entry.gold[str(gold)] += 1
     # Neither group may lie in two splits, so that such a row can be in none.
     whole = {row_id: entry for row_id, entry in entries.items() if not entry.elsewhere}
@@ -263,7 +263,7 @@ def _source_rows(
         if any(str(row.get(c)) not in values for c, values in corpus.where.items()):
             tally.filtered += 1
             continue
-        text, meta = row[columns.text], {c: row.get(c) for c in columns.meta}
+        text, meta = row[columns.text], {c: _plain(row.get(c)) for c in columns.meta}
         values = {"text": text, **meta}
         row_id = digest([values[c] for c in named])
         split = _split_of(corpus, row, row_id, where)
@@ -271,7 +271,7 @@ def _source_rows(
             tally.unmapped += 1
             continue
         gold = row.get(columns.label) if columns.label else None
-        group = str(row.get(columns.group)) if columns.group else None
+        group = _group_of(corpus, row)
         if group is not None and group_splits.setdefault(group, split) != split:
             raise DataError(
                 f"{where}: the group {group!r} of column {columns.group} is in the splits "
@@ -352,9 +352,22 @@ def _clean_rows(
             )
 
 
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it: dates, decimals and bytes, which Parquet has, as text."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return json.loads(json.dumps(value, default=str))
+
+
+def _group_of(corpus: Corpus, row: sources.Row) -> str | None:
+    """None of a row that is in none."""
+    value = row.get(corpus.columns.group) if corpus.columns.group else None
+    return None if value is None or not str(value).strip() else str(value)
+
+
 def _split_of(corpus: Corpus, row: sources.Row, row_id: str, where: str) -> str | None:
     columns = corpus.columns
-    key = str(row.get(columns.group)) if columns.group else row_id
+    key = _group_of(corpus, row) or row_id
     if not columns.split:
         return _draw(corpus.shares, key)
     name = str(row.get(columns.split))

@@ -72,7 +72,7 @@ def read(run_dir: Path) -> Finished | ComparedStudent:
     Raises DataError where the run is not finished.
     """
     settings = run_dir / "bundle" / RECIPE_FILE
-    if not settings.is_file():
+    if not settings.is_file() or files.read_json(settings)["labels"]["kind"] != "classes":
         student = comparison.read(run_dir)
         if student.gold_accuracy is not None or student.perplexity is None:
             raise DataError(f"{run_dir}: not certified yet; run journeyman run first.")
@@ -195,7 +195,7 @@ def _jobs(finished: Sequence[Finished]) -> str:
                     data.name,
                     data.positive,
                     one.who,
-                    f"{one.precision:.3f}",
+                    f"{one.precision:.3f}" if one.said else _NOTHING,
                     f"{one.recall:.3f}",
                     f"{one.balanced_accuracy:.3f}",
                     f"{ranking.mrr:.3f}" if ranking else _NOTHING,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import json
+import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +81,7 @@ def rows(url: str, kind: str, columns: Sequence[str]) -> Iterator[Row | Malforme
                 yield from _text_rows(url, file, columns[0])
             else:
                 yield from _csv_rows(url, file, "\t" if kind == "tsv" else ",")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # of compressed ones, too
         raise DataError(f"{url}: cannot be read ({error}).") from error
 
 
@@ -146,7 +148,7 @@ def _open(url: str) -> Any:
 
 def _utf8(url: str, line: int, content: bytes) -> str | Malformed:
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 at byte {error.start}"
         return Malformed(source=url, line=line, reason=reason, content=content)
@@ -292,5 +294,6 @@ def _hf_rows(url: str, columns: Sequence[str]) -> Iterator[Row]:
         }
         for row in part.select_columns([c for c in columns if c in part.column_names]):
             for name in names.keys() & row.keys():
-                row[name] = names[name].int2str(row[name]) if row[name] >= 0 else None
+                given = row[name]
+                row[name] = None if given is None or given < 0 else names[name].int2str(given)
             yield row if split is None else {"split": split, **row}

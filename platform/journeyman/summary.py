@@ -132,7 +132,7 @@ def _detection(test: TestRows, labels: Sequence[str], positive: str | None) -> l
         SummaryRow(
             group=f"finding {positive}, {found.there:,} of the test rows",
             name=f"{found.who} precision, recall",
-            value=f"{found.precision:.3f}, {found.recall:.3f}",
+            value=f"{f'{found.precision:.3f}' if found.said else 'none said'}, {found.recall:.3f}",
             note=f"balanced accuracy {found.balanced_accuracy:.3f}",
         )
         for found in detections(test, list(labels).index(positive))

@@ -2,6 +2,8 @@ import bz2
 import gzip
 import json
 from collections import Counter
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,48 @@ def test_rows_of_one_group_fall_into_one_split(tmp_path: Path):
     assert all(len(splits) == 1 for splits in groups.values())
 
 
+def test_rows_without_a_group_are_no_group(tmp_path: Path):
+    lines = ["text,who", *(f"row {i}," for i in range(200)), "a,ann", "b,ann"]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    settings = made([tmp_path / "rows.csv"], columns={"group": "who"})
+    shares = corpus.prepare(settings, tmp_path / "corpus")["splits"]
+    assert sum(n > 0 for n in shares.values()) >= 3, shares
+
+
+def test_a_blank_gold_label_is_none(tmp_path: Path):
+    lines = ["text,label,split", "a,,train", "b,bank,train", "a,trip,train"]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    split = {"columns": {"label": "label", "split": "split"}}
+    corpus.prepare(made([tmp_path / "rows.csv"], **split), tmp_path / "corpus")
+    gold = {row["text"]: row["label"] for row in rows_of(tmp_path / "corpus")}
+    assert gold == {"a": "trip", "b": "bank"}
+
+
+def test_values_that_json_has_no_word_for_are_kept_as_text(tmp_path: Path):
+    rows = [{"text": "a", "at": datetime(2026, 1, 2, 3, 4), "cost": Decimal("1.50"),
+             "raw": b"\x00", "tags": [date(2026, 1, 2)]}]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    settings = made([tmp_path / "rows.parquet"], columns={"meta": ["at", "cost", "raw", "tags"]})
+    corpus.prepare(settings, tmp_path / "corpus")
+    meta = json.loads(rows_of(tmp_path / "corpus")[0]["meta"])
+    assert meta["at"].startswith("2026-01-02 03:04") and meta["cost"] == "1.50"
+    assert meta["tags"] == ["2026-01-02"]
+
+
+def test_gold_is_no_column_for_templates(tmp_path: Path):
+    with pytest.raises(RecipeError, match="label is the gold label, which a template could"):
+        made([tmp_path / "rows.csv"], columns={"label": "label", "meta": ["label"]})
+
+
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n{"text": "b"}\n')
+    manifest = corpus.prepare(made([tmp_path / "rows.jsonl"], columns={}), tmp_path / "corpus")
+    assert manifest["rows"] == 2
+    (tmp_path / "rows.txt").write_bytes(b"\xef\xbb\xbfa\nb\n")
+    corpus.prepare(made([tmp_path / "rows.txt"], columns={}), tmp_path / "texts")
+    assert sorted(row["text"] for row in rows_of(tmp_path / "texts")) == ["a", "b"]
+
+
 def test_a_row_of_two_groups_in_different_splits_is_in_neither(tmp_path: Path):
     rows = [{"text": f"row {i}", "label": "bank", "user": i % 50} for i in range(500)]
     rows += [{"text": "everybody says so", "label": "bank", "user": i} for i in range(50)]
@@ -279,6 +323,14 @@ def test_truncated_gzip_gets_one_sentence(tmp_path: Path):
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-12])
     with pytest.raises(DataError, match=r"cut\.jsonl\.gz: cannot be read"):
         corpus.prepare(made([tmp_path / "cut.jsonl.gz"]), tmp_path / "out")
+
+
+def test_damaged_gzip_gets_one_sentence(tmp_path: Path):
+    whole = bytearray(gzip.compress(b'{"text": "a"}\n' * 5000))
+    whole[20:30] = bytes(10)
+    (tmp_path / "rows.jsonl.gz").write_bytes(bytes(whole))
+    with pytest.raises(DataError, match="cannot be read"):
+        corpus.prepare(made([tmp_path / "rows.jsonl.gz"], columns={}), tmp_path / "corpus")
 
 
 def test_template_that_names_an_unknown_column_is_refused(tmp_path: Path):

@@ -75,6 +75,23 @@ def test_odd_column_names_and_quoted_newlines(capsys):
     assert all("\nline: " in text for text in texts)
 
 
+def test_splits_are_those_of_the_whole_file(capsys):
+    splits = ["train"] * 2500 + ["val"] * 300 + ["test"] * 200
+    rows = [{"text": f"request {i}", "label": "ab"[i % 2], "split": split}
+            for i, split in enumerate(splits)]  # fmt: skip
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    init(capsys, "rows.jsonl")
+    assert set(recipe.load("recipe.yaml").corpus.split_map) == {"train", "val", "test"}
+    made = prepared()
+    assert made["without_split"] == 0 and all(made["splits"].values()), made
+
+
+def test_a_file_whose_rows_cannot_be_read_is_no_recipe(capsys):
+    broken = "\n".join("a,b,c,d" if i % 3 else f"text {i},x" for i in range(90))
+    Path("rows.csv").write_text(f"text,label\n{broken}\n")
+    assert "60 of 90 rows cannot be read" in init(capsys, "rows.csv", "--class", "x=one")
+
+
 def test_odd_values_stay_what_they_are_in_yaml(capsys):
     labels = ["yes", "no", "null", "1", "0x1f", "{{ x }}", "#tag", "- a", "ü", "true", "'\"\\"]
     rows = [{"text": f"row {i}", "label": labels[i % len(labels)]} for i in range(220)]

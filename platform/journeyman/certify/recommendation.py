@@ -35,7 +35,10 @@ def recommend(
     if student_right is None or teacher_right is None or not len(np.asarray(student_right)):
         return f"{plan} There is no gold to tell whether the student or the teacher is right."
     student, teacher = np.asarray(student_right, bool), np.asarray(teacher_right, bool)
-    accuracies = f"{student.mean():.3f} against {whose} {teacher.mean():.3f}"
+    accuracies = (
+        f"{student.mean():.3f} against {whose} {teacher.mean():.3f} on {len(student):,} calibrate "
+        "rows"
+    )
     if _better(student, teacher):
         if certificate.kind == "accuracy":
             return (
@@ -43,16 +46,16 @@ def recommend(
                 "request it does not answer costs accuracy besides money."
             )
         return (
-            f"Against gold the student is better than its teacher: {accuracies}. Escalating lowers "
-            "accuracy, and agreement with the teacher is the wrong promise: serve the student "
-            "alone, or certify against gold (certify.guarantee: accuracy). If agreement is what "
-            f"you need: {plan[0].lower()}{plan[1:]}"
+            f"Against gold the student is better than its teacher: {accuracies}. Agreement with "
+            "the teacher is the wrong promise then: serve the student alone, or certify against "
+            "gold (certify.guarantee: accuracy). If agreement is what you need: "
+            f"{plan[0].lower()}{plan[1:]}"
         )
     if _better(teacher, student):
         return f"{plan} Against gold the student alone has {accuracies}: escalation pays."
     return (
-        f"{plan} Against gold the student alone has {accuracies}, too close to tell them apart on "
-        f"{len(student)} rows: where the teacher's cost matters, consider the student alone."
+        f"{plan} Against gold the student alone has {accuracies}, too close to tell them apart: "
+        "where the teacher's cost matters, consider the student alone."
     )
 
 

@@ -93,6 +93,12 @@ class ScoredRows:
             return None
         return self.logits.argmax(axis=1) == gold, self.escalated == gold
 
+    def right_where_known(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """The same of the rows that have gold: bool[m] each."""
+        known = self.rows.gold >= 0
+        gold = self.rows.gold[known]
+        return self.logits.argmax(axis=1)[known] == gold, self.escalated[known] == gold
+
 
 def certify(
     recipe: Recipe,
@@ -122,7 +128,7 @@ def certify(
     scores = confidence.of(certified.logits)[1]
     served = certificates[0]
     curve = cost_quality_curve(scores, certified.differs, *(certified.right() or ()))
-    own, right = confidence.class_thresholds, parts["calibrate"].right() or (None, None)
+    own, right = confidence.class_thresholds, parts["calibrate"].right_where_known()
     whose = "the mixture's" if mixture else "the teacher's"
     bundle = PolicyBundle(
         **bundles.of_models(student, teacher),

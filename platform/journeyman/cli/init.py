@@ -12,9 +12,10 @@ from journeyman import files
 from journeyman.cli.arguments import command
 from journeyman.cli.text import counts, one_line
 from journeyman.errors import DataError, RecipeError
+from journeyman.recipe import Corpus
 from journeyman.starting import draft
 from journeyman.starting.draft import Choices
-from journeyman.starting.look import Look, count_labels, look
+from journeyman.starting.look import Look, count, look
 
 _WORDS = """\
 Look at a file (CSV, TSV, JSONL, Parquet, text, or a Hugging Face dataset folder) and write a first
@@ -89,10 +90,18 @@ def choose(options: argparse.Namespace, seen: Look, ask: Ask | None) -> Choices:
     split = (
         seen.known(options.split, "--split") if options.split else _split(seen, text, label, ask)
     )
-    n_rows, found = count_labels(seen.url, seen.kind, text, label)
+    counted = count(seen.url, seen.kind, text, label, split)
+    n_rows, found = counted.n_rows, counted.labels
     if not n_rows:
         raise DataError(f"{seen.url}: no row has a text in column {text!r}; name another one with "
                         "--text.")  # fmt: skip
+    allowed = Corpus.model_fields["max_malformed"].default
+    if counted.n_malformed > allowed * (n_rows + counted.n_malformed):
+        raise DataError(
+            f"{seen.url}: {counted.n_malformed:,} of {n_rows + counted.n_malformed:,} rows cannot "
+            f"be read, or have no text in column {text!r}: mend the file (in a .tsv a quotation "
+            "mark is text, and no field spans lines), or name another column with --text."
+        )
     return Choices(
         name=options.name or draft.run_name(seen.url),
         source=seen.url,
@@ -100,7 +109,7 @@ def choose(options: argparse.Namespace, seen: Look, ask: Ask | None) -> Choices:
         label=label,
         group=_group(options, seen, ask),
         split=split,
-        splits=_splits_of(seen, split),
+        splits=tuple(counted.splits),
         meta=tuple(seen.known(name, "--meta") for name in options.meta),
         classes=_classes(options.classes, found, ask),
         n_rows=n_rows,
@@ -161,10 +170,6 @@ def _split(seen: Look, text: str, label: str | None, ask: Ask | None) -> str | N
     if found is None or found in (text, label) or ask is None:
         return None if found in (text, label) else found
     return found if ask(f"Keep the splits of column {found}? (y/n)", "y") != "n" else None
-
-
-def _splits_of(seen: Look, split: str | None) -> tuple[str, ...]:
-    return next((tuple(c.values) for c in seen.columns if c.name == split), ())
 
 
 def _classes(given: list[str], found: Mapping[str, int], ask: Ask | None) -> dict[str, str]:

@@ -109,4 +109,5 @@ def _evidence(one: Judged) -> str:
     return (
         f"{one.name}: {right.rate:.3f} right of {right.n} ({right.low:.3f} to {right.high:.3f})"
         f"{auc}, {one.tokens_per_row:,.0f} tokens a row"
+        + (f", {one.unanswered:,} rows unanswered" if one.unanswered else "")
     )

@@ -84,13 +84,15 @@ def judge(
 
 
 def best(judged: Sequence[Judged]) -> Judged | None:
-    """The most accurate one (of equal ones the better order, then the cheaper); without gold the
-    one that agrees most with the others; None where none could be asked."""
+    """The one with most right answers (of equal ones the better order, then the cheaper); without
+    gold the one that agrees most with the others; rows that one could not answer count against it.
+    None where none could be asked."""
     able = [one for one in judged if not one.refusal and one.n]
 
     def merit(one: Judged) -> tuple[float, float, float]:
         right = one.accuracy.rate if one.accuracy else one.agreement or 0.0
-        return right, one.auc or 0.0, -one.tokens_per_row
+        answered = one.n / (one.n + one.unanswered)
+        return right * answered, one.auc or 0.0, -one.tokens_per_row
 
     return max(able, key=merit, default=None)
 

@@ -316,6 +316,8 @@ def same_answer(answer: str, gold: str, labels: Labels) -> bool:
 
 # --- over a dataset ---
 
+_SPLIT = "train"  # that filters are for
+
 
 def apply(store: LabelStore, manifest: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Write down which rows of a finished dataset the recipe's filters leave out.
@@ -326,18 +328,18 @@ def apply(store: LabelStore, manifest: dict[str, Any], recipe: Recipe) -> dict[s
     labels = recipe.labels
     check(labels, has_gold=bool(recipe.corpus.columns.label))
     asked = _asked(labels.filters)
-    inputs = digest([asked, manifest["digest"], manifest["log_prior"]])
+    inputs = digest([asked, _SPLIT, manifest["digest"], manifest["log_prior"]])
     there: dict[str, Any] | None = manifest.get("filtered")
     if there and there["inputs"] == inputs:
         return {"filtered": there}
     by_filter: Counter[str] = Counter()
     if asked:
-        table = _failures(store, manifest, labels)
+        table, n_train = _failures(store, manifest, labels)
         by_filter.update(table["filter"].to_pylist())
-        if len(table) == manifest["totals"]["ok"]:
+        if n_train and len(table) == n_train:
             worst, n = by_filter.most_common(1)[0]
             raise DataError(
-                f"labels.filters leave out all {len(table):,} labeled rows, {n:,} of them by "
+                f"labels.filters leave out all {n_train:,} labeled train rows, {n:,} of them by "
                 f"{worst}: {asked[worst]}; loosen it (journeyman labels stats shows the values)."
             )
         store.write_table(FILE, table)
@@ -352,16 +354,20 @@ def apply(store: LabelStore, manifest: dict[str, Any], recipe: Recipe) -> dict[s
     }
 
 
-def _failures(store: LabelStore, manifest: dict[str, Any], labels: Labels) -> pa.Table:
-    """id, filter and value of every row that a filter leaves out, read shard by shard."""
+def _failures(store: LabelStore, manifest: dict[str, Any], labels: Labels) -> tuple[pa.Table, int]:
+    """id, filter and value of every row that a filter leaves out, read shard by shard; and of how
+    many rows."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     columns = pa.schema([("id", pa.string()), ("filter", pa.string()), ("value", pa.float64())])
     codec = dataset.codec_of(manifest)
     prior = manifest["log_prior"]
     log_prior = None if prior is None else np.asarray(prior, dtype=np.float64)
-    found = [columns.empty_table()]
-    for table in _labeled(store, manifest):
+    found, n_train = [columns.empty_table()], 0
+    for every in _labeled(store, manifest):
+        table = every.filter(pc.equal(every["split"], _SPLIT))
+        n_train += len(table)
         failures = failed(table, labels, labels.filters, codec, log_prior)
         ids = table["id"].take(pa.array([failure.row for failure in failures], pa.int64()))
         found.append(
@@ -369,7 +375,7 @@ def _failures(store: LabelStore, manifest: dict[str, Any], labels: Labels) -> pa
                 [ids, [f.filter for f in failures], [f.value for f in failures]], schema=columns
             )
         )
-    return pa.concat_tables(found)
+    return pa.concat_tables(found), n_train
 
 
 def _labeled(store: LabelStore, manifest: dict[str, Any]) -> Iterator[pa.Table]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from journeyman import corpus
 from journeyman.cluster import reason_of
-from journeyman.errors import DataError, JourneymanError, RecipeError
+from journeyman.errors import DataError, JourneymanError, ModelError, RecipeError
 from journeyman.labels import resources
 from journeyman.labels.candidates import Asked, Judged, judge
 from journeyman.labels.replica import Counts
@@ -126,9 +126,12 @@ class _Trying:
             assert isinstance(answer, ClassLabels)
             return answer
 
-        await asyncio.gather(*(one(row) for row in rows[:_WARM_UP]))
-        started = time.monotonic()
-        answers = await asyncio.gather(*(one(row) for row in rows))
+        try:
+            await asyncio.gather(*(one(row) for row in rows[:_WARM_UP]))
+            started = time.monotonic()
+            answers = await asyncio.gather(*(one(row) for row in rows))
+        except (ModelError, RecipeError) as error:  # no chat template, say, or a bad example
+            return _refused(labels, str(error))
         return _gathered(labels, answers, time.monotonic() - started)
 
     async def _started(self) -> Engine | RemoteTeacher:

@@ -15,7 +15,8 @@ _PROMPT = (
 
 
 class Filters(Section):
-    """Which labeled rows to leave out; counted as filtered, kept on disk with the reason.
+    """Which labeled rows of ``train`` to leave out; counted as filtered, kept on disk with the
+    reason. Rows that are held out all stay: a promise about easy rows alone would be none.
 
     They run over finished labels: changing them asks the teacher nothing.
     """

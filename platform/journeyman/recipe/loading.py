@@ -84,9 +84,9 @@ class Recipe(Section):
         """The labels section, for the steps that work on class distributions only."""
         if not isinstance(self.labels, Classes):
             raise RecipeError(
-                f"labels.kind is {self.labels.kind}: certifying and serving take classes so far. "
-                " Labels of this kind are read with journeyman.labels.dataset.read, or "
-                "written out by journeyman labels export."
+                f"labels.kind is {self.labels.kind}, and this is for classes. Labels of this kind "
+                "are read with journeyman.labels.dataset.read, or written out by journeyman labels "
+                "export."
             )
         return self.labels
 
@@ -161,6 +161,16 @@ class Recipe(Section):
             raise ValueError(
                 "teacher.column holds one text a row: labels.kind must be generate, or rationales "
                 "with samples: 1 and without classes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gold_is_shown_to_nobody(self) -> Recipe:
+        columns = self.corpus.columns
+        if columns.label and columns.label in columns.meta:
+            raise ValueError(
+                f"corpus.columns.meta: {columns.label} is the gold label, which a template could "
+                "show to the teacher or the student from there; leave it out"
             )
         return self
 

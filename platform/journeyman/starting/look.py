@@ -47,14 +47,12 @@ class Look:
     Attributes:
         kind: the format, as ``corpus.format`` names it.
         n_sampled: rows that were looked at.
-        n_malformed: rows among the first ones that cannot be read.
     """
 
     url: str
     kind: str
     columns: tuple[Column, ...]
     n_sampled: int
-    n_malformed: int
 
     @property
     def names(self) -> list[str]:
@@ -112,24 +110,35 @@ def look(url: str) -> Look:
         kind=kind,
         columns=tuple(columns.values()),
         n_sampled=n_rows,
-        n_malformed=n_malformed,
     )
 
 
-def count_labels(url: str, kind: str, text: str, label: str | None) -> tuple[int, Counter[str]]:
-    """Rows with a text, and how many of them have each label, over the whole file.
+@dataclass(slots=True, kw_only=True)
+class Counted:
+    """Over a whole file: rows with a text, those that cannot be read, and how many of the former
+    have each label and lie in each of the source's own splits."""
 
-    Raises DataError for more labels than ``MOST_LABELS``.
-    """
-    n_rows, found = 0, Counter[str]()
-    for row in sources.rows(url, kind, [text, *([label] if label else [])]):
+    n_rows: int = 0
+    n_malformed: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
+    splits: Counter[str] = field(default_factory=Counter)
+
+
+def count(url: str, kind: str, text: str, label: str | None, split: str | None) -> Counted:
+    """Raises DataError for more labels than ``MOST_LABELS``."""
+    counted = Counted()
+    found = counted.labels
+    for row in sources.rows(url, kind, [text, *(c for c in (label, split) if c)]):
         if (
             isinstance(row, Malformed)
             or not isinstance(row.get(text), str)
             or not row[text].strip()
         ):
+            counted.n_malformed += 1
             continue
-        n_rows += 1
+        counted.n_rows += 1
+        if split and row.get(split) not in (None, ""):
+            counted.splits[str(row[split])] += 1
         if label and row.get(label) not in (None, ""):
             found[str(row[label])] += 1
         if len(found) > MOST_LABELS:
@@ -137,7 +146,7 @@ def count_labels(url: str, kind: str, text: str, label: str | None) -> tuple[int
                 f"{url}: column {label!r} has more than {MOST_LABELS} different values, and looks "
                 "like no label; name another one with --label, or none with --no-label."
             )
-    return n_rows, found
+    return counted
 
 
 def _count(columns: dict[str, Column], row: dict[str, Any]) -> None:

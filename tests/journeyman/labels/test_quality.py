@@ -307,9 +307,17 @@ def test_other_filters_read_the_labels_again_and_the_same_ones_do_not(
 
 def test_filters_that_leave_no_row_are_refused_and_change_nothing(store: LabelStore):
     apply(store, min_label_mass=0.1)
-    with pytest.raises(DataError, match="leave out all 3 labeled rows, 3 of them by min_label_ma"):
+    with pytest.raises(DataError, match="leave out all 3 labeled train rows, 3 of them"):
         apply(store, min_label_mass=0.95)
     assert texts_left(store) == ["middle", "high"]
+
+
+def test_rows_that_are_held_out_stay_whatever_filters_say(tmp_path: Path):
+    masses = ((0.05, "certify"), (0.06, "test"), (0.07, "train"), (0.9, "train"))
+    rows = [(row(f"{m}", split), classes(0.9, 0.1, label_mass=m)) for m, split in masses]
+    kept = write_dataset(tmp_path, settings("classes"), [rows])
+    assert apply(kept, min_label_mass=0.5)["rows"] == 1
+    assert dataset.read(kept.where)["split"].to_pylist() == ["certify", "test", "train"]
 
 
 def test_filters_are_no_part_of_what_the_teacher_was_asked():

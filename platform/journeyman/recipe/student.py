@@ -155,6 +155,11 @@ class Training(Section):
     )
     cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1.0, description="Ray CPUs a worker.")
     gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0.0, description="Ray GPUs a worker.")
+    node_labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="Ray labels that a worker's node must have: {journeyman: serve} keeps training "
+        "off the spot nodes of cluster.yaml.",
+    )
     epochs: Count = Field(4, description="Passes over the train rows.")
     batch_size: Count = Field(32, description="Rows of one optimizer step, over all workers.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(
@@ -164,6 +169,10 @@ class Training(Section):
         2e-3, description="Of a classifier's head."
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW weight decay.")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Gradients of a step are scaled down to this norm; by default they are "
+        "left as they are (Trainer and TRL take 1.0).",
+    )  # fmt: skip
     warmup: Share = Field(0.1, description="Share of the steps with a rising learning rate.")
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="Softens both distributions in the loss (Hinton et al. 2015)."
@@ -329,10 +338,13 @@ class Training(Section):
 
         The others may change between two starts of a run.
         """
-        return self.model_dump(mode="json", exclude=_WHERE_AND_HOW)
+        # Those from before there was a norm are the same without.
+        later = {"max_grad_norm"} if self.max_grad_norm is None else set()
+        return self.model_dump(mode="json", exclude=_WHERE_AND_HOW | later)
 
 
 _WHERE_AND_HOW = {
-    "workers", "min_workers", "parallel", "cpus_per_worker", "gpus_per_worker", "accumulate",
-    "activation_checkpointing", "compile", "checkpoint_every_s", "max_failures", "trackers",
+    "workers", "min_workers", "parallel", "cpus_per_worker", "gpus_per_worker", "node_labels",
+    "accumulate", "activation_checkpointing", "compile", "checkpoint_every_s", "max_failures",
+    "trackers",
 }  # fmt: skip

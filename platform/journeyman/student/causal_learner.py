@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from journeyman.errors import DataError
 from journeyman.recipe import Student, Training
 from journeyman.student import (
     acceleration,
@@ -29,6 +30,7 @@ from journeyman.student.flops import Work
 from journeyman.student.learner import Measured
 from journeyman.student.token_dataset import TokenBatch, TokenDataset
 
+_LARGEST_EXPONENT = 700.0  # of a float64
 _EVALUATION_BATCH = 16
 _SAMPLE_ROWS = 64  # that layers are compared on
 # Held-out divergences are of one kind whatever is trained on, so that runs can be compared.
@@ -148,12 +150,17 @@ class Causal:
             for batch in token_dataset.prefetch(iter(parts), self._held_out):
                 sums += self._measured(batch)
         self.module.train()
+        if not np.isfinite(sums).all():
+            raise DataError(
+                "training stopped at an evaluation: the student's answers to calibrate rows are no "
+                "numbers; lower training.learning_rate, or set training.max_grad_norm."
+            )
         n_tokens, agreed, kl, nll, n_exact = sums.tolist()
         return Measured(
             agreement=agreed / n_tokens,
             kl=kl / n_tokens,
             n_rows=len(order),
-            perplexity=math.exp(nll / n_tokens),
+            perplexity=math.exp(min(nll / n_tokens, _LARGEST_EXPONENT)),
             exact_match=n_exact / len(order),
         )
 

@@ -39,6 +39,9 @@ class Holding(Protocol):
     def gradient_norm(self) -> float:
         """Of the last step, over all parameters; its gradients stay until the next step."""
 
+    def scale_gradients(self, factor: float) -> None:
+        """Of the last step."""
+
     def copy(self) -> torch.nn.Module:
         """The plain student with whole tensors, on the CPU; on rank 0."""
 
@@ -88,6 +91,9 @@ class _Copies:
         gradients = [p.grad for p in self._own.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
+    def scale_gradients(self, factor: float) -> None:
+        _scale(self._own, factor)
+
     def copy(self) -> torch.nn.Module:
         copied: torch.nn.Module = models.copy_on_cpu(self._own)
         return copied
@@ -133,6 +139,9 @@ class _Parts:
                 squares += parameter.grad.to_local().double().square().sum()
         return math.sqrt(self._place.total(squares).item())
 
+    def scale_gradients(self, factor: float) -> None:
+        _scale(self.module, factor)
+
     def copy(self) -> torch.nn.Module:
         import torch
 
@@ -170,6 +179,12 @@ class _Parts:
 
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         return whole.to("cpu", copy=True) if self._place.leads else None
+
+
+def _scale(module: torch.nn.Module, factor: float) -> None:
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
 
 
 def _each(state: State, do: Any) -> State:

@@ -26,6 +26,9 @@ from journeyman.student.live import TrainProgress
 
 RESIZE_INTERVAL_S = 60.0  # between two looks whether the cluster has room for more workers
 _POLL_S = 0.5
+# That workers wait for one another, while the first one evaluates, say; torch's own half an hour
+# would end a training whose evaluations take longer. That one has died is told at once by Ray.
+_MEETING_S = 12 * 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +100,7 @@ def _fit(task: Task, work: Path) -> State:
     """Run the workers to the end; what rank 0 returned, or its error raised."""
     from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     training = task.training
     resources = {"CPU": training.cpus_per_worker}
@@ -105,11 +108,13 @@ def _fit(task: Task, work: Path) -> State:
         resources["GPU"] = training.gpus_per_worker
     trainer = TorchTrainer(
         lambda: worker.run(task),
+        torch_config=TorchConfig(timeout_s=_MEETING_S),
         scaling_config=ScalingConfig(
             num_workers=_n_workers(training),
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
             resources_per_worker=resources,
             use_gpu=training.gpus_per_worker > 0,
+            label_selector=training.node_labels or None,
         ),
         run_config=RunConfig(
             # A fresh name: Ray Train would restore what it finds under an old one.

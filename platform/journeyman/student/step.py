@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from journeyman.student.lesson import Load
     from journeyman.student.live import TrainProgress
     from journeyman.student.loop import TrainResult
+
+_log = logging.getLogger(__name__)
 
 
 def check(recipe: Recipe) -> None:
@@ -193,7 +196,7 @@ def write_rows(
     if all((rows_dir / split).exists() for split in splits):
         return
     _check_labels(labels, recipe, None if as_text else teacher)
-    token_rows.build(
+    counts = token_rows.build(
         labels,
         corpus_dir,
         recipe.labels,
@@ -206,6 +209,20 @@ def write_rows(
         teacher=load_tokenizer(teacher.path) if aligns else None,
         splits=splits,
     )
+    _say_what_is_missing(
+        counts, sum(counts[split] for split in splits), recipe.learner().max_length
+    )
+
+
+def _say_what_is_missing(counts: Mapping[str, int], n_rows: int, max_length: int) -> None:
+    if n := counts["cut"]:
+        _log.warning(
+            "%s of %s rows are longer than student.max_length (%s tokens): they lose the beginning "
+            "of their prompt, then the end of their answer; raise it if that is many.",
+            f"{n:,}", f"{n_rows:,}", max_length,
+        )  # fmt: skip
+    if n := counts["left_out"]:
+        _log.warning("%s rows have nothing to learn within student.max_length.", f"{n:,}")
 
 
 def causal_load(recipe: Recipe, parent: Model, rows: Mirror) -> Load:

@@ -74,6 +74,7 @@ class Steps:
         self._place = place
         self._plan = plan
         self._journal = journal
+        self._norm: float | None = None  # of the last step's gradients, where it was looked at
         # Rank 0's with the disk, which the next step tells all.
         self._trouble: JourneymanError | None = None
 
@@ -137,15 +138,34 @@ class Steps:
         if not math.isfinite(mean):
             bad = np.concatenate(share.parts)[~found.isfinite().cpu().numpy()]
             return _not_finite(mean, step, [i for part in place.gather(bad) for i in part], lesson)
+        if error := self._clip(step):
+            return error
         lesson.optimizer.step()
         lesson.schedule.step()
         return mean
+
+    def _clip(self, step: int) -> JourneymanError | None:
+        """Scale the gradients to the recipe's norm; the same on all workers."""
+        largest, held = self._training.max_grad_norm, self._lesson.held
+        if largest is None:
+            return None
+        self._norm = held.gradient_norm()
+        if not math.isfinite(self._norm):
+            return DataError(
+                f"training stopped at step {step + 1} of {self._lesson.state.total_steps}: the "
+                f"gradients' norm is {self._norm}; lower training.learning_rate."
+            )
+        if self._norm > largest:
+            held.scale_gradients(largest / self._norm)
+        return None
 
     def write_down(self, step: int, loss: float, rows: np.ndarray) -> None:
         """What there is to say of a step that is done, and a checkpoint where one is due."""
         held, journal, due = self._lesson.held, self._journal, False
         recorded = self._plan.records(step)
-        norm = held.gradient_norm() if recorded and (journal or held.together) else None
+        norm = self._norm
+        if norm is None and recorded and (journal or held.together):
+            norm = held.gradient_norm()
         try:
             due = journal is not None and journal.after_step(step, loss, rows, norm)
         except JourneymanError as error:

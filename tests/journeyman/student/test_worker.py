@@ -182,8 +182,9 @@ def test_two_workers_take_the_step_of_one(
     tmp_path: Path,
 ) -> None:
     model = model_of(kind, tiny_encoder, tiny_llama, tmp_path)
-    alone = steps(kind, model, {}, tmp_path / "alone", ALONE)
-    training = {"accumulate": accumulate, "parallel": parallel}
+    clipped = {"max_grad_norm": 0.1} if accumulate > 1 else {}
+    alone = steps(kind, model, clipped, tmp_path / "alone", ALONE)
+    training = {"accumulate": accumulate, "parallel": parallel, **clipped}
     whole_student = alone.pop("held")
     for shared in of_two(kind, model, training, tmp_path):
         assert shared.pop("held") == pytest.approx(
@@ -191,6 +192,22 @@ def test_two_workers_take_the_step_of_one(
         )
         for name, expected in alone.items():
             np.testing.assert_allclose(shared[name], expected, atol=2e-5, err_msg=name)
+
+
+def test_gradients_are_scaled_to_the_largest_norm_and_no_further(
+    tiny_encoder: Model, tmp_path: Path
+) -> None:
+    one = [BATCHES[0]]
+    free = steps("classifier", tiny_encoder.path, {}, tmp_path / "free", ALONE, one)
+    free.pop("held"), free.pop("losses")
+    norm = float(free.pop("norm"))
+    for i, largest in enumerate((norm / 3, norm * 3)):
+        bound = {"max_grad_norm": largest}
+        got = steps("classifier", tiny_encoder.path, bound, tmp_path / f"{i}", ALONE, one)
+        assert got["norm"] == pytest.approx(min(largest, norm), rel=1e-5)
+        for name, gradient in free.items():
+            expected = gradient * min(1.0, largest / norm)
+            np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-9, err_msg=name)
 
 
 @pytest.mark.timeout(120)

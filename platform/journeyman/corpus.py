@@ -161,6 +161,7 @@ def prepare(recipe: Recipe, out_dir: Path) -> dict[str, Any]:
             "sources": urls,
             "rows": len(chosen),
             "splits": _by_split(chosen),
+            "groups": _groups(chosen),
             "labels": _label_histogram(chosen),
             "text_characters": _length_percentiles([len(entry.text) for _, entry in chosen]),
             "read": tally.read,
@@ -454,6 +455,14 @@ def _why_empty(corpus: Corpus, tally: _Tally) -> str:
 def _majority(gold: Counter[str]) -> str | None:
     """The most frequent label; of equally frequent ones the first in the alphabet."""
     return min(gold, key=lambda label: (-gold[label], label)) if gold else None
+
+
+def _groups(chosen: Sequence[tuple[str, _Entry]]) -> dict[str, int]:
+    """By split, how many groups its rows are of, those in none counted each; empty without any."""
+    if not any(entry.group is not None for _, entry in chosen):
+        return {}
+    found = {(entry.split, entry.group or row_id) for row_id, entry in chosen}
+    return dict(Counter(split for split, _ in found))
 
 
 def _write_shards(

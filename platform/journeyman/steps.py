@@ -268,6 +268,7 @@ class Run(RunFolder):
             self.teacher,
             folder,
             inputs=inputs,
+            n_groups=corpus.read_manifest(self.corpus).get("groups", {}).get("certify"),
         )
         return files.read_json(folder / MANIFEST), True
 

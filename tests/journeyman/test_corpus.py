@@ -168,6 +168,8 @@ def test_rows_without_a_group_are_no_group(tmp_path: Path):
     settings = made([tmp_path / "rows.csv"], columns={"group": "who"})
     shares = corpus.prepare(settings, tmp_path / "corpus")["splits"]
     assert sum(n > 0 for n in shares.values()) >= 3, shares
+    groups = corpus.read_manifest(tmp_path / "corpus")["groups"]
+    assert sum(groups.values()) == 201, "200 rows in none, and ann's two"
 
 
 def test_a_blank_gold_label_is_none(tmp_path: Path):

@@ -59,6 +59,29 @@ def recommend(
     )
 
 
+def caveats(certificate: Certificate, spent: float, n_groups: int | None) -> str:
+    """What the certificate leaves unsaid of its rows; empty where there is nothing.
+
+    Args:
+        certificate: the one that serving will use.
+        spent: delta over all promises that were made on these rows, in this use and before.
+        n_groups: how many groups the rows are of; None where they are in none.
+    """
+    said = []
+    if spent > certificate.delta * (1 + 1e-9):
+        said.append(
+            "All that was promised on these certify rows so far holds together with confidence "
+            f"{1 - spent:g}."
+        )
+    if n_groups is not None and n_groups < certificate.n:
+        said.append(
+            f"The {certificate.n:,} certify rows are of {n_groups:,} groups, and rows of one group "
+            "are alike: the promise is for rows like these drawn one by one, and of new groups it "
+            "says less; certify with more groups and fewer rows of each."
+        )
+    return "".join(f" {sentence}" for sentence in said)
+
+
 def _plan(certificate: Certificate) -> str:
     if not certificate.feasible:
         return f"Escalate everything to the teacher. {certificate.reason}"

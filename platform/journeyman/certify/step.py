@@ -24,10 +24,10 @@ from journeyman.certify.confidence import Confidence
 from journeyman.certify.curve import cost_quality_curve
 from journeyman.certify.deferral_head import class_features, cross_fitted, fit_deferral_head
 from journeyman.certify.guarantees import Outcomes, ScoredOutcomes, certify_kind, choose
-from journeyman.certify.ledger import LedgerEntry, rows_digest, spend
+from journeyman.certify.ledger import LedgerEntry, delta_spent, rows_digest, spend
 from journeyman.certify.mixture import Mixture, fit_mixture
 from journeyman.certify.per_class import certify_each_class
-from journeyman.certify.recommendation import recommend
+from journeyman.certify.recommendation import caveats, recommend
 from journeyman.certify.scores import ScoreName, refined, score
 from journeyman.errors import DataError
 from journeyman.labels.dataset import ClassRows
@@ -110,10 +110,12 @@ def certify(
     out_dir: Path,
     *,
     inputs: str,
+    n_groups: int | None = None,
 ) -> PolicyBundle:
     """Write a bundle for this student; rows: of calibrate, certify and test.
 
-    inputs: digest of all that the bundle is made of, for the step's manifest.
+    inputs: digest of all that the bundle is made of, for the step's manifest; n_groups: how many
+    groups the certify rows are of, None where they are in none.
     Raises DataError: an empty split, or certify rows whose delta is spent.
     """
     started = time.monotonic()
@@ -149,7 +151,8 @@ def certify(
         student_accuracy=curve.student_accuracy,
         teacher_accuracy=curve.teacher_accuracy,
         ledger=ledger,
-        recommendation=recommend(served, right[0], right[1], whose),
+        recommendation=recommend(served, right[0], right[1], whose)
+        + caveats(served, delta_spent(ledger, rows_digest(certified.rows.ids)), n_groups),
     )
     with files.replaced_directory(out_dir) as fresh:
         np.savez(fresh / SCORED_FILE, logits=parts["test"].logits)

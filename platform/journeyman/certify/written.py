@@ -28,7 +28,8 @@ from journeyman.certify.bundle import Guarantee, WrittenBundle
 from journeyman.certify.curve import cost_quality_curve
 from journeyman.certify.deferral_head import cross_fitted, fit_deferral_head
 from journeyman.certify.guarantees import Outcomes, ScoredOutcomes, certify_kind, choose
-from journeyman.certify.recommendation import recommend
+from journeyman.certify.ledger import delta_spent, rows_digest
+from journeyman.certify.recommendation import caveats, recommend
 from journeyman.certify.sequence_scores import (
     FIXED,
     WrittenConfidence,
@@ -175,6 +176,7 @@ def certify(
     served = certificates[0]
     curve = cost_quality_curve(scores, certified.outcomes.differs, *(certified.right or ()))
     right = parts["calibrate"].right or (None, None)
+    n_groups = corpus.read_manifest(corpus_dir).get("groups", {}).get("certify")
     bundle = WrittenBundle(
         **bundles.of_models(student, teacher),
         prompt_digest=digest(asked.asked()),
@@ -192,7 +194,8 @@ def certify(
         student_accuracy=curve.student_accuracy,
         teacher_accuracy=curve.teacher_accuracy,
         ledger=ledger,
-        recommendation=recommend(served, *right),
+        recommendation=recommend(served, *right)
+        + caveats(served, delta_spent(ledger, rows_digest(certified.ids)), n_groups),
     )
     with files.replaced_directory(out_dir) as fresh:
         write_down(bundle, recipe, fresh, inputs=inputs, started=started)

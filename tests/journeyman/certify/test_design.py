@@ -10,7 +10,7 @@ from journeyman.certify.certificate import certify_system_agreement
 from journeyman.certify.design import choose_score, forecast_coverage
 from journeyman.certify.ledger import LedgerEntry, delta_spent, rows_digest, spend
 from journeyman.certify.metrics import area_under_risk_coverage
-from journeyman.certify.recommendation import recommend
+from journeyman.certify.recommendation import caveats, recommend
 from journeyman.certify.scores import SCORES, score
 from journeyman.certify.selective import certify_selective_agreement, design_selective
 from journeyman.certify.sequences import leading, start_in_last_run, start_where_clear
@@ -156,6 +156,13 @@ def test_user_is_told_where_escalation_pays_and_where_nobody_can_tell():
     assert "too close to tell" in recommend(certificate, *right(435, 34, 31))
     assert "no gold" in recommend(certificate)
     assert f"answer {certificate.coverage:.1%} of requests" in recommend(certificate)
+
+
+def test_user_is_told_what_rows_of_few_groups_and_earlier_uses_are_worth():
+    certificate = certify_system_agreement(*some_rows(500), 0.05, 0.1)
+    assert caveats(certificate, 0.1, None) == "" == caveats(certificate, 0.1, 500)
+    assert "holds together with confidence 0.7." in caveats(certificate, 0.3, None)
+    assert "The 500 certify rows are of 9 groups" in caveats(certificate, 0.1, 9)
 
 
 def test_user_is_told_why_everything_is_escalated():

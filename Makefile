@@ -38,6 +38,7 @@ recipes: $(INSTALLED)  ## run every recipe, and write docs/results.md and the RE
 	@for recipe in $(CERTIFIED) $(WRITING); do
 		.venv/bin/journeyman run jobs/recipes/$$recipe.yaml $(ARGS)
 	done
+	.venv/bin/journeyman certify jobs/recipes/language_model.yaml $(ARGS)
 	.venv/bin/journeyman run jobs/recipes/policy.yaml $(BALANCED) $(ARGS)
 	.venv/bin/journeyman results $(CERTIFIED:%=runs/%) runs/policy-balanced $(WRITING:%=runs/%) \
 		--to docs/results.md --into README.md

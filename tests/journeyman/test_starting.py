@@ -195,7 +195,8 @@ def test_in_a_terminal_it_asks_for_what_no_flag_says():
     assert chosen.classes == {"x_y": "x y", "z": "zebras"}
     settings = parsed(draft(chosen))
     assert settings.classes().scoring == "verbalizer" and settings.classes().chat
-    assert settings.cluster.gpus_per_replica == 1
+    assert settings.cluster.gpus_per_replica == settings.training.gpus_per_worker == 1
+    assert settings.cascade.teacher_gpus == 1
 
 
 def test_without_gold_the_labels_are_asked_for():

@@ -244,22 +244,26 @@ def _prompt(choices: Choices) -> list[str]:
 def _rest(choices: Choices) -> list[str]:
     besides = "  besides: [accuracy]  # against gold, shown beside it\n" if choices.label else ""
     gpu = "" if choices.is_small else "  gpus_per_replica: 1\n"
-    small = "  workers: 2\n  cpus_per_worker: 0.5\n" if choices.is_small else ""
+    train_on = (
+        "  workers: 2\n  cpus_per_worker: 0.5" if choices.is_small else "  gpus_per_worker: 1"
+    )
     return [
         "student:",
         f"  model: {_scalar(choices.student)}",
         "  max_length: 128  # tokens; longer texts are cut",
         "",
         "training:",
-        f"{small}  epochs: 4",
+        train_on,
+        "  epochs: 4",
         "  batch_size: 32",
         "",
         "certify:",
         "  guarantee: system_agreement",
         "  alpha: 0.1  # of requests at most: the student answers and differs from the teacher",
         "  delta: 0.1",
-        f"{besides}  max_delta: 0.9  # room to try settings: each certify step spends delta",
+        f"{besides}  max_delta: 0.9  # room to try settings: each promise of each try spends delta",
         "",
+        *([] if choices.is_small else ["cascade:", "  teacher_gpus: 1", ""]),
         "cluster:",
         f"{gpu}  replicas: {{min: 1, max: 1}}",
         "",

@@ -55,6 +55,7 @@ class Causal:
         self._rows, self._held_out = (TokenDataset(rows_dir / s) for s in token_rows.SPLITS)
         self._tokenizer = models.load_tokenizer(model_dir)
         model = self._model(folder, model_dir, student, training.seed)
+        models.check_positions(model.config, student.max_length, model_dir)
         if training.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._device, self._precision = device, training.precision

@@ -52,6 +52,9 @@ class Classifying:
             for part in (self._train, self._held_out)
         )
         self.module = models.build(folder or model_dir, rows.labels, training.seed)
+        models.check_positions(self.module.config, student.max_length, model_dir)
+        if self.module.config.pad_token_id != self._pad_id:  # a decoder reads its last token's
+            self.module.config.pad_token_id = self._pad_id  # states, and must tell it from padding
         if training.compile:
             acceleration.compile_in_place(self.module, device)
         self.work = flops.of_layers(self.module.base_model, self.module.config)

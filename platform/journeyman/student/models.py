@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+_COUNT_FROM_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "mpnet",
+    "longformer",
+    "data2vec-text",
+)
+
 
 def build(folder: Path, labels: Sequence[str], seed: int) -> PreTrainedModel:
     """A classifier over ``labels``, float32, with the folder's weights where they fit.
@@ -46,6 +55,18 @@ def build(folder: Path, labels: Sequence[str], seed: int) -> PreTrainedModel:
             f"{folder}: transformers cannot make a text classifier of it ({error}); "
             "student.model must name an encoder."
         ) from error
+
+
+def check_positions(config: Any, max_length: int, folder: Path) -> None:
+    """Raises ModelError where inputs of max_length tokens have no place in the model."""
+    positions = getattr(config, "max_position_embeddings", None)
+    # RoBERTa and its kind begin to count behind the padding token's id.
+    first = (config.pad_token_id or 0) + 1 if config.model_type in _COUNT_FROM_PADDING else 0
+    if positions is not None and max_length > positions - first:
+        raise ModelError(
+            f"student.max_length: {folder} reads {positions - first} tokens at most, and "
+            f"{max_length} are asked for; lower it, or take another student."
+        )
 
 
 def load_tokenizer(folder: Path, max_length: int | None = None) -> Any:

@@ -124,7 +124,7 @@ class Run(RunFolder):
         if self.recipe.ensemble:
             raise RecipeError("labels requeue works on one teacher's labels, not on an ensemble's.")
         started = time.monotonic()
-        dataset.finished_manifest(LabelStore(self.labels))
+        self._finished_labels()
         manifest = self._labeled(requeue=True)
         return StepResult(name="requeue", manifest=manifest, seconds=time.monotonic() - started)
 
@@ -177,12 +177,18 @@ class Run(RunFolder):
             )
         files.set_aside(directory)
 
+    def _finished_labels(self) -> dict[str, Any]:
+        """Their manifest; raises DataError where they are not finished, or not the recipe's."""
+        manifest = dataset.finished_manifest(LabelStore(self.labels))
+        dataset.check_asked(self.labels, manifest["identity"], self.recipe.labels)
+        return manifest
+
     def _train(self) -> tuple[dict[str, Any], bool]:
         from journeyman.student import loop, on_policy, step
 
         folder, training = self.path("train"), self.recipe.training
         step.check(self.recipe)
-        labels = dataset.finished_manifest(LabelStore(self.labels))
+        labels = self._finished_labels()
         inputs = self._train_inputs(labels, training)
         there = _read(folder / _STUDENT_MANIFEST)
         if there and there.get("inputs") == inputs:
@@ -243,7 +249,7 @@ class Run(RunFolder):
         from journeyman.student.models import Classifier
 
         folder = self.path("certify")
-        labels = dataset.finished_manifest(LabelStore(self.labels))
+        labels = self._finished_labels()
         student = models.resolve(str(self.path("train")))
         inputs = digest(
             [
@@ -278,7 +284,7 @@ class Run(RunFolder):
 
         folder = self.path("certify")
         written.check(self.recipe)
-        labels = dataset.finished_manifest(LabelStore(self.labels))
+        labels = self._finished_labels()
         student = models.resolve(str(self.path("train")))
         inputs = written.inputs_digest(self.recipe, labels, student)
         there = _read(folder / MANIFEST)

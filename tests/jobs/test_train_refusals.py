@@ -98,6 +98,15 @@ def test_labels_that_cannot_be_read(
     assert re.search(words, refused(capsys, recipe))
 
 
+def test_labels_that_were_asked_for_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_run(tmp_path, "causal", "run", workers=1)
+    sentence = refused(capsys, recipe, "labels.k=77")
+    assert re.search(r"made otherwise than the recipe asks now \(labels\.k: there \d+, asked 77\)",
+                     sentence)  # fmt: skip
+
+
 @pytest.mark.parametrize("split", ["train", pytest.param("calibrate", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["classifier", pytest.param("causal", marks=pytest.mark.slow)])
 def test_an_empty_split(

@@ -18,8 +18,8 @@ from journeyman.errors import DataError
 from journeyman.labels.codec import Codec, Distributions
 from journeyman.labels.prior import corrected
 from journeyman.labels.schema import Commit, label_schema
-from journeyman.labels.store import LabelStore
-from journeyman.recipe import digest
+from journeyman.labels.store import LabelStore, differences, in_order
+from journeyman.recipe import Labels, digest
 from journeyman.teacher.tasks import row_values
 
 if TYPE_CHECKING:
@@ -84,6 +84,18 @@ def labeled_manifest(store: LabelStore) -> dict[str, Any]:
     if not manifest.get("complete"):
         raise DataError(f"{store.where}: not finished; run journeyman label again.")
     return manifest
+
+
+def check_asked(labels_dir: str | Path, identity: dict[str, Any], labels: Labels) -> None:
+    """Raises DataError where labels of this kind were asked for in another way."""
+    if identity["kind"] != labels.kind or "labels" not in identity:
+        return
+    there, asked = ({"labels": facts} for facts in (identity["labels"], labels.asked()))
+    for change in differences(in_order(there), in_order(asked)):
+        raise DataError(
+            f"{labels_dir} holds labels made otherwise than the recipe asks now ({change}): run "
+            "journeyman label --new, or take the change back."
+        )
 
 
 def check_corpus(labels_dir: str | Path, identity: dict[str, Any], corpus_dir: str | Path) -> None:

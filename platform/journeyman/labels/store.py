@@ -63,7 +63,7 @@ class LabelStore:
         begun = {"schema": SCHEMA_VERSION, "identity": identity}
         if self._json(_MANIFEST) is None and self.folder.create(_MANIFEST, as_json(begun)):
             return
-        changed = list(_differences(in_order(self.manifest()["identity"]), in_order(identity)))
+        changed = list(differences(in_order(self.manifest()["identity"]), in_order(identity)))
         if changed:
             more = len(changed) - _DIFFERENCES
             lines = [*changed[:_DIFFERENCES], *([f"and {more} more"] if more > 0 else [])]
@@ -306,14 +306,15 @@ def _attempts_name(shard: str) -> str:
     return f"attempts/{stem(shard)}.json"
 
 
-def _differences(there: object, asked: object, path: str = "") -> Iterator[str]:
+def differences(there: object, asked: object, path: str = "") -> Iterator[str]:
+    """A line for each value that two identities, or parts of them, do not have alike."""
     if isinstance(there, dict) and isinstance(asked, dict):
         for key in sorted(there.keys() | asked.keys()):
             below = f"{path}.{key}" if path else key
-            yield from _differences(there.get(key), asked.get(key), below)
+            yield from differences(there.get(key), asked.get(key), below)
     elif isinstance(there, list) and isinstance(asked, list) and len(there) == len(asked):
         for i, (old, new) in enumerate(zip(there, asked, strict=True)):
-            yield from _differences(old, new, f"{path}[{i}]")
+            yield from differences(old, new, f"{path}[{i}]")
     elif there != asked:
         yield f"{path}: there {_short(there)}, asked {_short(asked)}"
 

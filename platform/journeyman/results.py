@@ -78,10 +78,10 @@ def read(run_dir: Path) -> Finished | ComparedStudent:
             raise DataError(f"{run_dir}: not certified yet; run journeyman run first.")
         return student
     recorded = recipe.parse(files.read_json(settings), str(settings))
-    if recorded.run_dir.resolve() != run_dir.resolve():
+    if recorded.run_url is None and recorded.run_dir.resolve() != run_dir.resolve():  # it was moved
         where = {"output": str(run_dir.resolve().parent), "name": run_dir.resolve().name}
         recorded = recorded.model_copy(update=where)
-    run = RunFolder(recorded)
+    run = RunFolder(recorded, run_dir)
     if not (run.path("measure") / "manifest.json").is_file():
         raise DataError(f"{run_dir}: not measured yet; run journeyman run first.")
     data = summary.report_data(run)

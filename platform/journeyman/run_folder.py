@@ -44,9 +44,10 @@ def here(where: str) -> Path:
 class RunFolder:
     """The folder of one recipe's run."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, directory: Path | None = None) -> None:
+        """directory: where it is read on this machine, if not where the recipe writes it."""
         self.recipe = recipe
-        self.directory = recipe.run_dir
+        self.directory = directory or recipe.run_dir
 
     @property
     def where(self) -> str:

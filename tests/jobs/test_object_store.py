@@ -97,3 +97,7 @@ def test_a_run_there_is_trained_certified_served_and_reported(
         k: here[k] for k in ("labels", "rows", "steps")
     }
     assert json.loads(server.objects[f"{prefix}/bundle/bundle.json"])["ledger"]
+    elsewhere = os.environ | ALONE | {"JOURNEYMAN_CACHE": str(tmp_path / "third")}
+    read = journeyman("results", f"{url}/{small_run.recipe.name}", env=elsewhere)
+    assert read.returncode == 0, read.stderr
+    assert f"`{small_run.recipe.name}`: system agreement" in read.stdout

@@ -2,7 +2,7 @@
 
 Neither Ray nor its launcher asks for the notice (Ray 2.60). Who works on such a node does, has Ray
 drain it, so that no further work is sent there, and begins nothing new: what is under way may end
-before the node does, and what waits is begun elsewhere when it has gone.
+before the node does.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class Notice:
         self._gone_at: float | None = None  # by time.monotonic
         threading.Thread(target=self._watch, args=(cloud,), name="spot notice", daemon=True).start()
 
-    def hold(self) -> None:
-        """Return at once, unless the node is about to go: then not before it should have gone."""
-        while self._gone_at is not None and time.monotonic() < self._gone_at + _LATE_S:
-            time.sleep(_POLL_S)
+    @property
+    def given(self) -> bool:
+        """Whether the node is about to go."""
+        return self._gone_at is not None and time.monotonic() < self._gone_at + _LATE_S
 
     def _watch(self, cloud: Cloud) -> None:
         left_s = _wait_for_notice(cloud)

@@ -83,13 +83,13 @@ def test_a_service_that_does_not_answer_is_an_error_of_its_own(metadata: Metadat
         spot.seconds_left("aws", client)
 
 
-def test_what_waits_is_held_until_the_node_should_have_gone(metadata: Metadata, monkeypatch):
+def test_a_notice_is_given_until_the_node_should_have_gone(metadata: Metadata, monkeypatch):
     told: list[float] = []
     monkeypatch.setattr(spot, "_drain", told.append)
     monkeypatch.setattr(spot, "_POLL_S", 0.05)
     monkeypatch.setattr(spot, "_LATE_S", 0.3)
     notice = spot.Notice("aws")
-    notice.hold()  # nothing was said yet
+    assert not notice.given
     metadata.taken_at = datetime.now(UTC) + timedelta(seconds=2)
     deadline = time.monotonic() + 10
     while not told:
@@ -97,5 +97,6 @@ def test_what_waits_is_held_until_the_node_should_have_gone(metadata: Metadata, 
         time.sleep(0.01)
     assert 0 < told[0] <= 2
     began = time.monotonic()
-    notice.hold()
+    while notice.given:
+        time.sleep(0.01)
     assert time.monotonic() - began >= told[0]  # and some time over, in which it might go

@@ -104,7 +104,9 @@ def label(
         spec = _spec(recipe, teacher, model, corpus_dir, store)
         before = store.commits() if generation else {}
         work = [Work(shard=s, generation=generation, before=before.get(s)) for s in todo]
-        _Run(spec, work, manifest, on_progress).run()
+        while work:
+            given_back = _Run(spec, work, manifest, on_progress).run()
+            work = [one for one in work if one.shard in given_back]
     return finish(store, recipe, teacher, manifest)
 
 
@@ -214,16 +216,17 @@ class _ShardLabeler:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """An error of ours comes back as a value: Ray Data would wrap it, and try again."""
+        [work] = map(_work, map(str, batch["work"]))
         if self._failed:
-            return {"commit": [""], "error": [self._failed]}
-        if self._notice:
-            self._notice.hold()  # Ray Data has queued it here; it goes elsewhere with the node
+            return _outcome(error=self._failed)
+        if self._notice and self._notice.given:  # Ray Data had queued it here
+            self._log.info("shard given back", shard=work.shard)
+            return _outcome(given_back=work.shard)
         try:
-            commits = [self._labeled(_work(str(work))) for work in batch["work"]]
+            commit = self._labeled(work)
         except JourneymanError as error:
-            return {"commit": [""], "error": [str(error)]}
-        records = [json.dumps(dataclasses.asdict(commit)) for commit in commits]
-        return {"commit": records, "error": [""] * len(records)}
+            return _outcome(error=str(error))
+        return _outcome(commit=json.dumps(dataclasses.asdict(commit)))
 
     def _labeled(self, work: Work) -> Commit:
         about = {"shard": work.shard, "generation": work.generation}
@@ -235,6 +238,11 @@ class _ShardLabeler:
             raise
         self._log.info("shard committed", **about, **{n: getattr(commit, n) for n in _LOGGED})
         return commit
+
+
+def _outcome(commit: str = "", error: str = "", given_back: str = "") -> dict[str, list[str]]:
+    """What came of one shard: its commit, or why there can be none, or its name."""
+    return {"commit": [commit], "error": [error], "given_back": [given_back]}
 
 
 def _work(text: str) -> Work:
@@ -268,10 +276,12 @@ class _Run:
         self._meter = Meter(total, before, spec.teacher.price)
         self._stopped = ""
 
-    def run(self) -> None:
+    def run(self) -> set[str]:
+        """The shards that replicas gave back, to be labeled in another pass."""
         import ray
 
         self._lacking()
+        given_back: set[str] = set()
         self._tally = self._start_tally()
         dataset = self._dataset()
         quiet_ray_data()
@@ -283,6 +293,9 @@ class _Run:
             for record in dataset.iter_rows():
                 if record["error"]:
                     raise ClusterError(record["error"])
+                if record["given_back"]:
+                    given_back.add(record["given_back"])
+                    continue
                 self._left -= 1
                 if self._stopped:
                     raise DataError(self._stopped)
@@ -293,6 +306,7 @@ class _Run:
             stop.set()
             watcher.join(timeout=2 * _POLL_S)
             ray.kill(self._tally)
+        return given_back
 
     def _start_tally(self) -> Any:
         """On the driver's own node: a lost one takes replicas with it, never the tally."""

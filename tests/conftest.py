@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import hypothesis
 import psutil
@@ -107,6 +109,18 @@ def small_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> st
     for name in ("prepare", "label", "train", "certify"):
         run.execute(name)
     return run
+
+
+def scraped(prefix: str, run: str) -> dict[str, float]:
+    """A run's metrics as Prometheus reads them from this node, by name behind the prefix; Ray
+    exports every ten seconds."""
+    import ray
+
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    lines = urlopen(url, timeout=10).read().decode().splitlines()
+    told = [re.match(rf"{prefix}(\w+)\{{(.*)\}} (\S+)", line) for line in lines]
+    return {match[1]: float(match[3]) for match in told if match and f'run="{run}"' in match[2]}
 
 
 def children(title: str, of: psutil.Process | None = None) -> list[psutil.Process]:

@@ -14,6 +14,7 @@ import numpy as np
 from journeyman.logs import Log
 from journeyman.student.checkpoint_writer import CheckpointWriter
 from journeyman.student.checkpoints import Evaluation, read_curve
+from journeyman.student.gauges import Gauges
 from journeyman.student.learner import Measured
 from journeyman.student.lesson import Lesson, Task
 from journeyman.student.live import WINDOW_S, Pace, TrainProgress
@@ -49,6 +50,7 @@ class Journal:
         self._log = Log.of_ray(f"train-{task.checkpoints.attempt[:8]}", run=task.name)
         self._log.info("training", step=lesson.state.step, of=lesson.state.total_steps,
                        workers=n_workers)  # fmt: skip
+        self._gauges = Gauges(task.name)
         self._trackers = Trackers(
             task.training.trackers,
             task.name,
@@ -127,6 +129,7 @@ class Journal:
         """However training has ended; a checkpoint that was begun is made whole first."""
         self._writer.settle()
         self._trackers.close(self.state.finished)
+        self._gauges.close()
         self._checkpoints.leave(self.state.finished)
 
     def _due(self) -> bool:
@@ -161,7 +164,7 @@ class Journal:
         return None if self._peak_flops is None else flops_per_s / self._peak_flops
 
     def _show(self, step: int, *, evaluating: bool, now: bool = False) -> None:
-        """Let the driver see where the run stands, once in a second."""
+        """Let the driver and Prometheus see where the run stands, once in a second."""
         clock = time.monotonic()
         if not evaluating and not now and clock - self._shown < _SHOW_EVERY_S:
             return
@@ -187,6 +190,7 @@ class Journal:
             missing_workers=self._training.workers - self._n_workers,
         )
         self._checkpoints.show(dataclasses.asdict(progress))
+        self._gauges.show(progress, last)
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._began

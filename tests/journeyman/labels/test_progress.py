@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import time
-from urllib.request import urlopen
 
 from journeyman.labels.progress import Counts, Meter, Tally
 from journeyman.recipe import Price
+from tests.conftest import scraped
 
 
 def test_the_live_views_figures_are_metrics_of_ray(ray_cluster: None) -> None:
@@ -24,16 +23,9 @@ def test_the_live_views_figures_are_metrics_of_ray(ray_cluster: None) -> None:
 
     wanted = {"rows_total": 42, "prompt_tokens_total": 420, "quarantined_total": 2, "replicas": 2,
               "shards_waiting": 4}  # fmt: skip
-    (node,) = ray.nodes()
-    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     deadline, found = time.monotonic() + 60, {}
-    while found != wanted and time.monotonic() < deadline:  # Ray exports every ten seconds
-        lines = urlopen(url, timeout=10).read().decode().splitlines()
-        told = [re.match(r"ray_journeyman_label_(\w+)\{(.*)\} (\S+)", line) for line in lines]
-        found = {
-            match[1]: float(match[3])
-            for match in told
-            if match and 'run="a run"' in match[2] and match[1] in wanted
-        }
+    while found != wanted and time.monotonic() < deadline:
+        told = scraped("ray_journeyman_label_", "a run")
+        found = {name: value for name, value in told.items() if name in wanted}
         time.sleep(1)
     assert found == wanted

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+
 import numpy as np
 import pytest
 import torch
+from ray.util import metrics
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +18,8 @@ from transformers import (
 
 from journeyman.models import Model
 from journeyman.student import flops
+from journeyman.student.checkpoints import Evaluation
+from journeyman.student.gauges import Gauges
 from journeyman.student.live import Pace, TrainProgress
 
 
@@ -94,3 +100,28 @@ def test_the_line_says_how_far_how_fast_and_how_long() -> None:
         "train     epoch 2/5, step 30/90, loss 0.123, 2:05 to go, evaluating",
         "          agreement 0.900, 1,250 rows/s, 31,000 tokens/s, MFU 41%",
     ]
+
+
+def test_gauges_are_set_again_while_nothing_new_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation of minutes, say: Ray forgets what is not set for twenty seconds."""
+    told: list[tuple[str, float]] = []
+
+    class Recorded(metrics.Gauge):
+        def _record(self, value: float, tags: dict[str, str] | None = None) -> None:
+            told.append((self.info["name"], value))
+
+    monkeypatch.setattr(metrics, "Gauge", Recorded)
+    with contextlib.closing(Gauges("run", again_s=0.01)) as gauges:
+        gauges.show(
+            TrainProgress(
+                step=30, total_steps=90, epoch=2, epochs=5, loss=0.1, rows_per_s=9.0,
+                tokens_per_s=80.0, eta_s=125.0,
+            ),
+            Evaluation(epoch=1, step=20, agreement=0.9, kl=0.2, n_rows=8),
+        )  # fmt: skip
+        deadline = time.monotonic() + 30
+        while told.count(("journeyman_train_step", 30)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert told.count(("journeyman_train_step", 30)) >= 3
+    assert told.count(("journeyman_train_agreement", 0.9)) >= 2
+    assert not {f"journeyman_train_{name}" for name in ("mfu", "perplexity")} & {n for n, _ in told}

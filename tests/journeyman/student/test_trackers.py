@@ -1,23 +1,32 @@
-"""Curves in TensorBoard, MLflow and Weights & Biases, read back by their own readers."""
+"""Curves in TensorBoard, MLflow and Weights & Biases, read back by their own readers, and the live
+figures as Prometheus reads them."""
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import pickle
 import struct
 import sys
+import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from journeyman.errors import RecipeError
 from journeyman.models import Model
 from journeyman.student import loop, trackers
+from journeyman.student.learner import Learner, Measured
+from journeyman.student.lesson import Load
+from journeyman.student.live import TrainProgress
 from journeyman.student.trackers import Trackers
+from tests.conftest import scraped
 
 from .conftest import loader, make_recipe, make_rows
 
@@ -195,18 +204,73 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_runs(
         trackers.check(["tensorboard", "mlflow"])
 
 
-def test_a_training_is_followed_from_its_first_step_to_its_last(
-    ray_cluster: None, tiny_encoder: Model, tmp_path: Path
-) -> None:
-    pytest.importorskip("tensorboard")
-    rows = tmp_path / "rows.pickle"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Followed:
+    """A training whose second and last evaluation begins when Prometheus has read the first."""
+
+    result: loop.TrainResult
+    folder: Path
+    live: TrainProgress  # what the live line said meanwhile
+    scraped: dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def followed(
+    ray_cluster: None, tiny_encoder: Model, tmp_path_factory: pytest.TempPathFactory
+) -> Followed:
+    folder = tmp_path_factory.mktemp("followed")
+    rows, is_read = folder / "rows.pickle", folder / "read"
     rows.write_bytes(pickle.dumps(make_rows(n_train=60, n_calibrate=20)))
     recipe = make_recipe(epochs=2, workers=1, trackers=["tensorboard"])
+    recipe = recipe.model_copy(update={"name": "followed"})
+    live: list[TrainProgress] = []
+    reads: list[dict[str, float]] = []
+
+    def look(progress: TrainProgress) -> None:
+        """Until Prometheus has what the live line says, or a minute is over."""
+        if not progress.evaluating or progress.step < progress.total_steps or live:
+            return
+        live.append(progress)
+        deadline = time.monotonic() + 60
+        # Twice the same, as the first read may have been in the midst of an export.
+        while not (reads[1:] and reads[-1] == reads[-2] and reads[-1].get("step") == progress.step):
+            reads.append(scraped("ray_journeyman_train_", "followed"))
+            if time.monotonic() > deadline:
+                break
+            time.sleep(1)
+        is_read.touch()
+
     result = loop.train(
-        recipe, loader(recipe, tiny_encoder.path, rows), tiny_encoder, tmp_path / "student",
-        inputs="watched", labels_digest="labels",
+        recipe, waiting(loader(recipe, tiny_encoder.path, rows), is_read), tiny_encoder,
+        folder / "student", inputs="followed", labels_digest="labels", on_progress=look,
     )  # fmt: skip
-    (found,) = tensorboard_runs(tmp_path)
+    return Followed(result=result, folder=folder, live=live[0], scraped=reads[-1])
+
+
+def waiting(load: Load, is_read: Path) -> Load:
+    """The same student, but its second evaluation waits for a file."""
+
+    def waits(folder: Path | None, device: torch.device) -> Learner:
+        learner = load(folder, device)
+        evaluate, number = learner.evaluate, itertools.count(1)
+
+        def when_read() -> Measured:
+            deadline = time.monotonic() + 90
+            late = next(number) == 2
+            while late and not is_read.exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            return evaluate()
+
+        learner.evaluate = when_read
+        return learner
+
+    return waits
+
+
+def test_a_training_is_followed_from_its_first_step_to_its_last(followed: Followed) -> None:
+    pytest.importorskip("tensorboard")
+    result = followed.result
+    (found,) = tensorboard_runs(followed.folder)
     assert [step for step, _ in found["train/loss"]] == list(range(1, result.steps + 1))
     for name in ("learning_rate", "gradient_norm", "rows_per_s", "tokens_per_s"):
         assert len(found[f"train/{name}"]) == result.steps
@@ -214,3 +278,26 @@ def test_a_training_is_followed_from_its_first_step_to_its_last(
     assert "train/mfu" not in found
     agreements = [e.agreement for e in result.evaluations]
     assert [v for _, v in found["evaluation/agreement"]] == pytest.approx(agreements)
+
+
+def test_prometheus_reads_what_the_live_line_says_and_the_newest_evaluation(
+    followed: Followed,
+) -> None:
+    live, (first, _) = followed.live, followed.result.evaluations
+    assert live.agreement == first.agreement
+    # A classifier on a CPU has neither MFU nor perplexity, and writes nothing.
+    assert followed.scraped == {
+        "step": live.step,
+        "total_steps": live.total_steps,
+        "epoch": live.epoch,
+        "loss": live.loss,
+        "rows_per_second": live.rows_per_s,
+        "tokens_per_second": live.tokens_per_s,
+        "eta_seconds": live.eta_s,
+        "missing_workers": live.missing_workers,
+        "agreement": first.agreement,
+        "kl": first.kl,
+        "accuracy": first.gold_accuracy,
+        "calibration_error": first.calibration_error,
+        "gold_calibration_error": first.gold_calibration_error,
+    }

@@ -13,8 +13,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from journeyman import files
@@ -23,6 +25,8 @@ from journeyman.folder import Folder
 
 LIST = ".files.json"
 _MANIFEST = "manifest.json"  # by which a corpus is known to those who read it where it lies
+_AT_ONCE = 16  # files: of small ones the store's answer is what takes the time
+_LARGE = 16 << 20  # bytes of a file that ``Folder`` sends in pieces
 
 
 def copy_of(url: str) -> Path:
@@ -74,13 +78,23 @@ class Mirror:
         if before.get(_MANIFEST) != listed.get(_MANIFEST):
             folder.delete(_MANIFEST)
             before = before | {_MANIFEST: []}
-        for name in sorted(listed, key=lambda name: name == _MANIFEST):
-            if before.get(name) != listed[name]:
-                folder.put_file(name, self.local / name)
-        for found in [found.name for found in folder.walk("")]:
-            if found not in listed:
-                folder.delete(found)
+        changed = [name for name in listed if before.get(name) != listed[name]]
+        self._put_files(folder, {n: int(listed[n][0]) for n in changed if n != _MANIFEST})
+        if _MANIFEST in changed:
+            folder.put_file(_MANIFEST, self.local / _MANIFEST)
+        _delete(folder, [found.name for found in folder.walk("") if found.name not in listed])
         folder.put(LIST, json.dumps(listed, indent=1).encode())
+
+    def _put_files(self, folder: Folder, sizes: dict[str, int]) -> None:
+        """A large file's pieces go at once and are held in memory: one such file at a time."""
+
+        def put(name: str) -> None:
+            folder.put_file(name, self.local / name)
+
+        for name, size in sizes.items():
+            if size > _LARGE:
+                put(name)
+        _each(put, [name for name, size in sizes.items() if size <= _LARGE])
 
     def pull(self) -> bool:
         """Have the copy hold what the store does; False where there is no such folder, and then
@@ -97,15 +111,7 @@ class Mirror:
             if listed is None:
                 return False
             with files.scratch_folder(self.local) as fresh:
-                for name, (size, digest) in listed.items():
-                    with contextlib.suppress(FileNotFoundError):
-                        folder.get_file(name, fresh / name, int(size))
-                        if files.file_digest(fresh / name) == digest:
-                            continue
-                    raise DataError(
-                        f"{folder.path(name)}: is being written, or damaged; run the same "
-                        "command again, and if it stays so, the step that writes it."
-                    )
+                _each(partial(_fetch, folder, listed, fresh), listed)
                 files.write_json(fresh / LIST, listed)
                 fresh.rename(self.local)
         return True
@@ -114,8 +120,8 @@ class Mirror:
         """Both, where there is a store; a folder on a shared disk, too."""
         if self.url is not None:
             folder = Folder(self.url)
-            for name in [found.name for found in folder.walk("")]:
-                folder.delete(name)
+            folder.delete(LIST)
+            _delete(folder, [found.name for found in folder.walk("")])
         shutil.rmtree(self.local, ignore_errors=True)
 
 
@@ -126,6 +132,42 @@ def _listed(local: Path) -> _Listed:
         for path in found
         if path.name != LIST
     }
+
+
+def _fetch(folder: Folder, listed: _Listed, fresh: Path, name: str) -> None:
+    size, digest = listed[name]
+    with contextlib.suppress(FileNotFoundError):
+        folder.get_file(name, fresh / name, int(size))
+        if files.file_digest(fresh / name) == digest:
+            return
+    raise DataError(
+        f"{folder.path(name)}: is being written, or damaged; run the same command again, and if it "
+        "stays so, the step that writes it."
+    )
+
+
+def _delete(folder: Folder, names: Iterable[str]) -> None:
+    _each(folder.delete, names)
+
+
+def _each(do: Callable[[str], None], names: Iterable[str]) -> None:
+    """Several at a time; after the first error, which is raised, no more are begun."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        running: set[Future[None]] = set()
+        for name in names:
+            if len(running) == _AT_ONCE:
+                running = _ended(running)
+            running.add(pool.submit(do, name))
+        while running:
+            running = _ended(running)
+
+
+def _ended(running: set[Future[None]]) -> set[Future[None]]:
+    """Wait for one at least; returns those that go on."""
+    done, going_on = wait(running, return_when=FIRST_COMPLETED)
+    for each in done:
+        each.result()
+    return going_on
 
 
 def _in_store(folder: Folder) -> _Listed | None:

@@ -1,13 +1,14 @@
 """A folder behind a URL and its copies: as two nodes see them, whatever is cut short."""
 
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from journeyman import folder, steps
-from journeyman.errors import DataError, RecipeError
+from journeyman import folder, mirror, steps
+from journeyman.errors import ClusterError, DataError, RecipeError
 from journeyman.mirror import LIST, Mirror, copy_of, reading_copy_of
 from tests.conftest import small_recipe
 from tests.journeyman.labels.object_server import Faults, ObjectServer, serving
@@ -113,6 +114,89 @@ def test_a_corpus_whose_upload_breaks_off_is_none_to_those_who_read_it_there(
     assert not there.has("manifest.json") and there.get("part-0") == b"new"
     one.push()
     assert {name: there.get(name) for name in new} == new
+
+
+MANY = {f"part-{i:05d}.parquet": b"%d" % i for i in range(10 * mirror._AT_ONCE)}
+Transfer = Callable[..., None]  # put_file or get_file of a folder
+
+
+def together(own: Transfer, began: list[str]) -> Transfer:
+    """Goes on once as many as may be under way at a time are, and fails where they never are."""
+    meet = threading.Barrier(mirror._AT_ONCE)
+
+    def transfer(self: folder.Folder, name: str, *arguments: object) -> None:
+        began.append(name)
+        if name in MANY:
+            meet.wait(timeout=20)
+        own(self, name, *arguments)
+
+    return transfer
+
+
+def test_many_files_go_at_once_and_the_manifest_when_all_are_there(
+    store: tuple[ObjectServer, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    server, url = store
+    one, other = (Mirror(local=tmp_path / name, url=url) for name in ("one", "other"))
+    write(one.local, MANY | {"a": b"1", "manifest.json": b"{}"})
+    put_file = folder.Folder.put_file
+    put: list[str] = []
+    got: list[str] = []
+
+    def watched(self: folder.Folder, name: str, source: Path) -> None:
+        put_file(self, name, source)
+        if name == "manifest.json":
+            there = {key.removeprefix(url.removeprefix("s3://") + "/") for key in server.objects}
+            assert there == {*MANY, "a", "manifest.json"}
+
+    monkeypatch.setattr(folder.Folder, "put_file", together(watched, put))
+    monkeypatch.setattr(folder.Folder, "get_file", together(folder.Folder.get_file, got))
+    one.push()
+    assert put[-1] == "manifest.json" and sorted(put) == sorted([*MANY, "a", "manifest.json"])
+    assert other.pull()
+    assert sorted(got) == sorted(put) and read(other.local) == read(one.local)
+
+
+def failing_at(n: int, own: Transfer, began: list[str], error: Exception) -> Transfer:
+    """Of so many that have begun the last one fails; those beside it go on when it has."""
+    lock, failed = threading.Lock(), threading.Event()
+
+    def transfer(self: folder.Folder, name: str, *arguments: object) -> None:
+        with lock:
+            began.append(name)
+            n_begun = len(began)
+        if n_begun == n:
+            failed.set()
+            raise error
+        if n_begun > n - mirror._AT_ONCE:
+            assert failed.wait(timeout=20)
+        own(self, name, *arguments)
+
+    return transfer
+
+
+@pytest.mark.parametrize("way", ["put_file", "get_file"])
+def test_the_first_file_that_fails_stops_the_rest(
+    store: tuple[ObjectServer, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+):
+    server, url = store
+    one, other = (Mirror(local=tmp_path / name, url=url) for name in ("one", "other"))
+    write(one.local, MANY | {"manifest.json": b"{}"})
+    if way == "get_file":
+        one.push()
+    n, began = 3 * mirror._AT_ONCE, list[str]()
+    fails = failing_at(n, getattr(folder.Folder, way), began, ClusterError("the store is away"))
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.Folder, way, fails)
+        with pytest.raises(ClusterError, match="the store is away"):
+            one.push() if way == "put_file" else other.pull()
+    assert len(began) < n + mirror._AT_ONCE < len(MANY)
+    if way == "put_file":
+        assert not {"manifest.json", LIST} & {key.rpartition("/")[2] for key in server.objects}
+        one.push()
+    else:
+        assert not other.local.exists()
+    assert other.pull() and read(other.local) == read(one.local)
 
 
 def test_a_copy_that_has_lost_a_file_is_made_again(store: tuple[ObjectServer, str], tmp_path: Path):

@@ -174,11 +174,17 @@ def test_show_obeys_no_control_characters_of_a_text(tmp_path: Path, capsys):
 # --- stats, diff ---
 
 
-def test_stats_say_what_became_of_every_row(run: Path, capsys):
-    store = LabelStore(run / "labels")
+def test_stats_say_what_became_of_every_row(tmp_path: Path, capsys):
+    bad = row("a poison row", "train", "yes")
+    shard = [
+        (row("is the sky blue?", "train", "yes"), classes(0.9, 0.1, label_mass=0.8)),
+        (row("is grass red?", "train", "no"), classes(0.7, 0.3, label_mass=0.05)),
+        (bad, quarantined(bad, "ContextOverflow", "the prompt has 9000 tokens.")),
+    ]
+    store = write_dataset(tmp_path / "run", settings("classes"), [shard])
     recipe = recipe_of("classes", filters={"min_label_mass": 0.1})
     store.finish(quality.apply(store, store.manifest(), recipe))
-    text = said(capsys, "labels", "stats", run)
+    text = said(capsys, "labels", "stats", tmp_path / "run")
     lines = {line.split("  ")[0].strip(): " ".join(line.split()) for line in text.splitlines()}
     assert lines["rows"] == "rows 3 = 1 labeled + 1 in quarantine + 1 filtered"
     assert lines["filtered"] == "filtered min_label_mass 1"

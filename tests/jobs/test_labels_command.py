@@ -191,7 +191,7 @@ def test_stats_say_what_became_of_every_row(tmp_path: Path, capsys):
     assert lines["as gold"] == "as gold 1.000 (95%: 0.025 to 1.000) of 1 rows with gold"
     assert lines["yes"] == "yes 1 100.0% 1 100.0% 1.000"
     assert lines["ContextOverflow"].startswith("ContextOverflow 1 ")
-    figures = json.loads(said(capsys, "labels", "stats", run, "--json"))
+    figures = json.loads(said(capsys, "labels", "stats", tmp_path / "run", "--json"))
     assert figures["rows"] == 3
     assert figures["with_gold"]["n"] == 1
 

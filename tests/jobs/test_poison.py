@@ -264,7 +264,7 @@ def test_a_requeue_labels_what_is_mended_also_when_it_is_killed(run: Run, tmp_pa
         [sys.executable, "-m", "journeyman.cli",
          *run.command("labels", "requeue", settings=slower)],
         cwd=ROOT,
-        env=environment(run.folder.parent, **run.variables),
+        env=environment(run.folder.parent, **run.variables, JOURNEYMAN_TEST_DEADLY=DEADLY),
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

@@ -32,7 +32,6 @@ from journeyman.recipe import Recipe, Teacher
 from journeyman.teacher import tasks
 
 _POLL_S = 0.5
-_PACKED, _SHARDS_PER_BLOCK = 1000, 20  # from so many shards on, so many at most a Ray Data block
 _JUDGED = 200  # rows after which a run may be stopped for what it quarantines
 _TRIED_SHARDS = 4
 _LOGGED = ("rows", "ok", "quarantined", "filtered", "prompt_tokens", "output_tokens", "seconds",
@@ -330,7 +329,7 @@ class _Run:
         low, high = recipe.cluster.replicas.min, recipe.cluster.replicas.max
         if self._spec.teacher.gives_text_alone:
             low = high = 1  # one event loop keeps an API busy, and its rate limit is one
-        packed = min(_SHARDS_PER_BLOCK, max(1, n_shards // _PACKED))
+        packed = planning.shards_per_block(n_shards, high * in_flight)
         items = [{"work": json.dumps(dataclasses.asdict(work))} for work in self._work]
         return ray.data.from_items(items, override_num_blocks=-(-n_shards // packed)).map_batches(
             _ShardLabeler,

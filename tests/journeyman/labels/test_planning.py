@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from journeyman.labels.planning import todo
+from journeyman.labels.planning import shards_per_block, todo
 from journeyman.labels.store import LabelStore
 from tests.journeyman.labels.test_store import BAD_ROW, IDENTITY, commit, table
 
@@ -97,3 +100,16 @@ def test_planning_ten_million_rows_is_quick_and_small(tmp_path: Path, rows_per_s
     assert figures["left"] == [names[i] for i in sorted(waiting)]
     assert figures["s"] < 10
     assert figures["mb"] < 500
+
+
+@given(st.integers(1, 3_000_000), st.integers(1, 4_000))
+def test_no_replica_waits_long_for_one_that_was_given_more(n_shards: int, n_at_a_time: int):
+    together = shards_per_block(n_shards, n_at_a_time)
+    rounds = math.ceil(math.ceil(n_shards / together) / n_at_a_time)
+    assert rounds * together <= 1.2 * n_shards / n_at_a_time + 2
+    assert 1 <= together <= 20
+
+
+def test_a_run_of_many_shards_is_handed_out_in_few_blocks():
+    assert shards_per_block(1_000_000, 2_000) == 20
+    assert shards_per_block(25_000, 2_000) == 1 and shards_per_block(25_000, 2) == 20

@@ -31,7 +31,10 @@ from journeyman.teacher.remote import RemoteTeacher
 from journeyman.teacher.tokens import entries
 from journeyman.teacher.written import Written
 
-_REPORT_INTERVAL_S = 0.5
+# One process takes the reports of all replicas: so many a second at most, and of each one often
+# enough that progress.py does not count it as gone.
+_REPORTS_PER_S = 400
+_SHORTEST_REPORT_INTERVAL_S, _LONGEST_REPORT_INTERVAL_S = 0.5, 5.0
 _STARTS = 3  # of an engine, at most
 
 
@@ -87,6 +90,12 @@ class Trial:
 Record = dict[str, Any]  # of schema.label_schema
 
 
+def report_interval_s(n_replicas: int) -> float:
+    """Of each of so many, at work; one with nothing to say takes twice as long."""
+    interval_s = max(_SHORTEST_REPORT_INTERVAL_S, n_replicas / _REPORTS_PER_S)
+    return min(interval_s, _LONGEST_REPORT_INTERVAL_S)
+
+
 class Replica:
     """Labels corpus shards; ``label`` may be called from several threads at a time."""
 
@@ -103,6 +112,7 @@ class Replica:
         )
         self._name = uuid.uuid4().hex[:8]
         self._report = report
+        self._report_interval_s = report_interval_s(spec.recipe.cluster.replicas.max)
         self._counts: dict[str, float] = {}
         self._restarts = 0  # since its last commit
         self._alive_since = self._committed_at = self._reported_at = time.monotonic()
@@ -367,13 +377,13 @@ class Replica:
     async def _beat(self) -> None:
         """Tell that this replica lives, also when no row is done for a while."""
         while True:
-            await asyncio.sleep(2 * _REPORT_INTERVAL_S)
+            await asyncio.sleep(2 * self._report_interval_s)
             self._flush()
 
     def _count(self, **more: int) -> None:
         for name, n in more.items():
             self._counts[name] = self._counts.get(name, 0) + n
-        if time.monotonic() - self._reported_at >= _REPORT_INTERVAL_S:
+        if time.monotonic() - self._reported_at >= self._report_interval_s:
             self._flush()
 
     def _flush(self) -> None:

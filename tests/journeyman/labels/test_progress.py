@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import time
 
-from journeyman.labels.progress import Counts, Meter, Tally
+from hypothesis import given
+from hypothesis import strategies as st
+
+from journeyman.labels.progress import _GONE_AFTER_S, Counts, Meter, Tally
+from journeyman.labels.replica import _REPORTS_PER_S, report_interval_s
 from journeyman.recipe import Price
 from tests.conftest import scraped
 
@@ -29,3 +33,9 @@ def test_the_live_views_figures_are_metrics_of_ray(ray_cluster: None) -> None:
         found = {name: value for name, value in told.items() if name in wanted}
         time.sleep(1)
     assert found == wanted
+
+
+@given(st.integers(1, 1_500))
+def test_many_replicas_report_together_no_more_often_than_the_tally_can_take(n_replicas: int):
+    assert n_replicas / report_interval_s(n_replicas) <= _REPORTS_PER_S + 1e-6
+    assert 2 * report_interval_s(10**6) < _GONE_AFTER_S  # with nothing to say

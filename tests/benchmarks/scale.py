@@ -1,196 +1,286 @@
-"""What a shard costs the driver of a labeling run, from a thousand shards to a million.
+"""What a labeling run costs its driver: by shards, by replicas, and in requests to the store.
 
     .venv/bin/python tests/benchmarks/scale.py --quick
     .venv/bin/python tests/benchmarks/scale.py --json scale.json      # half an hour or more
 
-The driver's own code runs; only the replicas are simulated. They say at once that a shard is done,
-and their commits are put into a store in memory, so that neither an engine nor a disk is timed:
-what a store's answers take is its latency times the requests, which are counted. Of each size, in
-a process of its own:
+The driver's own code runs; only replicas are simulated, each in an actor of its own.
 
+Shards, of each size in a process of its own. Commits are put into a store in memory, so that no
+disk is timed: what a store's answers take is its latency times the requests.
 - plan:   the shards to do, of a dataset that has none;
-- run:    Ray Data hands every shard to a replica, and its record comes back (two actors);
+- run:    Ray Data hands every shard to one of two replicas, which says at once that it is done;
 - resume: the shards to do, of a dataset that has half of them;
-- finish: all commits are read, checked, summed up, compacted, and the manifest is written;
-- report: a thousand replicas tell the tally what they did, once.
+- finish: all commits are read, checked, summed up, compacted, and the manifest is written.
+
+Replicas, as many as there is memory for (--replicas), all on this machine:
+- handing out: as above, in microseconds of the clock, of the driver, and of what else is on its
+  node. The clock's are of the machine, whose cores the replicas share with the driver: a limit
+  from above. What the driver itself takes is what a cluster's would;
+- at work: shares of a processor while every replica is in a shard, reports, and is not done.
+  A line through these shares is drawn out to a thousand replicas.
+
+Reports of a thousand replicas to the tally's actor, from other processes, as often as a busy
+replica makes them; and requests to the store, of real replicas whose teacher is a column.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from journeyman import cluster, recipe
-from journeyman.folder import Folder
+import numpy as np
+import scale_replicas
+import scale_requests
+from scale_replicas import MODEL, ROWS, commit_of, manifest
+from scale_requests import counted
+
 from journeyman.labels import finishing, pipeline, planning
-from journeyman.labels.progress import Tally
-from journeyman.labels.replica import Counts, ReplicaSpec, Work
-from journeyman.labels.schema import Commit
 from journeyman.labels.store import LabelStore
-from journeyman.models import Model
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
-REPLICAS = 1_000
+REPLICAS = (2, 20, 60, 120)
+ALL = 1_000  # replicas that the figures of fewer are drawn out to
+_ENOUGH = 50  # replicas at least, whose figures are
 MOST_GROWTH = 2.0
-ROWS = 100  # of a shard
-_WARM = 20  # shards of a first pass: what is imported and started in it is no shard's cost
-MODEL = Model(reference="none", path=Path(), weights_digest="", tokenizer_digest="", size_bytes=0)
+MOST_CORES = 0.5  # of a processor, by what is one process however many replicas there are
+REQUESTS = 9  # of a labeled shard, the driver's at the end included
+_TOLD = "told: "  # before the line that is for the process above, among what Ray says
+_TIMES = 3  # that planning is timed
+_WINDOWS, _REPORTERS = 3, 2  # in which the tally is watched; processes that report to it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """blocks, per_block: of Ray Data, that are handed out to many replicas, and how many shards are
+    in each; slow_s: they are at work; loads: of the tally, as shares of what it has to bear;
+    window_s: of each; apart: each measurement in a process of its own, with a Ray of its own."""
+
+    sizes: Sequence[int] = SIZES
+    replicas: Sequence[int] = REPLICAS
+    blocks: int = 1_000
+    per_block: int = 10
+    slow_s: float = 15.0
+    loads: Sequence[float] = (1, 5)
+    window_s: float = 10.0
+    apart: bool = True
+
+
+QUICK = Plan(
+    sizes=(200, 800),
+    replicas=(4,),
+    blocks=300,
+    per_block=1,
+    slow_s=1.5,
+    loads=(1,),
+    window_s=1.0,
+    apart=False,
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a thousand and ten thousand shards")
+    parser.add_argument("--quick", action="store_true", help="few shards, few replicas")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
-    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)  # in a process of its own
-    parser.add_argument("--without-run", action="store_true", help="leave Ray Data out")
+    parser.add_argument("--sizes", type=int, nargs="*", metavar="N", help="shards, of each run")
+    parser.add_argument("--replicas", type=int, nargs="*", metavar="N", help="of each run")
+    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)  # in a process of its own
     options = parser.parse_args()
-    if options.size:
-        print(json.dumps(measure(options.size, with_run=not options.without_run)))
+    if options.part:
+        part, argument = options.part
+        print(_TOLD + json.dumps(here(part, **json.loads(argument))))
         return 0
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
           f"ray {metadata.version('ray')}")  # fmt: skip
-    sizes = SIZES[:2] if options.quick else SIZES
-    found = {n: of_size(n, ["--without-run"] * options.without_run) for n in sizes}
+    given = {k: v for k in ("sizes", "replicas") if (v := getattr(options, k)) is not None}
+    found = measured(replace(QUICK if options.quick else Plan(), **given))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
     return goals(found)
 
 
-def of_size(n: int, arguments: list[str]) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--size", str(n), *arguments]
+def measured(plan: Plan) -> dict[str, Any]:
+    found: dict[str, Any] = {"requests": scale_requests.of_a_shard()}
+    show_requests(found["requests"])
+    found["reports_per_s"] = scale_requests.reports_per_s(ALL)
+    print(f"one of {ALL:,} busy replicas reports {found['reports_per_s']:.2f} times a second",
+          flush=True)  # fmt: skip
+    part = in_a_process if plan.apart else here
+    found["sizes"] = {n: shown_size(part("size", n=n)) for n in plan.sizes}
+    found["replicas"] = {}
+    for n in plan.replicas:
+        told = part("replicas", n=n, n_blocks=plan.blocks, per_block=plan.per_block,
+                    slow_s=plan.slow_s)  # fmt: skip
+        found["replicas"][n] = shown_replicas(n, told)
+    found["tally"] = {}
+    for load in plan.loads:
+        told = part("tally", per_s=load * found["reports_per_s"], window_s=plan.window_s)
+        found["tally"][load] = shown_tally(told)
+    return found
+
+
+def here(name: str, **arguments: Any) -> Any:
+    return PARTS[name](**arguments)
+
+
+def in_a_process(name: str, **arguments: Any) -> Any:
+    command = [sys.executable, __file__, "--part", name, json.dumps(arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    costs = "  ".join(
-        f"{phase} {told['seconds'][phase] / n * 1e6:8.1f}" for phase in told["seconds"]
+    (told,) = (line for line in done.stdout.splitlines() if line.startswith(_TOLD))
+    return json.loads(told.removeprefix(_TOLD))
+
+
+# --- what is printed ---
+
+
+def show_requests(requests: dict[str, dict[str, float]]) -> None:
+    each = (
+        f"{step} " + " ".join(f"{n:g} {method}" for method, n in counts.items())
+        for step, counts in requests.items()
     )
-    print(f"{n:>9,} shards   us/shard: {costs}   {told['bytes'] / n / 1e3:6.1f} kB/shard, "
-          f"{told['bytes'] / 1e9:.2f} GB   requests/shard: "
-          + ", ".join(f"{name} {count / n:.3g}" for name, count in told["requests"].items())
-          + f"   report {told['report_us']:.1f} us", flush=True)  # fmt: skip
+    print("requests a shard:  " + ",  ".join(each), flush=True)
+
+
+def shown_size(told: dict[str, Any]) -> dict[str, Any]:
+    n, seconds = told["shards"], told["seconds"]
+    costs = "  ".join(f"{phase} {seconds[phase] / n * 1e6:8.1f}" for phase in seconds)
+    print(f"{n:>9,} shards   us/shard: {costs}  (the driver's own of a run "
+          f"{told['driver_s'] / n * 1e6:.0f})   {told['bytes'] / n / 1e3:6.1f} kB/shard, "
+          f"{told['bytes'] / 1e9:.2f} GB   driver's requests/shard: "
+          + ", ".join(f"{method} {count / n:.3g}" for method, count in told["requests"].items()),
+          flush=True)  # fmt: skip
     return told
 
 
-def goals(found: dict[int, dict[str, Any]]) -> int:
-    """Each phase's cost of a shard, at the largest size over that at the smallest."""
-    short, (least, most) = 0, (min(found), max(found))
-    for name in (*found[least]["seconds"], "all"):
-        one, other = (cost(found[n], name) / n for n in (least, most))
-        got, ok = other / one, other / one <= MOST_GROWTH
-        short += not ok
-        print(f"goal  scale/{name} a shard, {most:,} vs {least:,}   <= {MOST_GROWTH:.2f}   "
-              f"got {got:.2f}   {'ok' if ok else 'SHORT'}")  # fmt: skip
-    return 1 if short else 0
+def shown_replicas(n: int, told: dict[str, Any]) -> dict[str, Any]:
+    us = "  ".join(f"{who} {spread(thirds)}" for who, thirds in told["us"].items())
+    cores = "  ".join(f"{who} {share:.3f}" for who, share in told["cores"].items())
+    print(f"{n:>5,} replicas of {told['replica_mb']:.0f} MB, there after {told['start_s']:.0f} s   "
+          f"handing out {told['shards']:,}, us/shard: {us}   at work, cores: {cores}, "
+          f"{told['reports_per_s']:.0f} reports/s", flush=True)  # fmt: skip
+    return told
 
 
-def cost(told: dict[str, Any], phase: str) -> float:
-    seconds = told["seconds"]
-    return sum(seconds.values()) if phase == "all" else seconds[phase]
+def shown_tally(windows: list[dict[str, float]]) -> list[dict[str, float]]:
+    figures = {name: spread([window[name] for window in windows], 3) for name in windows[0]}
+    print(f"tally of {ALL:,} replicas   {figures['per_s']} reports/s, {figures['us']} us each, "
+          f"{figures['cores']} cores, the last is counted after {figures['late_s']} s",
+          flush=True)  # fmt: skip
+    return windows
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Median and range."""
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):.{digits}g} ({low:.{digits}g}-{high:.{digits}g})"
+
+
+def goals(found: dict[str, Any]) -> int:
+    """Growth of a shard's cost from the smallest run to the largest; and cores at ``ALL``."""
+    met = True
+    if len(found["sizes"]) > 1:
+        met &= size_goals(found["sizes"])
+    if len(found["replicas"]) > 1:
+        met &= replica_goals(found["replicas"])
+    cores = [window["cores"] for window in found["tally"][1]]
+    met &= goal(f"tally's cores, {ALL:,} replicas", MOST_CORES, cores)
+    labeling = [sum(found["requests"][step].values()) for step in ("label", "finish")]
+    met &= goal("requests a shard", REQUESTS, [sum(labeling)])
+    return 0 if met else 1
+
+
+def size_goals(sizes: dict[int, dict[str, Any]]) -> bool:
+    least, most = min(sizes), max(sizes)
+
+    def cost(n: int, phase: str) -> float:
+        seconds = sizes[n]["seconds"]
+        return float(sum(seconds.values()) if phase == "all" else seconds[phase]) / n
+
+    met = True
+    for phase in (*sizes[least]["seconds"], "all"):
+        growth = cost(most, phase) / cost(least, phase)
+        met &= goal(f"{phase} a shard, {most:,} vs {least:,}", MOST_GROWTH, [growth])
+    return met
+
+
+def replica_goals(replicas: dict[int, dict[str, Any]]) -> bool:
+    least, most = min(replicas), max(replicas)
+    driver = {n: replicas[n]["us"]["driver"] for n in (least, most)}
+    before = statistics.median(driver[least])
+    growth = [us / before for us in driver[most]]
+    met = goal(f"driver's time a shard, {most:,} vs {least:,} replicas", MOST_GROWTH, growth)
+    for who in ("driver", "control") if most >= _ENOUGH else ():
+        at_all = drawn_out({n: told["cores"][who] for n, told in replicas.items()})
+        met &= goal(f"{who}'s cores, {ALL:,} replicas at work, drawn out from {most:,}",
+                    MOST_CORES, [at_all])  # fmt: skip
+    return met
+
+
+def drawn_out(of: dict[int, float]) -> float:
+    """To ``ALL`` replicas, by a straight line through what was found of fewer."""
+    slope, intercept = np.polyfit(list(of), list(of.values()), 1)
+    return float(intercept + slope * ALL)
+
+
+def goal(name: str, most: float, values: Sequence[float]) -> bool:
+    got, met = statistics.median(values), statistics.median(values) <= most
+    spread = f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else ""
+    print(f"goal  scale/{name}   <= {most:.2f}   got {got:.2f}{spread}   "
+          f"{'ok' if met else 'SHORT'}")  # fmt: skip
+    return met
 
 
 # --- one size ---
 
 
-def measure(n: int, *, with_run: bool) -> dict[str, Any]:
-    """Seconds by phase, bytes that the driver grew by, requests to the store."""
-    settings = simulated_recipe()
-    if with_run:
-        cluster.connect(settings.cluster)
-    start_s = phases(_WARM, settings, with_run=with_run)["seconds"].get("run", 0.0)
-    told = phases(n, settings, with_run=with_run)
-    if with_run:
-        told["seconds"]["run"] -= start_s
-    return told | {"report_us": report_us()}
+def size(n: int) -> dict[str, Any]:
+    """Seconds by phase, bytes that the driver grew by, its requests to the store."""
+    scale_replicas.warm()
+    return phases(n)
 
 
-def phases(n: int, settings: recipe.Recipe, *, with_run: bool) -> dict[str, Any]:
-    manifest = corpus_manifest(n)
+def phases(n: int) -> dict[str, Any]:
+    shards = manifest([f"part-{i:05d}.parquet" for i in range(n)])
     store = LabelStore(f"memory:///{uuid.uuid4().hex}")
-    store.open(pipeline.identity(settings, MODEL, manifest["digest"]))
+    asked = scale_replicas.settings(2, silent=True)
+    store.open(pipeline.identity(asked, MODEL, shards["digest"]))
     store.finish({"codec": None})
     before = peak()
     seconds: dict[str, float] = {}
     requests: Counter[str] = Counter()
-    with counted(requests):
-        seconds["plan"], todo = timed(lambda: planning.todo(manifest, store))
-        assert len(todo) == n
-        if with_run:
-            seconds["run"], _ = timed(lambda: run(settings, store, todo, manifest))
+    seconds["plan"], todo = timed(lambda: planning.todo(shards, store), _TIMES)
+    assert len(todo) == n
+    ran = scale_replicas.run(asked, todo, shards)
+    own = ran.done.since(ran.noted[0])  # the start of replicas is no shard's
+    seconds["run"] = ran.prepared.wall_s + own.wall_s
     held = commit(store, todo[: n // 2])
-    with counted(requests):
-        seconds["resume"], left = timed(lambda: planning.todo(manifest, store))
+    seconds["resume"], left = timed(lambda: planning.todo(shards, store), _TIMES)
     assert len(left) == n - n // 2
     held += commit(store, left)
     with counted(requests):
+        planning.todo(shards, store)
         seconds["finish"], finished = timed(
-            lambda: finishing.finish(store, settings, settings.teacher, manifest)
+            lambda: finishing.finish(store, asked, asked.teacher, shards)
         )
     assert finished["totals"]["rows"] == n * ROWS
-    return {"seconds": seconds, "bytes": peak() - before - held, "requests": requests}
-
-
-def simulated_recipe() -> recipe.Recipe:
-    return recipe.parse(
-        {
-            "name": "scale",
-            "corpus": {"sources": ["none"], "rows_per_shard": ROWS},
-            "teacher": {"model": "none", "max_model_len": 64},
-            "labels": {"kind": "logits", "k": 4},
-            "cluster": {"replicas": {"min": 2, "max": 2}, "cpus_per_replica": 0.5},
-        }
-    )
-
-
-def corpus_manifest(n: int) -> dict[str, Any]:
-    shards = [{"name": f"part-{i:05d}.parquet", "rows": ROWS} for i in range(n)]
-    return {"rows": n * ROWS, "shards": shards, "digest": "none", "splits": {"train": n * ROWS}}
-
-
-class Simulated:
-    """What stands in for pipeline's actor: every shard is done at once."""
-
-    def __init__(self, spec: ReplicaSpec, tally: Any) -> None:
-        pass
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        shards = [pipeline._work(str(work)).shard for work in batch["work"]]
-        records = [json.dumps(dataclasses.asdict(commit_of(shard))) for shard in shards]
-        return {"commit": records, "error": [""] * len(records)}
-
-
-def run(
-    settings: recipe.Recipe, store: LabelStore, todo: list[str], manifest: dict[str, Any]
-) -> None:
-    pipeline._ShardLabeler = Simulated  # type: ignore[assignment,misc]
-    spec = ReplicaSpec(recipe=settings, teacher=settings.teacher, model=MODEL, corpus_dir=Path(),
-                       labels=store.where, identity={})  # fmt: skip
-    work = [Work(shard=shard) for shard in todo]
-    pipeline._Run(spec, work, manifest, lambda _: None).run()
-
-
-def commit_of(shard: str) -> Commit:
-    counts = dict.fromkeys(
-        ("generation", "quarantined", "filtered", "truncated", "copied", "cached_tokens",
-         "output_tokens", "engine_restarts"), 0,
-    )  # fmt: skip
-    return Commit(
-        shard=shard, data=f"shards/{Path(shard).stem}.0123456789ab.parquet", quarantine=None,
-        filtered_file=None, sha256="0" * 64, rows=ROWS, ok=ROWS, prompt_tokens=25 * ROWS,
-        seconds=60.0, replica_seconds=60.0, bytes=1 << 20, **counts,
-    )  # fmt: skip
+    grown = peak() - before - held
+    driver_s = ran.prepared.driver_s + own.driver_s
+    return {"shards": n, "seconds": seconds, "driver_s": driver_s, "bytes": grown,
+            "requests": requests}  # fmt: skip
 
 
 def commit(store: LabelStore, shards: list[str]) -> int:
@@ -201,58 +291,39 @@ def commit(store: LabelStore, shards: list[str]) -> int:
     return peak() - before
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = work()
-    return time.perf_counter() - started, result
+def timed(work: Callable[[], Any], times: int = 1) -> tuple[float, Any]:
+    """The least of several times, of what takes microseconds."""
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        result = work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds), result
 
 
 def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class counted:  # noqa: N801 - reads as a statement
-    """Requests that a store behind HTTP would see: a page of a listing has 1,000 names."""
-
-    def __init__(self, requests: Counter[str]) -> None:
-        self._requests = requests
-        self._own = {name: getattr(Folder, name) for name in ("get", "_put", "walk", "delete")}
-
-    def __enter__(self) -> None:
-        for name, own in self._own.items():
-            setattr(Folder, name, self._counting(name, own))
-
-    def __exit__(self, *_: object) -> None:
-        for name, own in self._own.items():
-            setattr(Folder, name, own)
-
-    def _counting(self, name: str, own: Callable[..., Any]) -> Callable[..., Any]:
-        requests = self._requests
-
-        def walk(folder: Folder, prefix: str) -> Any:
-            requests["list"] += 1
-            for i, listed in enumerate(own(folder, prefix), 1):
-                requests["list"] += i % 1000 == 0
-                yield listed
-
-        def other(folder: Folder, *arguments: Any) -> Any:
-            requests[name.strip("_")] += 1
-            return own(folder, *arguments)
-
-        return walk if name == "walk" else other
+# --- many replicas ---
 
 
-def report_us() -> float:
-    """A replica's report to the tally, while a thousand of them report."""
-    tally = Tally("scale")
-    counts = Counts(rows=10, prompt_tokens=250)
-    seconds, _ = timed(lambda: [tally.add(str(i), counts) for i in range(REPLICAS)])
-    tally.total()
-    return seconds / REPLICAS * 1e6
+def replicas(n: int, n_blocks: int, per_block: int, slow_s: float) -> dict[str, Any]:
+    scale_replicas.warm()
+    return scale_replicas.handing_out(n, n_blocks, per_block, slow_s)
+
+
+def tally(per_s: float, window_s: float) -> list[dict[str, float]]:
+    scale_replicas.connect()
+    return scale_replicas.reporting(ALL, per_s, window_s, _WINDOWS, _REPORTERS)
+
+
+PARTS: dict[str, Callable[..., Any]] = {"size": size, "replicas": replicas, "tally": tally}
 
 
 if __name__ == "__main__":
     os.environ["RAY_ADDRESS"] = "local"  # a Ray of its own
+    sys.argv[0] = __file__  # by its folder actors find the modules beside this one
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         sys.exit(main())

@@ -9,6 +9,7 @@ Checks that bundle, recipe and models belong together before anything starts.
 # No `from __future__ import annotations`: Ray Serve reads the builder's annotation, and a string
 # tells it nothing.
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from journeyman import cluster
 from journeyman.cascade import keys
 from journeyman.certify.bundle import WrittenBundle
 from journeyman.errors import JourneymanError, RecipeError
-from journeyman.recipe import Recipe
+from journeyman.recipe import Labels, Recipe
 from journeyman.recipe.serving import StudentReplicas, TeacherReplicas
-from serve import loading
+from serve import loading, routing
 from serve.agreement import Agreement
 from serve.ingress import Ingress, IngressSpec
 from serve.ports import check_port_of_serve_run
@@ -69,9 +70,10 @@ def build(bundle: str | Path) -> Application:
     loaded = loading.load(bundle)
     settings = loaded.recipe
     spec = IngressSpec(loaded=loaded, keys=_keys(settings))
-    teacher = _teacher(settings).bind(
+    question = loading.question(loaded)
+    teacher = _teacher(settings, question, loaded.bundle.columns).bind(
         settings.teacher,
-        loading.question(loaded),
+        question,
         loaded.bundle.columns,
         loaded.teacher,
         node_labels=settings.cascade.node_labels,
@@ -105,7 +107,7 @@ def _ingress(settings: Recipe, n_cpus: float, **scaling: Any) -> Any:
     )
 
 
-def _teacher(settings: Recipe) -> Any:
+def _teacher(settings: Recipe, question: Labels, columns: Sequence[str]) -> Any:
     cascade = settings.cascade
     spread = settings.teacher.spread  # then the engine has its GPUs reserved itself
     return serve.deployment(
@@ -118,6 +120,7 @@ def _teacher(settings: Recipe) -> Any:
             settings, cascade.teacher_cpus, 0 if spread else cascade.teacher_gpus
         ),
         **_scaling(cascade.teacher_replicas, **_by_load(cascade.teacher_replicas)),
+        **(routing.of_teacher(question, columns) if cascade.teacher_replicas.max > 1 else {}),
     )
 
 

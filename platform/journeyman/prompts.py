@@ -56,6 +56,11 @@ class Prompt:
     def digest(self) -> str:
         return hashlib.blake2b(self.source.encode(), digest_size=16).hexdigest()
 
+    @property
+    def leading(self) -> str | None:
+        """The column that comes first; None where the template does more than to print columns."""
+        return next((piece for piece, is_name in self._pieces or () if is_name), None)
+
     def check(self, columns: Sequence[str]) -> None:
         """Raises RecipeError if the template names a column that rows do not have."""
         unknown = sorted(self.variables - set(columns))

@@ -6,7 +6,8 @@
 The student is ten layers of SmolLM2-135M (64M parameters), the teacher all thirty; a step is 16
 texts of 128 tokens, float32, AdamW. Each system is a process of its own, and they take turns on the
 same rows. Journeyman's step starts at encoded labels (top-64) on disk. Memory is the peak of the
-process, its imports included. At the end Journeyman with one and two workers of one core each.
+process, its imports included. At the end the plain loop and Journeyman with one worker and with
+two of one core each.
 """
 
 from __future__ import annotations
@@ -52,18 +53,24 @@ _TIMEOUT_S = 300.0
 
 
 class PlainLoop:
-    """Cross-entropy on the text, as a PyTorch user writes it."""
+    """Cross-entropy on the text, as a PyTorch user writes it, in DistributedDataParallel."""
 
     name = "plain cross-entropy"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rank: int = 0, world_size: int = 1) -> None:
         self._texts = torch.from_numpy(np.load(folder / "texts.npy").astype(np.int64))
+        self._rows = np.arange(ROWS)[rank::world_size]
         base = recipe.load(RECIPE)
-        self._model = causal.build(Path((folder / "model").read_text()), base.learner(), seed=0)
+        model = causal.build(Path((folder / "model").read_text()), base.learner(), seed=0)
+        self._model = self._parallel(model, folder, rank, world_size)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=RATE, fused=True)
 
+    def _parallel(self, model: Any, folder: Path, rank: int, world_size: int) -> Any:
+        meet(folder, self.name, rank, world_size)
+        return torch.nn.parallel.DistributedDataParallel(model)
+
     def step(self, number: int) -> None:
-        ids = self._texts[number * ROWS : (number + 1) * ROWS]
+        ids = self._texts[number * ROWS + self._rows]
         self._optimizer.zero_grad()
         self._loss(ids).backward()
         self._optimizer.step()
@@ -77,8 +84,8 @@ class DenseLoop(PlainLoop):
 
     name = "dense distillation"
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(folder, rank, world_size)
         self._teacher = causal.load(Path((folder / "model").read_text())).eval()
 
     def _loss(self, ids: torch.Tensor) -> torch.Tensor:
@@ -94,7 +101,7 @@ class Trl(PlainLoop):
 
     name = "TRL GKDTrainer"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *_: int) -> None:
         os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
         from datasets import Dataset
         from transformers import AutoTokenizer
@@ -119,6 +126,9 @@ class Trl(PlainLoop):
         self._trainer.create_optimizer()
         self._trainer.current_gradient_accumulation_steps = 1  # train() would set it
 
+    def _parallel(self, model: Any, folder: Path, rank: int, world_size: int) -> Any:
+        return model
+
     def step(self, number: int) -> None:
         ids = self._texts[number * ROWS : (number + 1) * ROWS]
         batch = {
@@ -138,9 +148,7 @@ class Journeyman:
 
     def __init__(self, folder: Path, rank: int = 0, world_size: int = 1) -> None:
         if world_size > 1:
-            torch.distributed.init_process_group(
-                "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size
-            )
+            meet(folder, self.name, rank, world_size)
         self._place = Place(rank=rank, world_size=world_size, device=torch.device("cpu"))
         base = recipe.load(RECIPE)
         settings = {"workers": 1, "epochs": 1, "batch_size": ROWS, "learning_rate": RATE}
@@ -174,6 +182,11 @@ class JourneymanText(Journeyman):
 
     name = "journeyman, cross-entropy"
     training = {"cross_entropy": 1.0}  # noqa: RUF012
+
+
+def meet(folder: Path, name: str, rank: int, world_size: int) -> None:
+    url = f"file://{folder}/meet-{name.replace(' ', '-')}-{world_size}"
+    torch.distributed.init_process_group("gloo", init_method=url, rank=rank, world_size=world_size)
 
 
 SYSTEMS: dict[str, Any] = {
@@ -221,8 +234,7 @@ class Process:
 def _serve(name: str, folder: Path, pipe: Connection, threads: int, rank: int, world: int) -> None:
     torch.set_num_threads(threads)
     try:
-        made = SYSTEMS[name]
-        system = made(folder, rank, world) if world > 1 else made(folder)
+        system = SYSTEMS[name](folder, rank, world)
         pipe.send((0.0, 0.0))
         while (number := pipe.recv()) is not None:
             started = time.perf_counter()
@@ -271,7 +283,10 @@ def main() -> int:
         write_rows(folder, rounds)
         with started(list(SYSTEMS), folder, threads=os.cpu_count() or 1) as systems:
             seconds, peaks = compare(systems, rounds)
-        scaling = {world: scaled(folder, world, rounds) for world in (1, 2)}
+        scaling = {
+            name: {world: scaled(name, folder, world, rounds) for world in (1, 2)}
+            for name in (PlainLoop.name, Journeyman.name)
+        }
     if options.json:
         numbers = {"seconds": seconds, "peak_gib": peaks, "workers": scaling}
         options.json.write_text(json.dumps(numbers, indent=1))
@@ -305,10 +320,10 @@ def compare(systems: list[Process], rounds: int) -> tuple[dict[str, list[float]]
     return {name: took[1:] for name, took in seconds.items()}, peaks
 
 
-def scaled(folder: Path, world: int, rounds: int) -> list[float]:
+def scaled(name: str, folder: Path, world: int, rounds: int) -> list[float]:
     """Seconds of a step with so many workers of one core each."""
-    (folder / "meet").unlink(missing_ok=True)
-    with started([Journeyman.name], folder, threads=1, world=world) as workers:
+    (folder / f"meet-{name.replace(' ', '-')}-{world}").unlink(missing_ok=True)
+    with started([name], folder, threads=1, world=world) as workers:
         found = []
         for number in range(rounds):
             for one in workers:
@@ -318,16 +333,20 @@ def scaled(folder: Path, world: int, rounds: int) -> list[float]:
 
 
 def close(
-    seconds: dict[str, list[float]], peaks: dict[str, float], scaling: dict[int, list[float]]
+    seconds: dict[str, list[float]],
+    peaks: dict[str, float],
+    scaling: dict[str, dict[int, list[float]]],
 ) -> int:
     print(f"\na step of {ROWS} texts of {LENGTH} tokens; tokens/s, median (range), and peak memory")
     for name, took in seconds.items():
         print(
             f"  {name:<26} {middle([TOKENS / s for s in took], ',.0f'):<22} {peaks[name]:.2f} GiB"
         )
-    one, two = (statistics.median(scaling[world]) for world in (1, 2))
-    print(f"  journeyman, one core       {TOKENS / one:,.0f}")
-    print(f"  journeyman, two workers    {TOKENS / two:,.0f}   {one / two:.2f} times one\n")
+    for name, took in scaling.items():
+        one, two = (statistics.median(took[world]) for world in (1, 2))
+        print(f"  {name}: {TOKENS / one:,.0f} with one core, {TOKENS / two:,.0f} with two workers "
+              f"of a core each, {one / two:.2f} times one")  # fmt: skip
+    print()
     goals = [("step/cross-entropy vs plain loop", JourneymanText.name, PlainLoop.name, 0.97)]
     if Trl.name in seconds:
         goals.append(("step/distillation vs TRL", Journeyman.name, Trl.name, 1.0))

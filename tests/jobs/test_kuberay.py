@@ -121,7 +121,8 @@ class RayClusterSpec(Strict):
 
 
 class Metadata(Strict):
-    name: Name
+    # What the operator derives from it is longer, and the name of a service.
+    name: Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=47)]
 
 
 class RayJobSpec(Strict):

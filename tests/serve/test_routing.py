@@ -8,6 +8,7 @@ from ray import serve
 from journeyman.recipe import Classes
 from serve import routing
 from serve.routing import ranked
+from tests.serve.conftest import Running
 
 NAMES = ["a", "b", "c", "d"]
 IDLE = dict.fromkeys(NAMES, 0)
@@ -32,7 +33,7 @@ def test_what_all_texts_share_does_not_keep_one_replica_busy():
     assert min(loads.values()) > 0
 
 
-def test_serve_asks_by_what_comes_first_in_the_prompt(ray_cluster: None):
+def test_serve_asks_by_what_comes_first_in_the_prompt(cascade: Running):
     prompt = "Passage: {{ passage }}\nQuestion: {{ text }}\nAnswer:"
     question = Classes.model_validate(LABELS | {"prompt": prompt})
 

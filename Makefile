@@ -17,11 +17,13 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 CODE := $(foreach folder,platform/journeyman jobs serve,$(if $(wildcard $(folder)/*.py),$(folder)))
 ARGS ?=
-RECIPE ?= demo
-CERTIFIED := demo policy filtering retrieval
-WRITING := rationales language_model
+RECIPE ?= routing
+CERTIFIED := routing policy filtering retrieval
+WRITING := rationales logits
 BALANCED := --set name=policy-balanced --set 'corpus.where={mix: [realistic, balanced]}' \
 	--set 'labels.class_shares={answer: 0.5, refuse: 0.5}'
+ANSWERS := --set name=rationales-answers --set training.rationale_weight=0
+RUNS := $(CERTIFIED) policy-balanced $(WRITING) rationales-answers
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3)
 
 help:  ## show this list
@@ -34,14 +36,14 @@ demo: $(INSTALLED)  ## distil, certify and serve small models on this machine (R
 	@.venv/bin/journeyman run jobs/recipes/$(RECIPE).yaml $(ARGS)
 
 # One after another, each skipped where it is done for the same inputs.
-recipes: $(INSTALLED)  ## run every recipe, and write docs/results.md and the README's table from what came of them
+recipes: $(INSTALLED)  ## run every recipe, two of them in both ways, and write docs/results.md and the README's table from what came of them
 	@for recipe in $(CERTIFIED) $(WRITING); do
 		.venv/bin/journeyman run jobs/recipes/$$recipe.yaml $(ARGS)
 	done
-	.venv/bin/journeyman certify jobs/recipes/language_model.yaml $(ARGS)
 	.venv/bin/journeyman run jobs/recipes/policy.yaml $(BALANCED) $(ARGS)
-	.venv/bin/journeyman results $(CERTIFIED:%=runs/%) runs/policy-balanced $(WRITING:%=runs/%) \
-		--to docs/results.md --into README.md
+	.venv/bin/journeyman run jobs/recipes/rationales.yaml $(ANSWERS) $(ARGS)
+	.venv/bin/journeyman certify jobs/recipes/logits.yaml $(ARGS)
+	.venv/bin/journeyman results $(RUNS:%=runs/%) --to docs/results.md --into README.md
 
 test: $(INSTALLED)  ## run the tests but those marked slow (ARGS= goes to pytest)
 	@.venv/bin/python -m pytest -m "not slow" $(ARGS)

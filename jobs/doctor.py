@@ -1,7 +1,7 @@
 """Check that the cluster is fit for a recipe, as a Ray job or by hand.
 
-python jobs/doctor.py jobs/recipes/demo.yaml
-ray job submit --working-dir . -- python jobs/doctor.py jobs/recipes/demo.yaml
+python jobs/doctor.py jobs/recipes/routing.yaml
+ray job submit --working-dir . -- python jobs/doctor.py jobs/recipes/routing.yaml
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Price the labeling of a recipe from a sample, on the nodes that would do it, as a Ray job.
 
-python jobs/estimate.py jobs/recipes/demo.yaml
-ray job submit --working-dir . -- python jobs/estimate.py jobs/recipes/demo.yaml
+python jobs/estimate.py jobs/recipes/routing.yaml
+ray job submit --working-dir . -- python jobs/estimate.py jobs/recipes/routing.yaml
 """
 
 import sys

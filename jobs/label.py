@@ -1,7 +1,7 @@
 """Label the corpus of a recipe, prepared first where it is not yet, as a Ray job or by hand.
 
-python jobs/label.py jobs/recipes/demo.yaml
-ray job submit --working-dir . -- python jobs/label.py jobs/recipes/demo.yaml
+python jobs/label.py jobs/recipes/routing.yaml
+ray job submit --working-dir . -- python jobs/label.py jobs/recipes/routing.yaml
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Run every step of a recipe that is not done yet, as a Ray job or by hand.
 
-python jobs/pipeline.py jobs/recipes/demo.yaml
-ray job submit --working-dir . -- python jobs/pipeline.py jobs/recipes/demo.yaml
+python jobs/pipeline.py jobs/recipes/routing.yaml
+ray job submit --working-dir . -- python jobs/pipeline.py jobs/recipes/routing.yaml
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Run the train step of a recipe, as a Ray job or by hand.
 
-python jobs/train.py jobs/recipes/demo.yaml
-ray job submit --working-dir . -- python jobs/train.py jobs/recipes/demo.yaml
+python jobs/train.py jobs/recipes/routing.yaml
+ray job submit --working-dir . -- python jobs/train.py jobs/recipes/routing.yaml
 """
 
 import sys

@@ -1,6 +1,6 @@
 """The cascade as a Ray Serve application. From the root of the repository:
 
-    serve run serve.app:app bundle=runs/demo/bundle
+    serve run serve.app:app bundle=runs/routing/bundle
     serve deploy serve/cascade.yaml
 
 Checks that bundle, recipe and models belong together before anything starts.
@@ -206,5 +206,5 @@ def _bundle(args: AppArgs) -> str:
         unknown = ", ".join(args.model_extra)
         raise RecipeError(f"unknown argument {unknown}; there is one: bundle=FOLDER-or-URL.")
     if not args.bundle:
-        raise RecipeError("no bundle named; say which: bundle=runs/demo/bundle.")
+        raise RecipeError("no bundle named; say which: bundle=runs/routing/bundle.")
     return args.bundle

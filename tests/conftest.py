@@ -26,7 +26,7 @@ hypothesis.settings.register_profile("journeyman", deadline=None)  # no test ass
 hypothesis.settings.load_profile("journeyman")
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "jobs" / "recipes" / "demo.yaml"
+DEMO = ROOT / "jobs" / "recipes" / "routing.yaml"
 
 # A corpus that the real teacher labels in some twenty seconds.
 SMALL = (

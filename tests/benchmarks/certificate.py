@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/benchmarks/certificate.py --quick
     .venv/bin/python tests/benchmarks/certificate.py                     # 1,000 resplits, minutes
-    .venv/bin/python tests/benchmarks/certificate.py --run runs/demo     # on your own run
+    .venv/bin/python tests/benchmarks/certificate.py --run runs/routing     # on your own run
 
 Pools are 800 rows that the student of a demo run with 400 labels did not learn from
 (tests/benchmarks/demo_scores.npz, written by --run RUN --write FILE), and synthetic ones: a good

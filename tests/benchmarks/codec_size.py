@@ -79,7 +79,7 @@ def main() -> int:
     report = Report()
     report.machine()
 
-    model = models.resolve(recipe.load("jobs/recipes/demo.yaml").teacher.model)
+    model = models.resolve(recipe.load("jobs/recipes/routing.yaml").teacher.model)
     rows, pieces = teacher_rows(model.path, texts(40 if options.quick else 200))
     n_tokens = sum(len(row.token_ids) for row in rows)
     report.show(f"{n_tokens} tokens in {len(rows)} texts, vocabulary of {len(pieces)}")

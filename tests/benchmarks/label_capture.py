@@ -97,7 +97,7 @@ def main() -> int:
     report = Report()
     report.machine()
     with tempfile.TemporaryDirectory() as folder:
-        base = recipe.load("jobs/recipes/demo.yaml")
+        base = recipe.load("jobs/recipes/routing.yaml")
         for teacher, goals in GOALS.items():
             plans = {n: p for n, p in PLANS.items() if f"{teacher}/{n}".startswith(options.case)}
             if options.quick:

@@ -47,7 +47,7 @@ from journeyman.student.place import Place
 from journeyman.student.plan import Plan
 from journeyman.student.token_dataset import TokenBatch
 
-RECIPE = sentences.ROOT / "jobs" / "recipes" / "language_model.yaml"
+RECIPE = sentences.ROOT / "jobs" / "recipes" / "logits.yaml"
 BATCH = 16
 HELD_OUT = 200
 KEPT = 0.97  # of the ceiling's gain

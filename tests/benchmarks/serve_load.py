@@ -1,8 +1,8 @@
 """Load on the cascade beside its parts: one host, one client, the systems in turns.
 
-    journeyman run jobs/recipes/demo.yaml                          # makes the bundle
+    journeyman run jobs/recipes/routing.yaml                          # makes the bundle
     .venv/bin/python tests/benchmarks/serve_load.py --quick        # minutes: two engines start
-    .venv/bin/python tests/benchmarks/serve_load.py --bundle runs/demo/bundle --json load.json
+    .venv/bin/python tests/benchmarks/serve_load.py --bundle runs/routing/bundle --json load.json
 
 Students: in a FastAPI process without Ray, in a Serve ingress, and one Serve hop behind one.
 Teachers: Journeyman's replica one hop behind an ingress that does nothing else, and
@@ -79,7 +79,7 @@ class Load:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one round of two seconds each")
-    parser.add_argument("--bundle", type=Path, default=ROOT / "runs" / "demo" / "bundle")
+    parser.add_argument("--bundle", type=Path, default=ROOT / "runs" / "routing" / "bundle")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
     options = parser.parse_args()
     if not options.bundle.is_dir():

@@ -45,7 +45,7 @@ from journeyman.student.lesson import Task, load, prepare
 from journeyman.student.place import Place
 from journeyman.student.plan import Plan
 
-RECIPE = sentences.ROOT / "jobs" / "recipes" / "language_model.yaml"
+RECIPE = sentences.ROOT / "jobs" / "recipes" / "logits.yaml"
 ROWS, LENGTH = 16, 128  # of a step
 TOKENS = ROWS * LENGTH
 RATE = 1e-4

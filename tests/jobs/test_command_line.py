@@ -70,7 +70,7 @@ def corrupt_parquet(folder: Path) -> Path:
 )
 def test_unusable_corpus_ends_in_one_sentence(tmp_path: Path, source, words: str):
     assert_one_sentence(prepare(tmp_path / "runs", source(tmp_path)), words)
-    assert not (tmp_path / "runs" / "demo" / "corpus").exists()
+    assert not (tmp_path / "runs" / "routing" / "corpus").exists()
 
 
 def test_unknown_recipe_key_ends_in_one_sentence(tmp_path: Path):
@@ -87,12 +87,12 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_full_disk_ends_in_one_sentence_and_harms_nothing(tiny_disk: Path, tmp_path: Path):
     small = jsonl(tmp_path / "small.jsonl", GOOD)
     assert prepare(tiny_disk, small).returncode == 0
-    before = (tiny_disk / "demo" / "corpus" / "manifest.json").read_bytes()
+    before = (tiny_disk / "routing" / "corpus" / "manifest.json").read_bytes()
     many = [{"text": f"{i * 7919 % 99991} {i}", "label": "banking"} for i in range(20000)]
     done = prepare(tiny_disk, jsonl(tmp_path / "large.jsonl", many))
     assert_one_sentence(done, "the disk is full")
-    assert (tiny_disk / "demo" / "corpus" / "manifest.json").read_bytes() == before
-    assert [p.name for p in (tiny_disk / "demo").iterdir() if p.name.endswith(".tmp")] == []
+    assert (tiny_disk / "routing" / "corpus" / "manifest.json").read_bytes() == before
+    assert [p.name for p in (tiny_disk / "routing").iterdir() if p.name.endswith(".tmp")] == []
 
 
 def test_a_step_before_its_inputs_says_what_to_run(tmp_path: Path):
@@ -102,8 +102,8 @@ def test_a_step_before_its_inputs_says_what_to_run(tmp_path: Path):
 
 def test_a_second_command_on_the_same_run_is_refused(tmp_path: Path):
     source = jsonl(tmp_path / "rows.jsonl", GOOD)
-    (tmp_path / "demo").mkdir()
-    with (tmp_path / "demo" / ".lock").open("w") as file:
+    (tmp_path / "routing").mkdir()
+    with (tmp_path / "routing" / ".lock").open("w") as file:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -27,7 +27,7 @@ def test_a_job_takes_the_code_its_recipe_and_its_small_files_alone(tmp_path: Pat
     assert n_bytes < 4 << 20
 
 
-@pytest.mark.parametrize("name", ["demo", "language_model", "rationales"])
+@pytest.mark.parametrize("name", ["routing", "logits", "rationales"])
 def test_the_recipe_arrives_as_it_will_run(name: str, tmp_path: Path):
     loaded = recipe.load(DEMO.with_name(f"{name}.yaml"), [OUTPUT])
     job_folder.pack(loaded, tmp_path)
@@ -94,7 +94,7 @@ def test_large_and_outlying_sources_are_refused(tmp_path: Path, monkeypatch: pyt
 
 def test_jobs_of_one_recipe_are_counted():
     first = jobs.job_id(demo(), "label")
-    assert first == f"demo-label-{demo().hash[:12]}"
+    assert first == f"routing-label-{demo().hash[:12]}"
     assert jobs.job_id(demo("training.epochs=9"), "label") != first
     names = [first, f"{first}-2", f"{first}-11", f"{first}-x", f"{first}0", "other"]
     assert [jobs._number(name, first) for name in names] == [1, 2, 11, 0, 0, 0]

@@ -14,7 +14,7 @@ from journeyman.mirror import Mirror
 from journeyman.student import step
 from tests.conftest import DEMO, ROOT, journeyman
 
-RECIPE = ROOT / "jobs" / "recipes" / "language_model.yaml"
+RECIPE = ROOT / "jobs" / "recipes" / "logits.yaml"
 SMALL = (
     "corpus.limits={train: 48, calibrate: 16}",
     "student.layers=3",
@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     overrides = [part for one in (*SMALL, f"output={output}") for part in ("--set", one)]
     done = journeyman("run", str(RECIPE), *overrides)
     assert done.returncode == 0, done.stderr
-    return output / "language_model", done.stdout
+    return output / "logits", done.stdout
 
 
 def test_run_ends_with_a_student_that_learned(run: tuple[Path, str]) -> None:
@@ -55,7 +55,7 @@ def test_students_stand_side_by_side(run: tuple[Path, str], tmp_path: Path) -> N
     compared = journeyman("compare", str(folder), str(folder / "student"))
     assert compared.returncode == 0, compared.stderr
     heads, first, second = compared.stdout.splitlines()
-    assert "rows/s" in heads and "language_model" in first and "student" in second
+    assert "rows/s" in heads and "logits" in first and "student" in second
     nothing = journeyman("compare", str(tmp_path))
     assert nothing.returncode == 1 and "no finished student here" in nothing.stderr
 

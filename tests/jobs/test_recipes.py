@@ -1,10 +1,12 @@
 """Slices of the shipped recipes: real data, the real teacher, a real training.
 
-Two of them share the session's engine (a third, of the demo, is the fixture ``small_run``); whole
-runs of the command are marked slow.
+Two of them share the session's engine (a third, of ``routing``, is the fixture ``small_run``);
+whole runs of the command are marked slow.
 """
 
 import asyncio
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +40,26 @@ QUICK = ("corpus.rows_per_shard=40", "training.epochs=1", "training.workers=1",
 
 def test_every_recipe_is_whole_and_names_files_that_are_there():
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    assert {"demo", "filtering", "language_model", "policy", "rationales", "retrieval"} <= set(
-        names
-    )
+    assert {"routing", "policy", "filtering", "retrieval", "rationales", "logits"} <= set(names)
     for name in names:
         loaded = recipe.load(RECIPES / f"{name}.yaml")
         assert loaded.name == name
         corpus.id_columns(loaded)
         assert corpus.source_urls(loaded.corpus)
         folder = ROOT / Path(loaded.corpus.sources[0]).parent
-        assert "Licence" in (folder / "README.md").read_text() or name == "language_model"
+        assert "Licence" in (folder / "README.md").read_text()
+
+
+def test_make_recipes_runs_each_and_shows_what_came_of_each():
+    said = subprocess.run(["make", "-n", "recipes", "INSTALLED="], cwd=ROOT, text=True,
+                          capture_output=True, check=True).stdout  # fmt: skip
+    run, shown = (said.split(start)[1].split(end)[0].split() for start, end in
+                  (("for recipe in ", ";"), ("journeyman results ", " --to")))  # fmt: skip
+    names = {path.stem for path in RECIPES.glob("*.yaml")}
+    assert set(run) == names
+    again = set(re.findall(r"--set name=(\S+)", said))
+    assert again == {"policy-balanced", "rationales-answers"}
+    assert set(shown) == {f"runs/{name}" for name in names | again}
 
 
 def labeled(name: str, replica: Replica, output: Path) -> tuple[Recipe, steps.Run]:

@@ -244,9 +244,9 @@ def test_certify_rows_have_spent_what_a_bundle_says_that_was_not_wholly_put(
 
 
 def test_what_is_read_and_what_is_written_are_apart_on_a_node():
-    url = "s3://bucket/runs/demo"
+    url = "s3://bucket/runs/routing"
     assert copy_of(url) != reading_copy_of(url)
-    assert copy_of(url).name == reading_copy_of(f"{url}/").name == "demo"
+    assert copy_of(url).name == reading_copy_of(f"{url}/").name == "routing"
 
 
 def test_large_files_go_in_pieces_through_a_store_that_fails(

@@ -7,7 +7,7 @@ from journeyman import recipe
 from journeyman.errors import RecipeError
 from journeyman.run_folder import RunFolder
 
-DEMO = Path(__file__).parents[2] / "jobs" / "recipes" / "demo.yaml"
+DEMO = Path(__file__).parents[2] / "jobs" / "recipes" / "routing.yaml"
 
 
 def sentence(*overrides: str) -> str:
@@ -226,14 +226,14 @@ def test_output_is_a_folder_or_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def run(output: str) -> RunFolder:
         return RunFolder(recipe.load(DEMO, [f"output={output}"]))
 
-    assert (run("runs").where, run("runs").corpus) == ("runs/demo", Path("runs/demo/corpus"))
+    assert (run("runs").where, run("runs").corpus) == ("runs/routing", Path("runs/routing/corpus"))
     on_disk = run("file:///some%20where")
-    assert on_disk.directory == Path("/some where/demo") and on_disk.mirror("train").url is None
+    assert on_disk.directory == Path("/some where/routing") and on_disk.mirror("train").url is None
     far = run("s3://bucket/runs/")
     assert (far.where, far.labels, far.corpus) == (
-        "s3://bucket/runs/demo", "s3://bucket/runs/demo/labels", "s3://bucket/runs/demo/corpus",
+        "s3://bucket/runs/routing", "s3://bucket/runs/routing/labels", "s3://bucket/runs/routing/corpus",
     )  # fmt: skip
-    assert far.directory.is_relative_to(tmp_path) and far.directory.name == "demo"
+    assert far.directory.is_relative_to(tmp_path) and far.directory.name == "routing"
     assert far.directory != run("s3://other/runs").directory
 
 

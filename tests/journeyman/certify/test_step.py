@@ -15,7 +15,7 @@ from journeyman.errors import DataError
 from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
 
-DEMO = Path(__file__).parents[3] / "jobs" / "recipes" / "demo.yaml"
+DEMO = Path(__file__).parents[3] / "jobs" / "recipes" / "routing.yaml"
 LABELS = tuple(yaml.safe_load(DEMO.read_text())["labels"]["classes"])
 N = {"calibrate": 300, "certify": 700, "test": 50}
 

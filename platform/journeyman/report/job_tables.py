@@ -8,7 +8,7 @@ from journeyman.report.data import TestRows
 from journeyman.report.detection import Detection
 from journeyman.report.ranking import Ranking
 from journeyman.report.slices import Slice, wilson
-from journeyman.report.tables import NOTHING, Table, interval
+from journeyman.report.tables import NOTHING, Table, interval, rate_and_interval
 
 _LONGEST = 40  # characters shown of a slice's value
 
@@ -24,8 +24,8 @@ def detection(found: Sequence[Detection], positive: str | None) -> Table | None:
         rows=tuple(
             (
                 one.who,
-                *_rate_and_interval(one.found, one.said),
-                *_rate_and_interval(one.found, one.there),
+                *rate_and_interval(one.found, one.said),
+                *rate_and_interval(one.found, one.there),
                 f"{one.balanced_accuracy:.1%}",
             )
             for one in found
@@ -103,10 +103,6 @@ def escalations(rows: TestRows) -> Table | None:
             for words, k in ((words, int((sent & kind).sum())) for words, kind in kinds)
         ),
     )
-
-
-def _rate_and_interval(count: int, n: int) -> tuple[str, str]:
-    return (f"{count / n:.1%}", interval(count, n)) if n else (NOTHING, NOTHING)
 
 
 def _gold_cells(one: Slice) -> tuple[str, ...]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scipy.special import bdtr, bdtrc
+from scipy.special import bdtrc
 
+from journeyman.certify import paired
+from journeyman.certify.certificate import GuaranteeKind
 from journeyman.report.data import TestRows
 
-# Student and teacher are told apart at this one-sided level, as in `certify.recommendation`.
-CLEAR = 0.05
 # Realised risk is doubted only here: by the draw of rows alone, an honest promise is exceeded on
 # `test` in more than one run of ten.
 BROKEN = 0.01
@@ -29,8 +29,6 @@ class AgainstGold:
         only_student, only_teacher: rows that just one of the two gets right.
         answered_only_student, answered_only_escalated: rows that the student answers, and that
             just one is right on: it, or what the row would be answered with if it were escalated.
-        chance: one-sided sign test of the better one: how often a lead like this comes about
-            where each is as likely to be the one that is right.
     """
 
     n: int
@@ -42,17 +40,50 @@ class AgainstGold:
     only_teacher: int
     answered_only_student: int
     answered_only_escalated: int
-    chance: float
+
+    @property
+    def chance(self) -> float:
+        """How often they are at least so far apart where each is as likely to be the right one."""
+        return paired.sign_test(self.only_student, self.only_teacher)
 
     @property
     def student_is_better(self) -> bool:
         """The student gets more right, and chance does not explain it."""
-        return self.only_student > self.only_teacher and self.chance <= CLEAR
+        return paired.is_better(self.only_student, self.only_teacher)
 
     @property
     def teacher_is_better(self) -> bool:
         """The teacher gets more right, and chance does not explain it."""
-        return self.only_teacher > self.only_student and self.chance <= CLEAR
+        return paired.is_better(self.only_teacher, self.only_student)
+
+    @property
+    def lead(self) -> float:
+        """The student's share of right answers less its teacher's."""
+        return (self.student - self.teacher) / self.n
+
+    @property
+    def lead_interval(self) -> tuple[float, float]:
+        """95%, of answers that are paired row by row."""
+        return paired.difference_interval(self.only_student, self.only_teacher, self.n)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfAnswer:
+    """Test rows on which the student says one label.
+
+    Attributes:
+        n: all of them.
+        n_accepted: those that it answers.
+        n_differs: answered, and otherwise than they are answered if escalated.
+    """
+
+    n: int
+    n_accepted: int
+    n_differs: int
+
+    def risk(self, kind: GuaranteeKind) -> tuple[int, int]:
+        """What a promise for this answer bounds: how many rows of how many."""
+        return self.n_differs, self.n if kind == "system_agreement" else self.n_accepted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +96,7 @@ class Measured:
         n_differs: rows, answered or not, that the student answers otherwise than they are answered
             if escalated.
         n_accepted_differs: those of them that the student answers.
+        by_answer: by label, the rows on which the student says it.
         gold: None where no test row has gold.
     """
 
@@ -72,6 +104,7 @@ class Measured:
     n_accepted: int
     n_differs: int
     n_accepted_differs: int
+    by_answer: tuple[OfAnswer, ...]
     gold: AgainstGold | None
 
 
@@ -82,6 +115,7 @@ def measure(rows: TestRows) -> Measured:
         n_accepted=int(rows.accepted.sum()),
         n_differs=int(rows.differs.sum()),
         n_accepted_differs=int((rows.differs & rows.accepted).sum()),
+        by_answer=tuple(_of_answer(rows, label) for label in range(rows.student.shape[1])),
         gold=_against_gold(rows),
     )
 
@@ -102,6 +136,16 @@ def chance_of_drop(gold: AgainstGold, alpha: float) -> float:
     return 1.0 if worse == 0 else float(bdtrc(worse - 1, either, expected))
 
 
+def _of_answer(rows: TestRows, label: int) -> OfAnswer:
+    said = rows.student_answer == label
+    answered = said & rows.accepted
+    return OfAnswer(
+        n=int(said.sum()),
+        n_accepted=int(answered.sum()),
+        n_differs=int((answered & rows.differs).sum()),
+    )
+
+
 def _against_gold(rows: TestRows) -> AgainstGold | None:
     known = rows.has_gold
     if not known.any():
@@ -110,22 +154,14 @@ def _against_gold(rows: TestRows) -> AgainstGold | None:
     student_right = (rows.student_answer == rows.gold)[known]
     escalated_right = (rows.escalated_answer == rows.gold)[known]
     accepted = rows.accepted[known]
-    only_student = int((student_right & ~teacher_right).sum())
-    only_teacher = int((teacher_right & ~student_right).sum())
     return AgainstGold(
         n=int(known.sum()),
         teacher=int(teacher_right.sum()),
         student=int(student_right.sum()),
         cascade=int((student_right & accepted).sum() + (escalated_right & ~accepted).sum()),
         escalated=int(escalated_right.sum()),
-        only_student=only_student,
-        only_teacher=only_teacher,
+        only_student=int((student_right & ~teacher_right).sum()),
+        only_teacher=int((teacher_right & ~student_right).sum()),
         answered_only_student=int((student_right & ~escalated_right & accepted).sum()),
         answered_only_escalated=int((escalated_right & ~student_right & accepted).sum()),
-        chance=_sign_test(only_student, only_teacher),
     )
-
-
-def _sign_test(one: int, other: int) -> float:
-    """P(a fair coin splits one + other at least so unevenly, towards a given side)."""
-    return float(bdtr(min(one, other), one + other, 0.5))

@@ -78,7 +78,7 @@ def _words_and_tables(data: ReportData) -> dict[str, Any]:
         "detection": job_tables.detection(_detections(data), data.positive),
         "ranking": job_tables.ranking(_rankings(data), data.rank_by, data.positive),
         "guarantees": tables.guarantees(data.bundle, curve, gold_curve),
-        "class_guarantees": tables.class_guarantees(data.bundle),
+        "class_guarantees": tables.class_guarantees(data.bundle, measured),
         "cost_table": tables.cost_quality(curve, gold_curve, data.bundle.served),
         "label_table": tables.label_counts(
             figures.all_labels(data), data.label_histogram, data.teacher_histogram

@@ -50,18 +50,22 @@ def accuracies(measured: Measured, *, mixed: bool = False) -> Table | None:
     if gold is None:
         return None
     escalated = 1 - measured.n_accepted / measured.n
+    low, high = gold.lead_interval
+    rows = [
+        (name, f"{right / gold.n:.1%}", interval(right, gold.n), f"{calls:.1%}")
+        for name, right, calls in (
+            ("teacher alone", gold.teacher, 1.0),
+            *([("all escalated, both mixed", gold.escalated, 1.0)] if mixed else []),
+            ("student alone", gold.student, 0.0),
+            ("cascade", gold.cascade, escalated),
+        )
+    ]
+    lead = ("student less teacher", f"{gold.lead:+.1%}", f"{low:+.1%} to {high:+.1%}", NOTHING)
     return Table(
-        caption=f"Right by gold, on the {gold.n:,} test rows with gold; exact 95% intervals.",
+        caption=f"Right by gold, on the {gold.n:,} test rows with gold; 95% intervals: exact, and "
+        "of the difference Tango's for paired answers.",
         columns=("who answers", "right", "interval", "calls to the teacher"),
-        rows=tuple(
-            (name, f"{right / gold.n:.1%}", interval(right, gold.n), f"{calls:.1%}")
-            for name, right, calls in (
-                ("teacher alone", gold.teacher, 1.0),
-                *([("all escalated, both mixed", gold.escalated, 1.0)] if mixed else []),
-                ("student alone", gold.student, 0.0),
-                ("cascade", gold.cascade, escalated),
-            )
-        ),
+        rows=(*rows, lead),
     )
 
 
@@ -91,14 +95,16 @@ def guarantees(
     )
 
 
-def class_guarantees(bundle: PolicyBundle) -> Table | None:
-    """The certificate of each of the student's answers; None where all share one."""
+def class_guarantees(bundle: PolicyBundle, measured: Measured) -> Table | None:
+    """The certificate of each of the student's answers, and what came of it on test rows; None
+    where all share one."""
     if bundle.class_guarantees is None:
         return None
     return Table(
         caption="A promise for each answer that the student gives, all of them together at the "
-        "confidence above.",
-        columns=("student's answer", "certify rows", "answered", "errors", "proved"),
+        "confidence above; the last columns on test rows, with exact 95% intervals.",
+        columns=("student's answer", "certify rows", "answered", "errors", "proved", "test rows",
+                 "answered on test", "realised on test", "interval"),
         rows=tuple(
             (
                 label,
@@ -106,10 +112,15 @@ def class_guarantees(bundle: PolicyBundle) -> Table | None:
                 f"{g.n_accepted:,}",
                 f"{g.errors:,}",
                 f"{g.upper_bound:.2%}" if g.feasible else "escalated",
+                f"{seen.n:,}",
+                f"{seen.n_accepted:,}",
+                *rate_and_interval(*seen.risk(g.kind)),
             )
-            for label, g in zip(bundle.label_names, bundle.class_guarantees, strict=True)
+            for label, g, seen in zip(
+                bundle.label_names, bundle.class_guarantees, measured.by_answer, strict=True
+            )
         ),
-    )
+    )  # fmt: skip
 
 
 def cost_quality(
@@ -332,6 +343,10 @@ def interval(count: int, n: int) -> str:
     """Exact two-sided 95% interval (Clopper and Pearson)."""
     low = 1 - clopper_pearson_upper(n - count, n, 0.025)
     return f"{low:.1%} to {clopper_pearson_upper(count, n, 0.025):.1%}"
+
+
+def rate_and_interval(count: int, n: int) -> tuple[str, str]:
+    return (f"{count / n:.1%}", interval(count, n)) if n else (NOTHING, NOTHING)
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> str:

@@ -44,6 +44,7 @@ def verdict(measured: Measured, bundle: PolicyBundle) -> Verdict:
             _promise(guarantee),
             *_others(bundle),
             _realised(measured, guarantee),
+            *_realised_of_each(measured, bundle),
         ),
         warning=_warning(measured, guarantee),
     )
@@ -57,6 +58,33 @@ def share(count: int, n: int) -> str:
 def percent(rate: float) -> str:
     """`10%`, `2.5%`: as many digits as a person would write."""
     return f"{100 * rate:.4g}%"
+
+
+def beside_teacher(gold: AgainstGold) -> str:
+    """`+3.0% (+0.1% to +5.9%), better`: the student's share of right answers less its teacher's."""
+    low, high = gold.lead_interval
+    words = "too close to tell"
+    if gold.student_is_better:
+        words = "better"
+    elif gold.teacher_is_better:
+        words = "worse"
+    return f"{gold.lead:+.1%} ({low:+.1%} to {high:+.1%}), {words}"
+
+
+def realised_of_each(
+    measured: Measured, bundle: PolicyBundle
+) -> tuple[tuple[str, Guarantee, int, int], ...]:
+    """Label, promise, and what it bounds on test rows (how many of how many) of each answer that
+    has a promise of its own, the worst first; empty where there are none."""
+    promised = zip(
+        bundle.label_names, bundle.class_guarantees or (), measured.by_answer, strict=False
+    )
+    known = [
+        (label, own, *seen.risk(own.kind))
+        for label, own, seen in promised
+        if own.feasible and seen.risk(own.kind)[1]
+    ]
+    return tuple(sorted(known, key=lambda one: -one[2] / one[3]))
 
 
 def promised_words(guarantee: Guarantee) -> str:
@@ -97,16 +125,19 @@ def _who_is_right(measured: Measured) -> str:
             "The test rows have no gold labels, so nothing here says which of the two is right: "
             "only how often they agree."
         )
+    low, high = gold.lead_interval
     words = (
         f"The student is right in {share(gold.student, gold.n)}, its teacher in "
         f"{share(gold.teacher, gold.n)}, of the test rows with gold; only the student is right in "
-        f"{gold.only_student:,}, only the teacher in {gold.only_teacher:,}."
+        f"{gold.only_student:,}, only the teacher in {gold.only_teacher:,}. The student's share "
+        f"less its teacher's is {gold.lead:+.1%}, 95% interval {low:+.1%} to {high:+.1%} (Tango's, "
+        "for paired answers)."
     )
     if gold.student_is_better or gold.teacher_is_better:
         return words
     return (
-        f"{words} A lead like this, or a larger one, comes by chance in {gold.chance:.0%} of draws "
-        "between equals."
+        f"{words} Equals are at least so far apart, either way, in {gold.chance:.0%} of draws "
+        "(exact sign test)."
     )
 
 
@@ -195,6 +226,27 @@ def _realised(measured: Measured, guarantee: Guarantee) -> str:
         "most. Do not rely on the promise: the test rows are unlike the certify rows, or rows "
         "are not independent of each other."
     )
+
+
+def _realised_of_each(measured: Measured, bundle: PolicyBundle) -> list[str]:
+    if bundle.class_guarantees is None:
+        return []
+    seen = realised_of_each(measured, bundle)
+    if not seen:
+        return ["No test row has an answer with a promise of its own to see it by."]
+    kept = sum(errors <= own.alpha * of for _, own, errors, of in seen)
+    label, _, errors, of = seen[0]
+    words = (
+        f"Of the answers by themselves, {kept:,} of {len(seen):,} are within their promise on "
+        f"test; the worst is {label}, {share(errors, of)}"
+    )
+    if kept == len(seen):
+        return [f"{words}."]
+    # The least of so many chances is that small by itself (Bonferroni).
+    chance = len(seen) * min(chance_of_as_many(k, n, own.alpha) for _, own, k, n in seen)
+    if chance >= BROKEN:
+        return [f"{words}: no more than comes by chance among so many."]
+    return [f"{words}, beyond chance: do not rely on the promise of each answer."]
 
 
 def _realised_accuracy(measured: Measured, guarantee: Guarantee) -> str:

@@ -13,6 +13,7 @@ import pytest
 from journeyman.errors import DataError
 from journeyman.report import figures, page, style
 from journeyman.report.data import ReportData
+from journeyman.report.measure import measure
 from tests.journeyman.report.synthetic import report_data
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -164,8 +165,11 @@ def test_promises_for_each_answer_are_listed() -> None:
     bundle = report_data().bundle
     own = [g.model_copy(update={"n": 100 + i}) for i, g in enumerate([bundle.guarantees[0]] * 4)]
     per_class = bundle.model_copy(update={"class_guarantees": tuple(own)})
-    text = Page(page.render(report_data(bundle=per_class))[0]).text
+    data = report_data(bundle=per_class)
+    text = Page(page.render(data)[0]).text
     assert "A promise for each answer that the student gives" in text
+    first = measure(data.test).by_answer[0]
+    assert f"{first.n_differs / first.n:.1%}" in text and "answered on test" in text
     assert "103" in text and "It holds for each of the student's answers by itself" in text
 
 

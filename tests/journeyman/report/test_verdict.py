@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from journeyman.certify.bundle import Guarantee, PolicyBundle
+from journeyman.certify.paired import difference_interval
 from journeyman.report.data import TestRows
 from journeyman.report.measure import (
     Measured,
@@ -15,7 +17,7 @@ from journeyman.report.measure import (
     chance_of_drop,
     measure,
 )
-from journeyman.report.verdict import verdict
+from journeyman.report.verdict import beside_teacher, realised_of_each, verdict
 from tests.journeyman.report.synthetic import report_data
 
 BUNDLE = report_data().bundle
@@ -61,7 +63,7 @@ def test_outcome_counts_by_hand() -> None:
 def test_sign_test_and_binomial_test_match_scipy() -> None:
     gold = outcome(36, 16, 300).gold
     assert gold is not None
-    assert gold.chance == pytest.approx(binomtest(16, 52, 0.5, "less").pvalue)
+    assert gold.chance == pytest.approx(binomtest(16, 52, 0.5).pvalue)
     assert chance_of_as_many(60, 400, 0.1) == pytest.approx(
         binomtest(60, 400, 0.1, "greater").pvalue
     )
@@ -93,6 +95,49 @@ def test_where_the_student_answers_everything_there_is_no_escalation_to_blame() 
     assert warning is not None
     assert "Agreement is the wrong promise" in warning[0]
     assert "stop paying" not in warning[1] and "certify against gold" in warning[1]
+
+
+def test_a_lead_has_an_interval_and_a_word():
+    for counts, word in (((36, 16), "better"), ((16, 36), "worse"), ((10, 8), "too close to tell")):
+        gold = outcome(*counts, 400 - sum(counts)).gold
+        assert gold is not None
+        low, high = difference_interval(*counts, 400)
+        lead = (counts[0] - counts[1]) / 400
+        assert beside_teacher(gold) == f"{lead:+.1%} ({low:+.1%} to {high:+.1%}), {word}"
+        said = " ".join(verdict(outcome(*counts, 400 - sum(counts)), BUNDLE).sentences)
+        assert f"{lead:+.1%}, 95% interval {low:+.1%} to {high:+.1%}" in said
+
+
+def promised_each(*guarantees: Guarantee) -> PolicyBundle:
+    return BUNDLE.model_copy(update={"label_names": ("a", "b"), "class_guarantees": guarantees})
+
+
+def test_promises_of_single_answers_are_held_against_test_rows():
+    own = BUNDLE.guarantees[0]
+    seen = measure(
+        rows(
+            gold=[-1] * 60,
+            teacher=[0] * 20 + [1] * 8 + [0] * 32,
+            student=[0] * 25 + [1] * 35,
+            accepted=[1] * 24 + [0] + [1] * 34 + [0],
+        )
+    )
+    assert [(one.n, one.n_accepted, one.n_differs) for one in seen.by_answer] == [
+        (25, 24, 4), (35, 34, 31)
+    ]  # fmt: skip
+    bundle = promised_each(own, own)
+    assert [(label, k, n) for label, _, k, n in realised_of_each(seen, bundle)] == [
+        ("b", 31, 35), ("a", 4, 25)
+    ]  # fmt: skip
+    said = verdict(seen, bundle).sentences[-1]
+    assert "0 of 2 are within their promise on test; the worst is b, 88.6% (31 of 35)" in said
+    assert "do not rely on" in said
+    escalated = own.model_copy(update={"feasible": False, "threshold": None, "reason": "too few"})
+    said = verdict(seen, promised_each(own, escalated)).sentences[-1]
+    assert "the worst is a, 16.0% (4 of 25): no more than comes by chance" in said
+    of_answered = own.model_copy(update={"kind": "selective_agreement"})
+    assert realised_of_each(seen, promised_each(of_answered, escalated))[0][2:] == (4, 24)
+    assert realised_of_each(seen, BUNDLE) == ()
 
 
 def test_a_small_lead_is_called_chance() -> None:

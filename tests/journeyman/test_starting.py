@@ -13,7 +13,8 @@ import yaml
 from journeyman import cli, corpus, recipe
 from journeyman.cli.init import choose
 from journeyman.errors import JourneymanError
-from journeyman.starting.draft import draft, parsed, words_of
+from journeyman.labels.trying import ways
+from journeyman.starting.draft import DEMO_TEACHER, draft, parsed, words_of
 from journeyman.starting.look import look
 from tests.conftest import ROOT
 
@@ -197,6 +198,15 @@ def test_in_a_terminal_it_asks_for_what_no_flag_says():
     assert settings.classes().scoring == "verbalizer" and settings.classes().chat
     assert settings.cluster.gpus_per_replica == settings.training.gpus_per_worker == 1
     assert settings.cascade.teacher_gpus == 1
+
+
+@pytest.mark.parametrize("scoring", [None, "direct", "verbalizer", "channel"])
+@pytest.mark.parametrize("teacher", [DEMO_TEACHER, "big"])
+def test_there_are_two_other_ways_to_ask_from_the_start(scoring: str | None, teacher: str):
+    Path("a.csv").write_text("text,label\nhello,x_y\nhi,z\n")
+    chosen = choose(options(scoring=scoring, teacher=teacher), look("a.csv"), None)
+    asked = [way.asked() for way in ways(parsed(draft(chosen))).values()]
+    assert len(asked) == 3 and all(asked.count(one) == 1 for one in asked)
 
 
 def test_without_gold_the_labels_are_asked_for():

@@ -6,14 +6,15 @@ import argparse
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from journeyman import cluster, files
+from journeyman import cluster, files, recipe
 from journeyman.cli.arguments import load
 from journeyman.cli.text import table
 from journeyman.errors import RecipeError
 from journeyman.labels.candidates import Judged, best
 from journeyman.progress import LiveLine
-from journeyman.recipe import Recipe, rewriting
+from journeyman.recipe import Classes, Recipe, rewriting
 
 ROWS = 300
 _NOTHING = "–"
@@ -22,22 +23,33 @@ _WEAKER = (
     "weaker: what most of them get wrong counts as right. Label some hundred rows by hand."
 )
 
+_ALONE = (
+    "labels.candidates names no other way to ask, so that there is nothing to choose from; add "
+    'some, each with what differs: candidates: {other: {prompt: "..."}} (journeyman init writes '
+    "two into a new recipe)."
+)
+
 
 def run(options: argparse.Namespace) -> int:
     from journeyman import steps
     from journeyman.labels.trying import OWN, tried, ways
 
-    recipe = load(options)
-    ways(recipe)  # before anything is started
-    current = steps.Run(recipe)
+    loaded = load(options)
+    ways(loaded)  # before anything is started
+    if options.take and not loaded.classes().candidates:
+        raise RecipeError(f"--take: {_ALONE}")
+    current = steps.Run(loaded)
     n_rows = options.rows or ROWS
     with current.locked():
         current.execute("prepare")
-        cluster.connect(recipe.cluster)
+        cluster.connect(loaded.cluster)
         with LiveLine() as line:
-            line.show(f"label     trying {len(ways(recipe))} ways on up to {n_rows} train rows")
-            judged = tried(recipe, current.teacher, current.corpus, n_rows)
+            line.show(f"label     trying {len(ways(loaded))} ways on up to {n_rows} train rows")
+            judged = tried(loaded, current.teacher, current.corpus, n_rows)
     print(side_by_side(judged))
+    if not loaded.classes().candidates:
+        print(f"\n{_ALONE}")
+        return 0
     chosen = best(judged)
     if chosen is None:
         raise RecipeError("none of the candidates could be asked; mend the recipe's own first.")
@@ -45,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"\nnext      journeyman label {options.recipe} --try --take best   "
               f"writes {chosen.name} into the recipe")  # fmt: skip
         return 0
-    _take(Path(options.recipe), recipe, chosen, judged, OWN)
+    _take(Path(options.recipe), loaded, chosen, judged, OWN)
     print(f"\ntaken     {chosen.name}, in {options.recipe}")
     return 0
 
@@ -89,14 +101,30 @@ def _cells(one: Judged) -> tuple[str, ...]:
     )
 
 
-def _take(path: Path, recipe: Recipe, chosen: Judged, judged: Sequence[Judged], own: str) -> None:
-    changes = {} if chosen.name == own else recipe.classes().candidates[chosen.name]
+def _take(path: Path, tried: Recipe, chosen: Judged, judged: Sequence[Judged], own: str) -> None:
     figures = [_evidence(one) for one in (chosen, *(o for o in judged if o is not chosen))]
     today = datetime.datetime.now(datetime.UTC).date()
     comments = [f"{chosen.name} was taken by journeyman label --try, {today}, on train rows:",
                 *(f"  {line}" for line in figures)]  # fmt: skip
-    text = rewriting.with_settings(path.read_text("utf-8"), "labels", changes, comments)
+    changes = {} if chosen.name == own else tried.classes().candidates[chosen.name]
+    text = rewriting.with_settings(path.read_text("utf-8"), ("labels",), changes, comments)
+    if changes:
+        text = _kept(text, recipe.load(path).classes(), chosen.name, changes)
     files.write_bytes(path, text.encode())
+
+
+def _kept(text: str, labels: Classes, taken: str, changes: dict[str, Any]) -> str:
+    """The recipe's text with candidates that go on meaning what they meant in the file's labels
+    before one of them was taken: each says what differs from the recipe's own way."""
+    known = labels.candidates
+    whole = labels.model_copy(update={"candidates": {**known, taken: changes}})
+    where = ("labels", "candidates")
+    for name, added in whole.kept_candidates(taken).items():
+        if name in known:
+            text = rewriting.with_settings(text, (*where, name), added, [])
+        else:
+            text = rewriting.with_settings(text, where, {name: added}, [])
+    return text
 
 
 def _evidence(one: Judged) -> str:

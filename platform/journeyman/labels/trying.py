@@ -31,11 +31,14 @@ _WARM_UP = 8  # rows that are asked before the clock runs
 
 
 def ways(recipe: Recipe) -> dict[str, Classes]:
-    """Name to labels section: the recipe's own, then each candidate; raises RecipeError."""
+    """Name to labels section: the recipe's own, then each candidate that is another way; raises
+    RecipeError."""
     if recipe.ensemble:
         raise RecipeError("label --try works on one teacher, and the recipe has an ensemble.")
     own = recipe.classes()
-    found = {OWN: own} | {name: own.candidate(name) for name in own.candidates}
+    others = {name: own.candidate(name) for name in own.candidates}
+    # One that was taken is the recipe's own way by now.
+    found = {OWN: own} | {n: way for n, way in others.items() if way.asked() != own.asked()}
     columns = ["text", *recipe.corpus.columns.meta, "label"]
     for name, labels in found.items():
         for where, template in labels.templates().items():

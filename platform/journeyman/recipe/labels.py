@@ -282,6 +282,19 @@ class Classes(_Asked):
         own = self.model_dump(exclude={"candidates"})
         return Classes.model_validate(own | self.candidates[name])
 
+    def kept_candidates(self, taken: str) -> dict[str, dict[str, Any]]:
+        """Settings to add to candidates, by name, so that each stays the way that it is once one
+        of them has become this section's own; ``before`` is what that was."""
+        names = ("before", *(f"before-{i}" for i in range(2, len(self.candidates) + 3)))
+        before = next(name for name in names if name not in self.candidates)
+        own = self.model_dump(mode="json", include=set(self.candidates[taken]))
+        others = {
+            name: {key: value for key, value in own.items() if key not in changes}
+            for name, changes in self.candidates.items()
+            if name != taken
+        }
+        return {name: added for name, added in others.items() if added} | {before: own}
+
     def wordings(self) -> tuple[tuple[str, ...], ...]:
         """The words of each label, one wording or several."""
         return tuple((w,) if isinstance(w, str) else w for w in self.classes.values())

@@ -23,15 +23,20 @@ _Block.add_representer(str, _text)
 
 
 def with_settings(
-    source: str, section: str, changes: Mapping[str, Any], comments: Sequence[str]
+    source: str, section: tuple[str, ...], changes: Mapping[str, Any], comments: Sequence[str]
 ) -> str:
     """The file's text with some keys of a section set, and comments in front of its first key.
 
-    What a key was stays as a comment beside it. Raises RecipeError where the section is written in
-    a way that cannot be changed line by line, with the lines to put there by hand.
+    section: its name, behind those of the sections that it is in. What a key was stays as a comment
+    beside it. Raises RecipeError where the section is written in a way that cannot be changed line
+    by line, with the lines to put there by hand.
     """
+    wanted = yaml.safe_load(source)
+    own = _at(wanted, section)
     found = _section(source, section)
     if found is None or found[0].flow_style or not found[0].value:
+        if len(section) > 1:  # in one line, or not there: it is set as a key of the one around it
+            return with_settings(source, section[:-1], {section[-1]: {**own, **changes}}, comments)
         raise _by_hand(section, changes)
     mapping, behind = found
     indent = " " * mapping.value[0][0].start_mark.column
@@ -53,26 +58,34 @@ def with_settings(
     first = keys[0][1]
     lines[first:first] = [f"{indent}# {comment}" for comment in comments]
     changed = "\n".join(lines)
-    wanted = yaml.safe_load(source)
-    wanted[section] |= _plain(changes)
+    own |= _plain(changes)
     if yaml.safe_load(changed) != wanted:
         raise _by_hand(section, changes)
     return changed
 
 
-def _section(source: str, section: str) -> tuple[yaml.MappingNode, int] | None:
+def _at(values: Any, section: tuple[str, ...]) -> dict[str, Any]:
+    """The section's own values, to be changed; empty where there are none."""
+    for name in section:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
+
+
+def _section(source: str, section: tuple[str, ...]) -> tuple[yaml.MappingNode, int] | None:
     """The section, and the line of what stands behind it; None where it is no mapping."""
-    root = yaml.compose(source, Loader=yaml.SafeLoader)
-    if not isinstance(root, yaml.MappingNode):
-        return None
-    names = [key.value for key, _ in root.value]
-    place = names.index(section) if section in names else -1
-    found = root.value[place][1]
-    if place < 0 or not isinstance(found, yaml.MappingNode):
-        return None
-    is_last = place + 1 == len(names)
-    behind = source.count("\n") + 1 if is_last else root.value[place + 1][0].start_mark.line
-    return found, behind
+    found = yaml.compose(source, Loader=yaml.SafeLoader)
+    behind = source.count("\n") + 1
+    for wanted in section:
+        if not isinstance(found, yaml.MappingNode):
+            return None
+        names = [key.value for key, _ in found.value]
+        if wanted not in names:
+            return None
+        place = names.index(wanted)
+        if place + 1 < len(names):
+            behind = found.value[place + 1][0].start_mark.line
+        found = found.value[place][1]
+    return (found, behind) if isinstance(found, yaml.MappingNode) else None
 
 
 def _end(value: yaml.Node, limit: int, lines: Sequence[str]) -> int:
@@ -104,9 +117,9 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def _by_hand(section: str, changes: Mapping[str, Any]) -> RecipeError:
+def _by_hand(section: tuple[str, ...], changes: Mapping[str, Any]) -> RecipeError:
     lines = "\n".join(line for name, v in changes.items() for line in _dumped(name, v, "  "))
     return RecipeError(
-        f"{section}: is written in a way that cannot be changed line by line; put there by hand:\n"
-        f"{lines}"
+        f"{'.'.join(section)}: is written in a way that cannot be changed line by line; put there "
+        f"by hand:\n{lines}"
     )

@@ -207,7 +207,7 @@ def _labels(choices: Choices) -> list[str]:
     lines.append("  overflow: truncate_right  # of a text longer than the teacher's context")
     lines.append("  classes:  # label: the words that name it to the teacher; worth some thought")
     lines += [f"    {_scalar(k)}: {_scalar(words)}" for k, words in choices.classes.items()]
-    return [*lines, *_prompt(choices), ""]
+    return [*lines, *_prompt(choices), *_candidates(choices), ""]
 
 
 _WHY = {
@@ -239,6 +239,46 @@ def _prompt(choices: Choices) -> list[str]:
         "",
         "    Answer with one of them, word for word, and nothing else.",
     ]
+
+
+def _candidates(choices: Choices) -> list[str]:
+    """Two other ways to ask, for label --try."""
+    if choices.scored == "channel" and choices.is_small:
+        others = {
+            "written": [
+                "prompt: |",
+                "  <|im_start|>user",
+                "  Write a text about {{ label }}.<|im_end|>",
+                "  <|im_start|>assistant",
+            ],
+            "plain": ["prompt: |", "  A text about {{ label }}:"],
+        }
+    elif choices.scored == "channel":
+        others = {
+            "listed": ["prompt: |", "  Topic: {{ label }}", "  Text:"],
+            "quoted": ["prompt: |", "  Somebody wrote this about {{ label }}:"],
+        }
+    else:
+        others = {
+            "completed": [
+                "chat: false",
+                "prompt: |",
+                "  Text: {{ text }}",
+                "",
+                "  What it is about, in a word or a few:",
+            ],
+            "channel": [
+                "scoring: channel",
+                "chat: false",
+                "prompt: |",
+                "  A text about {{ label }}:",
+                'target: "{{ text }}"',
+            ],
+        }
+    lines = ["  candidates:  # other ways to ask, of which a run knows nothing: label --try does"]
+    for name, settings in others.items():
+        lines += [f"    {name}:", *(f"      {line}" if line else "" for line in settings)]
+    return lines
 
 
 def _rest(choices: Choices) -> list[str]:

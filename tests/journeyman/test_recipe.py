@@ -5,6 +5,7 @@ import yaml
 
 from journeyman import recipe
 from journeyman.errors import RecipeError
+from journeyman.recipe import Training
 from journeyman.run_folder import RunFolder
 
 DEMO = Path(__file__).parents[2] / "jobs" / "recipes" / "routing.yaml"
@@ -155,17 +156,94 @@ def test_weights_that_the_labels_do_not_hold_are_refused(overrides: tuple[str, .
             ("training.class_weight={banking: 0}",),
             "weight of banking must be a number above 0, got 0",
         ),
-        (("training.class_weight=balanced", GENERATE), "goes with labels.kind: classes"),
     ],
 )
 def test_class_weights_that_do_not_fit_are_refused(overrides: tuple[str, ...], words: str):
     assert words in sentence(*overrides) and "\n" not in sentence(*overrides)
 
 
-def test_hard_labels_are_of_classes_and_have_no_temperature():
-    hard = "training.hard_labels=true"
-    assert "leave temperature at 1" in sentence(hard, "training.temperature=2")
-    assert "hard_labels goes with labels.kind: classes" in sentence(hard, GENERATE)
+def test_hard_labels_have_no_temperature():
+    assert "leave temperature at 1" in sentence(
+        "training.hard_labels=true", "training.temperature=2"
+    )
+
+
+CLASSES = "labels.kind=classes"
+LOGITS = "labels={kind: logits}"
+BY_URL = "teacher.url=http://host/v1"
+DRAWS = "labels={kind: logits, codec: sampled}"
+CE = "training.cross_entropy=1"
+JSD_ROUNDS = "training.on_policy={divergence: jsd}"
+
+
+@pytest.mark.parametrize(
+    ("setting", "unread", "read"),
+    [
+        ("head_learning_rate=1", [(LOGITS,), (RATIONALES,)], [(CLASSES,)]),
+        ("gold_weight=0.5", [(GENERATE,), (LOGITS,)], [(CLASSES,)]),
+        ("hard_labels=true", [(GENERATE,), (RATIONALES,)], [(CLASSES,)]),
+        ("class_weight=balanced", [(GENERATE,), (RATIONALES,)], [(CLASSES,)]),
+        (
+            "temperature=2",
+            [(RATIONALES,), (GENERATE, BY_URL), (LOGITS, CE)],
+            [(CLASSES,), (LOGITS,), (GENERATE, CE, "training.on_policy={}")],
+        ),
+        (
+            "divergence=reverse_kl",
+            [(CLASSES,), (RATIONALES,), (GENERATE, BY_URL), (LOGITS, CE)],
+            [(LOGITS,), (GENERATE,), (LOGITS, "training.cross_entropy=0.9")],
+        ),
+        (
+            "tail=renormalised",
+            [(CLASSES,), (RATIONALES,), (DRAWS,), (LOGITS, CE)],
+            [(LOGITS,), (GENERATE, CE, "training.on_policy={}")],
+        ),
+        (
+            "beta=0.3",
+            [(CLASSES,), (LOGITS,), (GENERATE, "training.on_policy={}")],
+            [(LOGITS, "training.divergence=jsd"), (GENERATE, JSD_ROUNDS)],
+        ),
+        (
+            "skew=0.3",
+            [(CLASSES,), (LOGITS, "training.divergence=jsd"), (GENERATE, JSD_ROUNDS)],
+            [(LOGITS, "training.divergence=skewed_kl")],
+        ),
+        (
+            "cross_entropy=0.5",
+            [(CLASSES,), (RATIONALES,), (GENERATE, BY_URL)],
+            [(LOGITS,), (GENERATE,), (DRAWS,)],
+        ),
+        (
+            "label_smoothing=0.1",
+            [(LOGITS,), (GENERATE, "training.on_policy={}")],
+            [(CLASSES,), (LOGITS, CE), (RATIONALES,), (GENERATE, BY_URL)],
+        ),
+        ("rationale_weight=0", [(CLASSES,), (GENERATE,)], [(RATIONALES,)]),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused_and_its_default_is_not(
+    setting: str, unread: list[tuple[str, ...]], read: list[tuple[str, ...]]
+):
+    name, _, _ = setting.partition("=")
+    default = Training.model_fields[name].default
+    for overrides in unread:
+        words = sentence(*overrides, f"training.{setting}")
+        assert f"demo.yaml: training.{name} would change nothing: it goes with " in words
+        assert "\n" not in words
+        recipe.load(DEMO, [*overrides, f"training.{name}={default}"])
+    for overrides in read:
+        recipe.load(DEMO, [*overrides, f"training.{setting}"])
+
+
+def test_the_recipe_of_a_finished_run_is_read_with_settings_that_nothing_reads():
+    finished = recipe.load(DEMO).model_dump(mode="json")
+    finished["training"]["divergence"] = "reverse_kl"
+    assert recipe.parse(finished).training.divergence == "reverse_kl"
+
+
+@pytest.mark.parametrize("path", sorted(DEMO.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_that_comes_with_us_is_read_to_its_last_setting(path: Path):
+    recipe.load(path)
 
 
 def test_missing_key_says_what_it_is_for():

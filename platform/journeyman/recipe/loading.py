@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from journeyman.errors import RecipeError
 from journeyman.mirror import copy_of
 from journeyman.object_store import PROTOCOLS
+from journeyman.recipe import unread
 from journeyman.recipe.base import Section, digest
 from journeyman.recipe.cluster import Cluster
 from journeyman.recipe.corpus import Corpus
@@ -189,22 +190,11 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _hard_labels_are_classes(self) -> Recipe:
-        if self.training.hard_labels and self.labels.kind != "classes":
-            raise ValueError(
-                "training.hard_labels goes with labels.kind: classes; a language model learns the "
-                "text alone with training.cross_entropy: 1"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _class_weights_have_classes(self) -> Recipe:
         wanted = self.training.class_weight
-        if wanted == "none":
+        if not isinstance(wanted, dict) or not isinstance(self.labels, Classes):
             return self
-        if not isinstance(self.labels, Classes):
-            raise ValueError("training.class_weight goes with labels.kind: classes")
-        for label in wanted if isinstance(wanted, dict) else ():
+        for label in wanted:
             if label not in self.labels.classes:
                 near = difflib.get_close_matches(label, self.labels.classes, n=1)
                 hint = f"did you mean {near[0]}" if near else "labels.classes has them"
@@ -234,18 +224,12 @@ class Recipe(Section):
         labels, training = self.labels, self.training
         plain = training.divergence == "forward_kl" and training.temperature == 1
         drawn = isinstance(labels, Logits | Generate) and labels.codec == "sampled"
-        if training.divergence == "uld":
-            if not isinstance(labels, Logits | Generate) or self.teacher.gives_text_alone:
-                raise ValueError(
-                    "training.divergence: uld needs the teacher's distributions: labels.kind: "
-                    "logits or generate, of a teacher that is neither behind a URL nor a column"
-                )
-            if drawn:
-                raise ValueError(
-                    "training.divergence: uld compares the likeliest tokens, which true draws do "
-                    "not hold: take labels.codec: topk_fp16"
-                )
-        elif self.student and drawn and not plain:
+        if training.divergence == "uld" and drawn:
+            raise ValueError(
+                "training.divergence: uld compares the likeliest tokens, which true draws do "
+                "not hold: take labels.codec: topk_fp16"
+            )
+        if self.student and drawn and not plain:
             raise ValueError(
                 "labels.codec: sampled estimates forward_kl at temperature 1, and nothing else "
                 "without bias: set training.divergence and temperature so, or take labels.codec: "
@@ -278,12 +262,6 @@ class Recipe(Section):
                 "training.on_policy learns by reverse_kl or jsd, which true draws give no unbiased "
                 "estimate of: take labels.codec: topk_fp16"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _reasonings_are_there(self) -> Recipe:
-        if self.training.rationale_weight != 1 and not isinstance(self.labels, Rationales):
-            raise ValueError("training.rationale_weight goes with labels.kind: rationales")
         return self
 
     @model_validator(mode="after")
@@ -334,7 +312,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: the recipe must be a mapping of sections, got {_kind(data)}.")
     for override in overrides:
         _apply(data, override)
-    return parse(data, str(path))
+    loaded = parse(data, str(path))
+    if said := unread.sentences(loaded):
+        raise RecipeError("\n".join(f"{path}: {one}" for one in said))
+    return loaded
 
 
 def parse(data: dict[str, Any], where: str = "recipe") -> Recipe:

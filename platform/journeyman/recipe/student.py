@@ -233,8 +233,8 @@ class Training(Section):
     )
     activation_checkpointing: bool = Field(
         False,
-        description="causal: keep each layer's input only and compute the rest again in backward; "
-        "less memory, about a third more time a step.",
+        description="Keep each layer's input only and compute the rest again in backward; less "
+        "memory, about a third more time a step.",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",

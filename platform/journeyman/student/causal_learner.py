@@ -57,7 +57,7 @@ class Causal:
         model = self._model(folder, model_dir, student, training.seed)
         models.check_positions(model.config, student.max_length, model_dir)
         if training.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            models.checkpoint_activations(model)
         self._device, self._precision = device, training.precision
         self.module = _Projected(model, objective(training))
         if training.compile:  # the projection is part of the loss, which is our own code

@@ -55,6 +55,8 @@ class Classifying:
         models.check_positions(self.module.config, student.max_length, model_dir)
         if self.module.config.pad_token_id != self._pad_id:  # a decoder reads its last token's
             self.module.config.pad_token_id = self._pad_id  # states, and must tell it from padding
+        if training.activation_checkpointing:
+            models.checkpoint_activations(self.module)
         if training.compile:
             acceleration.compile_in_place(self.module, device)
         self.work = flops.of_layers(self.module.base_model, self.module.config)

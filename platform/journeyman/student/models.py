@@ -69,6 +69,17 @@ def check_positions(config: Any, max_length: int, folder: Path) -> None:
         )
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Keep each layer's input only, and compute the rest again in backward; raises ModelError."""
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(
+            f"training.activation_checkpointing: transformers has none for this student ({error}); "
+            "leave it out, or take another student.model."
+        ) from error
+
+
 def load_tokenizer(folder: Path, max_length: int | None = None) -> Any:
     """The folder's tokenizer; max_length: its new longest input, in tokens, saved with it."""
     from transformers import AutoTokenizer

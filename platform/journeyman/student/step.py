@@ -14,7 +14,7 @@ from journeyman.labels import dataset
 from journeyman.labels.store import LabelStore
 from journeyman.mirror import Mirror
 from journeyman.models import Model
-from journeyman.recipe import Generate, Logits, Recipe
+from journeyman.recipe import Generate, Logits, Recipe, unread
 from journeyman.student import trackers
 
 if TYPE_CHECKING:
@@ -77,6 +77,12 @@ def check_vocabulary(recipe: Recipe, parent: Model, teacher: Model) -> str:
             f"and student.model: {model} has another vocabulary than the teacher ({other}); leave "
             "it out to learn the teacher's answers as text, or take uld, which compares sorted "
             "probabilities."
+        )
+    if by_text := set(unread.names(recipe, as_text=True)) - set(unread.names(recipe)):
+        raise RecipeError(
+            f"student.model: {model} has another vocabulary than the teacher ({other}), so that it "
+            "learns the answers as text, by cross-entropy alone, and "
+            f"training.{min(by_text)} would change nothing; leave it out."
         )
     return other
 

@@ -73,6 +73,26 @@ def test_bf16_is_float32_but_for_its_rounding(
     assert learned(make(precision="fp32"))[0] == full[0]  # what auto is on the CPU
 
 
+@pytest.mark.parametrize("kind", ["classifier", "causal"])
+def test_layers_that_are_computed_twice_learn_the_same(
+    kind: str, tiny_encoder: Model, tiny_llama: Model, rows_dir: Path
+) -> None:
+    make = partial(loads, kind, tiny_encoder, tiny_llama, rows_dir)
+    plain, twice = learned(make()), learned(make(activation_checkpointing=True))
+    assert twice[0] == plain[0] and twice[1].keys() == plain[1].keys()
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(twice[1][name], gradient)
+    learner = make(activation_checkpointing=True)(None, CPU)
+    (batch,) = learner.batches(iter(BATCHES[:1]))
+    loss, _ = learner.loss(learner.module.train(), batch)
+    model = learner.module
+    layer = model.bert.encoder.layer[0] if kind == "classifier" else model.model.model.layers[0]
+    again: list[object] = []
+    next(layer.children()).register_forward_pre_hook(lambda *_: again.append(None))
+    loss.backward()
+    assert again  # in backward
+
+
 @pytest.mark.slow  # half a minute each, for the compiler
 @pytest.mark.parametrize(
     ("kind", "more"),

@@ -149,6 +149,7 @@ def test_sorted_probabilities_teach_another_vocabulary(
     [
         ("logits", {}, "another vocabulary than the teacher.* learned as text then"),
         ("generate", {"divergence": "reverse_kl"}, "reverse_kl compares distributions token by"),
+        ("generate", {"tail": "renormalised"}, "as text, .* training.tail would change nothing"),
     ],
 )
 def test_token_by_token_is_refused_with_the_reason(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from journeyman import models
 from journeyman.labels.codec import Codec
 from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
@@ -84,10 +86,11 @@ def make_tiny_llama(
 def make_tiny_bytes_llama(folder: Path) -> Path:
     """A random Llama whose tokens are byte pairs: another tokenizer than ``make_tiny_llama``'s."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -108,40 +111,28 @@ def make_tiny_bytes_llama(folder: Path) -> Path:
     return folder
 
 
+def resolved(folder: Path, reference: str, **digests: str) -> Model:
+    """A model as workers find it again, by other names."""
+    found = models.resolve(str(folder), cache=folder.parent)
+    return dataclasses.replace(found, reference=reference, **digests)
+
+
 @pytest.fixture(scope="session")
 def bytes_llama(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = make_tiny_bytes_llama(tmp_path_factory.mktemp("bytes") / "tiny")
-    return Model(
-        reference="test/tiny-bytes",
-        path=folder,
-        weights_digest="v" * 64,
-        tokenizer_digest="b" * 64,
-        size_bytes=1,
-    )
+    return resolved(folder, "test/tiny-bytes", weights_digest="v" * 64, tokenizer_digest="b" * 64)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = make_tiny_llama(tmp_path_factory.mktemp("llama") / "tiny")
-    return Model(
-        reference="test/tiny-llama",
-        path=folder,
-        weights_digest="w" * 64,
-        tokenizer_digest="t" * 64,
-        size_bytes=1,
-    )
+    return resolved(folder, "test/tiny-llama", weights_digest="w" * 64, tokenizer_digest="t" * 64)
 
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = make_tiny_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
-    return Model(
-        reference="test/tiny",
-        path=folder,
-        weights_digest="w" * 64,
-        tokenizer_digest="t" * 64,
-        size_bytes=1,
-    )
+    return resolved(folder, "test/tiny", weights_digest="w" * 64, tokenizer_digest="t" * 64)
 
 
 def make_rows(n_train: int, n_calibrate: int, seed: int = 0) -> ClassRows:

@@ -319,7 +319,8 @@ def test_what_output_cannot_be_gets_a_sentence():
     words = "a folder, or a URL of s3://, gs:// or az://, and ftp://host/runs is none of these"
     assert words in sentence("output=ftp://host/runs")
     rounds = ["labels={kind: generate, prompt: '{{ text }}', max_tokens: 8}",
-              "student={kind: causal, model: x}", "training.on_policy={rounds: 1}"]  # fmt: skip
+              "student={kind: causal, model: x}",
+              "training.on_policy={rounds: 1, max_tokens: 8}"]  # fmt: skip
     assert "must be a folder on a disk that all nodes share for it, and s3://b is a URL" in (
         sentence("output=s3://b", *rounds)
     )

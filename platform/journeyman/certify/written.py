@@ -242,8 +242,7 @@ def _labeled(
     labels: Path,
     on_progress: Callable[[LabelProgress], None],
 ) -> Path:
-    begun = (labels / "manifest.json").exists()
-    if not begun or not LabelStore(labels).manifest().get("complete"):
+    if not dataset.is_finished(labels):
         pipeline.label(asked, model, prompts, labels, on_progress)
     return labels
 

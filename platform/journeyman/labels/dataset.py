@@ -78,6 +78,14 @@ def finished_manifest(store: LabelStore) -> dict[str, Any]:
     return manifest
 
 
+def is_finished(where: str | Path) -> bool:
+    """Whether ``finished_manifest`` has one: a run may have been killed behind its last row."""
+    try:
+        return bool(finished_manifest(LabelStore(where)))
+    except DataError:
+        return False
+
+
 def labeled_manifest(store: LabelStore) -> dict[str, Any]:
     """Of a dataset whose rows are all labeled."""
     manifest = store.manifest()

@@ -251,12 +251,16 @@ class Recipe(Section):
                 "training.on_policy needs the teacher's distributions over the student's tokens, "
                 "which a teacher behind a URL or in a column does not give"
             )
-        context, longest = self.teacher.max_model_len, self.training.on_policy.max_tokens
-        if context and longest >= context:
-            raise ValueError(
-                f"training.on_policy.max_tokens ({longest}) leaves no room for a prompt in the "
-                f"teacher's context (teacher.max_model_len: {context})"
-            )
+        longest = self.training.on_policy.max_tokens
+        rooms = {"teacher.max_model_len": self.teacher.max_model_len}
+        if self.student:
+            rooms["student.max_length"] = self.student.max_length
+        for name, room in rooms.items():
+            if room and longest >= room:
+                raise ValueError(
+                    f"training.on_policy.max_tokens ({longest}) leaves no room for a prompt in "
+                    f"{name} ({room}); lower the one, or raise the other"
+                )
         if self.labels.codec == "sampled":
             raise ValueError(
                 "training.on_policy learns by reverse_kl or jsd, which true draws give no unbiased "

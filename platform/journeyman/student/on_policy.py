@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from journeyman import files, models
+from journeyman import corpus, files, models
 from journeyman.errors import DataError
 from journeyman.labels import dataset, pipeline
 from journeyman.labels.store import LabelStore
@@ -48,6 +48,7 @@ def train(
     As ``step.train``; start_inputs: what ``inputs`` would be without rounds, of the student that
     the first one begins with. Raises RecipeError, DataError, ModelError or ClusterError.
     """
+    step.check_vocabulary(recipe, parent, teacher)  # before a round is paid for
     out_dir = out_dir.absolute()
     rounds = _Rounds(recipe, labels, corpus_dir, parent, teacher, out_dir, labels_digest, show)
     student = rounds.start(start_inputs)
@@ -111,8 +112,8 @@ class _Rounds:
         folder = self._folder / f"round-{number:02d}"
         inputs = self._inputs(number, student)
         if not _begun(folder, inputs):  # a round of other settings, or of another student
-            files.set_aside(folder)
-            files.write_json(folder / "round.json", {"round": number, "inputs": inputs})
+            with files.replaced_directory(folder) as fresh:
+                files.write_json(fresh / "round.json", {"round": number, "inputs": inputs})
         if not _is_done(folder / "student", inputs):
             self._answer(folder, number, student)
             scoring = self._score(folder, number)
@@ -124,8 +125,9 @@ class _Rounds:
         settings = self.settings.model_dump(mode="json", exclude={"rounds"})
         training = self._recipe.training.model_copy(update={"on_policy": None}).decisive()
         learner = self._recipe.learner().model_dump(mode="json")
-        asked, teacher = self._asked.asked(), self._teacher.identity
-        return digest([number, student.weights_digest, student.tokenizer_digest, teacher, asked,
+        corpus_digest = corpus.read_manifest(self._corpus_dir)["digest"]
+        asked = pipeline.identity(self._recipe, self._teacher, corpus_digest)
+        return digest([number, student.weights_digest, student.tokenizer_digest, asked,
                        self._labels_digest, learner, training, settings])  # fmt: skip
 
     def _answer(self, folder: Path, number: int, student: Model) -> None:
@@ -169,8 +171,7 @@ class _Rounds:
         number: int,
         what: str,
     ) -> None:
-        begun = (labels / "manifest.json").exists()
-        if begun and LabelStore(labels).manifest().get("complete"):
+        if dataset.is_finished(labels):
             return
         doing = f"train     round {number + 1}/{self.settings.rounds}: {what}"
         self._show(f"{doing}, starting its engine")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from journeyman import corpus, files, models, recipe, steps
 from journeyman.errors import RecipeError
-from journeyman.labels import dataset, pipeline
+from journeyman.folder import Folder
+from journeyman.labels import dataset, finishing, pipeline
 from journeyman.labels.store import LabelStore
 from journeyman.models import Model
 from journeyman.recipe import Recipe
-from journeyman.student import loop, on_policy, round_corpus, step
+from journeyman.student import loop, on_policy, round_corpus, step, writing
 from tests.benchmarks import tiny_teacher
 from tests.conftest import ROOT
 
@@ -86,6 +89,7 @@ class Parts:
         self.made: list[str] = []
         self.run = run
         self.dies_at = ""
+        self.llama = llama  # the student before its first step
         self._llama = llama
         monkeypatch.setattr(pipeline, "label", self._label)
         monkeypatch.setattr(step, "train", self._train)
@@ -108,20 +112,23 @@ class Parts:
             else:
                 said = made.logits([4, 1], made.distributions(2))
             shards.append([(row, said) for row in rows])
-        part = labels.parent / f".{labels.name}"
-        made.write_dataset(part, asked.labels, shards, codec=made.TOP3)
-        (part / "labels").rename(labels)
+        if not labels.exists():
+            with files.scratch_folder(labels) as part:
+                store = made.write_dataset(part, asked.labels, shards, codec=made.TOP3)
+                store.finish({"filtered": None})  # which comes last, as in ``finishing.finish``
+                (part / "labels").rename(labels)
+        finishing.complete(LabelStore(labels), asked)
 
     def _student(self, folder: Path, inputs: str) -> None:
         self._note(folder)
-        folder.mkdir(parents=True)
-        for file in self._llama.path.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
-        # A student of its own: rounds depend on the weights that they begin with.
-        config = files.read_json(folder / "config.json") | {"made": inputs}
-        files.write_json(folder / "config.json", config)
-        record = {"inputs": inputs, "seconds": 2.0, "labels": "l", "rows": 3, "best": {"kl": 1}}
-        files.write_json(folder / "journeyman.json", record)
+        with files.replaced_directory(folder) as fresh:
+            for file in self._llama.path.iterdir():
+                (fresh / file.name).write_bytes(file.read_bytes())
+            # A student of its own: rounds depend on the weights that they begin with.
+            config = files.read_json(fresh / "config.json") | {"made": inputs}
+            (fresh / "config.json").write_text(json.dumps(config))
+            record = {"inputs": inputs, "seconds": 2.0, "labels": "l", "rows": 3, "best": {"kl": 1}}
+            (fresh / "journeyman.json").write_text(json.dumps(record))
 
     def _train(self, *given: Any, inputs: str, **_: Any) -> None:
         self._student(given[-1], inputs)
@@ -136,7 +143,7 @@ class Parts:
         """What a run with these settings makes."""
         self.made.clear()
         on_policy.train(
-            asked, self.run / "labels", self.run / "corpus", self._llama, self._llama,
+            asked, self.run / "labels", self.run / "corpus", self.llama, self._llama,
             self.run / "student", inputs=asked.hash, start_inputs="start", labels_digest="labels",
             show=lambda _: None,
         )  # fmt: skip
@@ -185,6 +192,66 @@ def test_a_killed_run_goes_on_in_the_round_and_at_the_part_where_it_was(
     assert parts(settings()) == left
 
 
+def test_labels_whose_last_row_was_labeled_when_the_run_was_killed_are_finished(
+    parts: Parts,
+) -> None:
+    asked = settings(rounds={"rounds": 1})
+    parts.dies_at = "on_policy/round-00/student"
+    with pytest.raises(KeyboardInterrupt):
+        parts(asked)
+    parts.dies_at = ""
+    for name in of_round(0, "answers", "scores"):  # what comes last is not there
+        LabelStore(parts.run / name).finish({"filtered": None})
+    assert parts(asked) == of_round(0)
+    assert dataset.is_finished(parts.run / "on_policy" / "round-00" / "scores")
+
+
+class Deadly:
+    """Dies in place of the n-th name that is given to a file or a folder, or in no place at all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.n = 0
+        for of, name in ((Path, "rename"), (Path, "replace"), (Folder, "_put")):
+            monkeypatch.setattr(of, name, self._counted(getattr(of, name)))
+
+    def _counted(self, do: Any) -> Any:
+        def counted(*given: Any) -> Any:
+            self.n -= 1
+            if self.n == 0:
+                raise KeyboardInterrupt
+            return do(*given)
+
+        return counted
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_of_its_files_goes_on(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(rounds={"rounds": 1})
+    deadly = Deadly(monkeypatch)
+    untouched = parts.run
+    for n in itertools.count(1):
+        parts.run = untouched / str(n)
+        shutil.copytree(untouched / "corpus", parts.run / "corpus")
+        deadly.n = n
+        try:
+            parts(asked)
+            break
+        except KeyboardInterrupt:
+            deadly.n = 0
+        finished = [
+            part
+            for part in of_round(0, "answers", "scores")
+            if dataset.is_finished(parts.run / part)
+        ]
+        assert not set(finished) & set(parts(asked)), f"killed at file {n}"  # nothing is paid twice
+        record = files.read_json(parts.run / "student" / "journeyman.json")
+        assert record["inputs"] == asked.hash and record["seconds"] == 4
+        shutil.rmtree(parts.run)
+    assert n > 20
+
+
 def test_changed_settings_make_the_rounds_again_and_more_rounds_go_on(parts: Parts) -> None:
     parts(settings())
     assert parts(settings(rounds={"rounds": 3})) == of_round(2)
@@ -217,11 +284,34 @@ def test_rounds_need_prompts(kind: str) -> None:
         recipe.parse(values | {"training": {"on_policy": {}}})
 
 
-def test_an_answer_must_leave_room_for_its_prompt() -> None:
+@pytest.mark.parametrize(
+    ("section", "name"), [("teacher", "max_model_len"), ("student", "max_length")]
+)
+def test_an_answer_must_leave_room_for_its_prompt(section: str, name: str) -> None:
     values = settings().model_dump(mode="json")
-    values["teacher"]["max_model_len"] = 6
-    with pytest.raises(RecipeError, match="leaves no room for a prompt"):
+    values[section][name] = 6
+    with pytest.raises(RecipeError, match=rf"no room for a prompt in {section}\.{name} \(6\)"):
         recipe.parse(values)
+
+
+def test_what_cannot_be_scored_is_refused_before_a_round_is_paid_for(
+    parts: Parts, bytes_llama: Model
+) -> None:
+    parts.llama = bytes_llama
+    with pytest.raises(RecipeError, match="scores the student's own tokens"):
+        parts(settings())
+    assert not parts.made
+
+
+def test_a_student_of_a_shorter_context_than_the_teachers_answers_in_its_own(
+    tiny_llama: Model,
+) -> None:
+    values = settings().model_dump(mode="json")
+    for context, own in ((1000, 64), (50, 50)):
+        values["teacher"]["max_model_len"] = context
+        asked = recipe.parse(values)
+        by_student = writing.written_by(asked, tiny_llama.path, asked.labels)
+        assert by_student.teacher.max_model_len == own
 
 
 def test_another_chat_template_is_another_prompt(tiny_llama: Model, tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def test_a_setting_that_nothing_reads_is_refused_and_its_default_is_not(
     default = Training.model_fields[name].default
     for overrides in unread:
         words = sentence(*overrides, f"training.{setting}")
-        assert f"demo.yaml: training.{name} would change nothing: it goes with " in words
+        assert f"{DEMO.name}: training.{name} would change nothing: it goes with " in words
         assert "\n" not in words
         recipe.load(DEMO, [*overrides, f"training.{name}={default}"])
     for overrides in read:

@@ -173,7 +173,8 @@ LOGITS = "labels={kind: logits}"
 BY_URL = "teacher.url=http://host/v1"
 DRAWS = "labels={kind: logits, codec: sampled}"
 CE = "training.cross_entropy=1"
-JSD_ROUNDS = "training.on_policy={divergence: jsd}"
+ROUNDS = "training.on_policy={max_tokens: 8}"
+JSD_ROUNDS = "training.on_policy={divergence: jsd, max_tokens: 8}"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ JSD_ROUNDS = "training.on_policy={divergence: jsd}"
         (
             "temperature=2",
             [(RATIONALES,), (GENERATE, BY_URL), (LOGITS, CE)],
-            [(CLASSES,), (LOGITS,), (GENERATE, CE, "training.on_policy={}")],
+            [(CLASSES,), (LOGITS,), (GENERATE, CE, ROUNDS)],
         ),
         (
             "divergence=reverse_kl",
@@ -196,11 +197,11 @@ JSD_ROUNDS = "training.on_policy={divergence: jsd}"
         (
             "tail=renormalised",
             [(CLASSES,), (RATIONALES,), (DRAWS,), (LOGITS, CE)],
-            [(LOGITS,), (GENERATE, CE, "training.on_policy={}")],
+            [(LOGITS,), (GENERATE, CE, ROUNDS)],
         ),
         (
             "beta=0.3",
-            [(CLASSES,), (LOGITS,), (GENERATE, "training.on_policy={}")],
+            [(CLASSES,), (LOGITS,), (GENERATE, ROUNDS)],
             [(LOGITS, "training.divergence=jsd"), (GENERATE, JSD_ROUNDS)],
         ),
         (
@@ -215,7 +216,7 @@ JSD_ROUNDS = "training.on_policy={divergence: jsd}"
         ),
         (
             "label_smoothing=0.1",
-            [(LOGITS,), (GENERATE, "training.on_policy={}")],
+            [(LOGITS,), (GENERATE, ROUNDS)],
             [(CLASSES,), (LOGITS, CE), (RATIONALES,), (GENERATE, BY_URL)],
         ),
         ("rationale_weight=0", [(CLASSES,), (GENERATE,)], [(RATIONALES,)]),

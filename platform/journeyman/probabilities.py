@@ -128,3 +128,18 @@ def balanced_accuracy(answers: IntArray, targets: IntArray) -> float:
     """
     right = answers == targets
     return float(np.mean([right[targets == c].mean() for c in np.unique(targets)]))
+
+
+def area_under_roc(scores: FloatArray, positive: npt.NDArray[np.bool_]) -> float | None:
+    """P(a positive row scores above another one), ties half (Mann and Whitney); None of one kind.
+
+    scores: float64[n]; positive: bool[n].
+    """
+    from scipy.stats import rankdata
+
+    n_positive = int(positive.sum())
+    n_others = len(positive) - n_positive
+    if not n_positive or not n_others:
+        return None
+    ranks = float(rankdata(scores)[positive].sum())
+    return (ranks - n_positive * (n_positive + 1) / 2) / (n_positive * n_others)

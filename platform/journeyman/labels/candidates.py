@@ -18,6 +18,7 @@ from journeyman.labels.replica import Counts
 from journeyman.probabilities import (
     FloatArray,
     IntArray,
+    area_under_roc,
     balanced_accuracy,
     expected_calibration_error,
 )
@@ -95,21 +96,6 @@ def best(judged: Sequence[Judged]) -> Judged | None:
         return right * answered, one.auc or 0.0, -one.tokens_per_row
 
     return max(able, key=merit, default=None)
-
-
-def area_under_roc(scores: FloatArray, positive: np.ndarray) -> float | None:
-    """P(a positive row scores above another one), ties half (Mann and Whitney); None of one kind.
-
-    scores: float64[n]; positive: bool[n].
-    """
-    from scipy.stats import rankdata
-
-    n_positive = int(positive.sum())
-    n_others = len(positive) - n_positive
-    if not n_positive or not n_others:
-        return None
-    ranks = float(rankdata(scores)[positive].sum())
-    return (ranks - n_positive * (n_positive + 1) / 2) / (n_positive * n_others)
 
 
 def _corrected(labels: Classes, logprobs: FloatArray) -> FloatArray:

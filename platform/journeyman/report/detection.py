@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from journeyman.probabilities import balanced_accuracy
+from journeyman.probabilities import area_under_roc, balanced_accuracy
 from journeyman.report.data import TestRows
 
 
@@ -20,6 +20,9 @@ class Detection:
         said: rows that are answered so.
         there: rows of the label.
         balanced_accuracy: mean over the labels that gold has of the share answered right.
+        auc: P(a row of the label is given a higher probability of it than another row); whatever
+            share of rows is answered so. None for the cascade, which has no probabilities of its
+            own, and where gold is of one kind.
     """
 
     who: str
@@ -27,6 +30,7 @@ class Detection:
     said: int
     there: int
     balanced_accuracy: float
+    auc: float | None
 
     @property
     def precision(self) -> float:
@@ -46,6 +50,7 @@ def detections(rows: TestRows, positive: int) -> tuple[Detection, ...]:
         return ()
     cascade = np.where(rows.accepted, rows.student_answer, rows.escalated_answer)
     answers = {"teacher": rows.teacher_answer, "student": rows.student_answer, "cascade": cascade}
+    probabilities = {"teacher": rows.teacher, "student": rows.student}
     is_there = (rows.gold == positive) & known
     return tuple(
         Detection(
@@ -54,6 +59,9 @@ def detections(rows: TestRows, positive: int) -> tuple[Detection, ...]:
             said=int(((answer == positive) & known).sum()),
             there=int(is_there.sum()),
             balanced_accuracy=balanced_accuracy(answer[known], rows.gold[known]),
+            auc=area_under_roc(probabilities[who][known, positive], is_there[known])
+            if who in probabilities
+            else None,
         )
         for who, answer in answers.items()
     )

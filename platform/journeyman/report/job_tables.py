@@ -19,14 +19,25 @@ def detection(found: Sequence[Detection], positive: str | None) -> Table | None:
         return None
     return Table(
         caption=f"Finding {positive}, which {found[0].there:,} test rows are by gold; exact 95% "
-        "intervals. Balanced accuracy is the mean over labels of the share answered right.",
-        columns=("who answers", "precision", "interval", "recall", "interval", "balanced accuracy"),
+        "intervals. Balanced accuracy is the mean over labels of the share answered right. AUC is "
+        "how often a row of the label is given a higher probability of it than another row, which "
+        "does not depend on how many rows are answered so.",
+        columns=(
+            "who answers",
+            "precision",
+            "interval",
+            "recall",
+            "interval",
+            "balanced accuracy",
+            "AUC",
+        ),
         rows=tuple(
             (
                 one.who,
                 *rate_and_interval(one.found, one.said),
                 *rate_and_interval(one.found, one.there),
                 f"{one.balanced_accuracy:.1%}",
+                NOTHING if one.auc is None else f"{one.auc:.3f}",
             )
             for one in found
         ),

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from journeyman.cli.trying import side_by_side
-from journeyman.labels.candidates import Asked, area_under_roc, best, judge
+from journeyman.labels.candidates import Asked, best, judge
 from journeyman.labels.replica import Counts, Replica
 from journeyman.labels.trying import OWN, _Trying, ways
+from journeyman.probabilities import area_under_roc
 from journeyman.prompts import plain
 from journeyman.recipe import Classes, Price
 from tests.conftest import small_recipe

@@ -1,5 +1,7 @@
 """Precision and recall, counted by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from journeyman.report.data import TestRows
@@ -36,6 +38,20 @@ def test_each_answerer_has_its_own_counts_over_rows_with_gold():
     assert (student.found, student.said) == (2, 3)
     assert (cascade.found, cascade.said, cascade.recall) == (1, 2, 1 / 3)
     np.testing.assert_allclose(cascade.balanced_accuracy, (1 / 3 + 2 / 3) / 2)
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order():
+    rng = np.random.default_rng(0)
+    rows = made_rows()
+    spam = {"teacher": rng.integers(0, 5, len(ROWS)) / 5, "student": rng.random(len(ROWS))}
+    rows = replace(rows, **{who: np.stack([1 - p, p], axis=1) for who, p in spam.items()})
+    *found, cascade = detections(rows, SPAM)
+    for one in found:
+        p = spam[one.who]
+        pairs = [(p[i], p[j]) for i in np.flatnonzero(rows.gold == SPAM)
+                 for j in np.flatnonzero(rows.gold == HAM)]  # fmt: skip
+        np.testing.assert_allclose(one.auc, np.mean([(a > b) + (a == b) / 2 for a, b in pairs]))
+    assert cascade.auc is None
 
 
 def test_the_page_shows_them_where_the_recipe_names_a_label():

@@ -8,14 +8,11 @@ of a special token that a row's text spells.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import difflib
 import functools
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -26,6 +23,20 @@ from journeyman.recipe.labels import Structured
 from journeyman.teacher.answers import Completion, Refused, Spoken
 from journeyman.teacher.pace import Pace
 from journeyman.teacher.prompting import Rendered, Sampling
+from journeyman.teacher.replies import (
+    FILTERED,
+    N_QUOTED,
+    Answer,
+    Usage,
+    cause_of,
+    chat_choice,
+    not_connected,
+    retry_after_s,
+    text_choice,
+    usage_of,
+    word_logprobs,
+    words_of,
+)
 
 if TYPE_CHECKING:
     import httpx2
@@ -37,13 +48,10 @@ Given = TypeVar("Given")
 _START_RETRIES = 2  # a wrong URL is told in seconds
 _LONGEST_PAUSE_S = 120.0  # that a Retry-After may ask for; openai 3.57 gives up on longer ones
 _CHARACTERS_PER_TOKEN = 4.0
-_LOWEST_LOGPROB = -9999.0  # what OpenAI and vLLM write in place of minus infinity
-_FILTERED = "content_filter"
 _NO_ACCESS = (401, 402, 403)
 _NOT_OFFERED = (404, 405, 501)
 _TEMPORARY = (408, 409, 425, 429)
 _N_NAMED = 5  # models that a message names
-_N_QUOTED = 500  # characters of an API's answer in a message
 
 
 class Unreachable(Exception):  # noqa: N818 - says what happened, is no mistake of the caller's
@@ -128,13 +136,13 @@ class RemoteTeacher:
         Completions have no token ids; their tokens' log-probabilities where the API gives them.
         """
         completions: list[Completion] = []
-        usage = _Usage()
+        usage = Usage()
         while len(completions) < n:  # some APIs answer once, whatever n says
             ask = functools.partial(self._ask, prompt, sampling, n - len(completions))
             answer = await _accepted(self._own_logprobs, ask)
             completions += [choice.completion for choice in answer.choices]
             usage += answer.usage
-            if all(completion.finish_reason == _FILTERED for completion in completions):
+            if all(completion.finish_reason == FILTERED for completion in completions):
                 raise Refused(answer.choices[0].refusal)
         return Spoken(
             completions=completions,
@@ -156,7 +164,7 @@ class RemoteTeacher:
         ask = functools.partial(self._ask, prompt, Sampling(max_tokens=1), 1)
         answer = await _accepted(self._top_logprobs, ask)
         choice = answer.choices[0]
-        if choice.completion.finish_reason == _FILTERED:
+        if choice.completion.finish_reason == FILTERED:
             raise Refused(choice.refusal)
         if not choice.top:
             raise ModelError(
@@ -178,7 +186,7 @@ class RemoteTeacher:
 
     async def _heed(self, response: httpx2.Response) -> None:
         if response.status_code == 429:
-            pause_s = min(_retry_after_s(response), _LONGEST_PAUSE_S)
+            pause_s = min(retry_after_s(response), _LONGEST_PAUSE_S)
             self._quiet_until = max(self._quiet_until, time.monotonic() + pause_s)
 
     async def _listed(self, client: openai.AsyncOpenAI) -> object:
@@ -195,11 +203,11 @@ class RemoteTeacher:
             if error.status_code in (*_NOT_OFFERED, 429):
                 return None
             raise ModelError(
-                f"teacher.url: {self._url} answers {error.status_code} ({_words(error)})."
+                f"teacher.url: {self._url} answers {error.status_code} ({words_of(error)})."
             ) from error
         except (openai.APIError, TimeoutError) as error:
             raise ModelError(
-                f"teacher.url: {self._url} does not answer ({_cause(error)}); is the server up, "
+                f"teacher.url: {self._url} does not answer ({cause_of(error)}); is the server up, "
                 "and can the machine that labels reach it?"
             ) from error
 
@@ -222,17 +230,17 @@ class RemoteTeacher:
 
     async def _ask(
         self, prompt: Rendered, sampling: Sampling, n: int, logprobs: int | None
-    ) -> _Answer:
+    ) -> Answer:
         """One request in its turn, retried as the recipe says."""
         estimate = _n_characters(prompt) / _CHARACTERS_PER_TOKEN + n * sampling.max_tokens
         async with self._seats:
             await asyncio.sleep(self._limits.reserve(estimate))
             sent = await self._sent(prompt, sampling, n, logprobs)
         if not getattr(sent, "choices", None):  # some gateways wrap an error in a 200
-            raise Unreachable(f"{self._url} answered without a choice: {str(sent)[:_N_QUOTED]}")
+            raise Unreachable(f"{self._url} answered without a choice: {str(sent)[:N_QUOTED]}")
         self._answered = True
-        read = _text_choice if prompt.messages is None else _chat_choice
-        answer = _Answer([read(choice) for choice in sent.choices], _usage(sent.usage))
+        read = text_choice if prompt.messages is None else chat_choice
+        answer = Answer([read(choice) for choice in sent.choices], usage_of(sent.usage))
         if n_tokens := answer.usage.n_prompt_tokens + answer.usage.n_output_tokens:
             self._limits.correct(n_tokens - estimate)
         return answer
@@ -292,18 +300,18 @@ class RemoteTeacher:
         """What an error of the API says of the row, or of all rows."""
         import openai
 
-        if isinstance(error, openai.APITimeoutError) and not _not_connected(error):
+        if isinstance(error, openai.APITimeoutError) and not not_connected(error):
             return TimeoutError(f"no answer within {self.settings.request_timeout_s:g} s")
         if not isinstance(error, openai.APIStatusError):
-            return Unreachable(f"{self._url} does not answer ({_cause(error)}).")
-        status, words = error.status_code, _words(error)
+            return Unreachable(f"{self._url} does not answer ({cause_of(error)}).")
+        status, words = error.status_code, words_of(error)
         if status in _NO_ACCESS and not (status == 403 and self._answered):
             return self._no_access(error)  # 403 after answers: of this row's content
         if error.code == "insufficient_quota":
             return ModelError(f"teacher.url: {self._url} has no quota left for this key ({words}).")
         if status == 429:
             said = f"{self._url} answered 429: {words}"
-            return RateLimited(said, _retry_after_s(error.response))
+            return RateLimited(said, retry_after_s(error.response))
         if status in _TEMPORARY or status >= 500:
             return Unreachable(f"{self._url} answered {status}: {words}")
         if status in _NOT_OFFERED and not self._answered:
@@ -318,26 +326,9 @@ class RemoteTeacher:
         name = self.settings.api_key_env
         key = f"the key in {name} does not open it" if os.environ.get(name) else f"{name} is unset"
         return ModelError(
-            f"teacher.api_key_env: {self._url} answers {error.status_code} ({_words(error)}): "
+            f"teacher.api_key_env: {self._url} answers {error.status_code} ({words_of(error)}): "
             f"{key}; set it where the replicas run."
         )
-
-
-def _not_connected(error: openai.APIError) -> bool:
-    """Whether nobody was there to wait for: no row's fault."""
-    import httpx2
-
-    return isinstance(error.__cause__, httpx2.ConnectTimeout | httpx2.PoolTimeout)
-
-
-def _retry_after_s(response: httpx2.Response) -> float:
-    """As a number of seconds or an HTTP date; 0 where there is none."""
-    written = response.headers.get("retry-after", "")
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(written))
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, parsedate_to_datetime(written).timestamp() - time.time())
-    return 0.0
 
 
 class _Limits:
@@ -359,27 +350,6 @@ class _Limits:
         """Tokens that a request took beyond those reserved, or less (negative)."""
         if self._tokens:
             self._tokens.correct(n_tokens)
-
-
-def word_logprobs(top: Sequence[tuple[str, float]], words: Sequence[str]) -> np.ndarray:
-    """float32[len(words)]: log-probability of each word among the most likely next tokens.
-
-    A word's token is the one of the same text; failing that, those that differ from it in the
-    spaces around them and are no other word's, their probabilities added up. A word that is not
-    among them gets the lowest log-probability there is: a bound from above, since all tokens left
-    out are less likely than that.
-    """
-    floor = min(logprob for _, logprob in top)
-    taken = set(words)
-    found = []
-    for word in words:
-        same = [logprob for token, logprob in top if token == word] or [
-            logprob
-            for token, logprob in top
-            if token.strip() == word.strip() and token not in taken
-        ]
-        found.append(np.logaddexp.reduce(same) if same else floor)
-    return np.array(found, dtype=np.float32)
 
 
 async def _accepted(forms: list[Form], ask: Callable[[Form], Awaitable[Given]]) -> Given:
@@ -408,104 +378,3 @@ def _n_characters(prompt: Rendered) -> int:
     if prompt.messages is None:
         return len(prompt.text)
     return sum(len(content) for _, content in prompt.messages)
-
-
-# --- what an answer says ---
-
-
-@dataclass(frozen=True, slots=True)
-class _Usage:
-    """Tokens as the API counted them; none where it does not say."""
-
-    n_prompt_tokens: int = 0
-    n_output_tokens: int = 0
-    n_cached_tokens: int = 0
-
-    def __add__(self, other: _Usage) -> _Usage:
-        return _Usage(
-            self.n_prompt_tokens + other.n_prompt_tokens,
-            self.n_output_tokens + other.n_output_tokens,
-            self.n_cached_tokens + other.n_cached_tokens,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """top: the most likely tokens at its first position, each with its log-probability."""
-
-    completion: Completion
-    top: list[tuple[str, float]]
-    refusal: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    choices: list[_Choice]
-    usage: _Usage
-
-
-def _chat_choice(choice: Any) -> _Choice:
-    refusal = choice.message.refusal
-    positions = (choice.logprobs and choice.logprobs.content) or []
-    top = positions[0].top_logprobs if positions else []
-    return _choice(
-        choice.message.content,
-        _FILTERED if refusal else choice.finish_reason,
-        [position.logprob for position in positions],
-        [(token.token, token.logprob) for token in top or ()],
-        refusal,
-    )
-
-
-def _text_choice(choice: Any) -> _Choice:
-    logprobs = choice.logprobs
-    top = (logprobs and logprobs.top_logprobs) or [{}]
-    return _choice(
-        choice.text,
-        choice.finish_reason,
-        (logprobs and logprobs.token_logprobs) or [],
-        list((top[0] or {}).items()),
-        None,
-    )
-
-
-def _choice(
-    text: str | None,
-    finish_reason: str | None,
-    token_logprobs: list[float],
-    top: list[tuple[str, float]],
-    refusal: str | None,
-) -> _Choice:
-    return _Choice(
-        completion=Completion(
-            text=text or "",
-            token_ids=np.empty(0, dtype=np.int32),
-            finish_reason=finish_reason or "stop",
-            token_logprobs=np.array(token_logprobs, np.float32) if token_logprobs else None,
-        ),
-        top=[(token, max(logprob, _LOWEST_LOGPROB)) for token, logprob in top],
-        refusal=(refusal or "the API's content filter took the answer away.")[:_N_QUOTED],
-    )
-
-
-def _usage(usage: Any) -> _Usage:
-    if usage is None:
-        return _Usage()
-    details = usage.prompt_tokens_details
-    return _Usage(
-        usage.prompt_tokens or 0,
-        usage.completion_tokens or 0,
-        (details and details.cached_tokens) or 0,
-    )
-
-
-def _words(error: openai.APIStatusError) -> str:
-    """The API's own message, in one line."""
-    body = error.body
-    message = body.get("message") if isinstance(body, dict) else body
-    return " ".join(str(message or error.message).split())[:_N_QUOTED]
-
-
-def _cause(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return str(cause) or type(cause).__name__

@@ -28,7 +28,8 @@ from journeyman.recipe import Teacher
 from journeyman.recipe.labels import Structured
 from journeyman.teacher.answers import Refused
 from journeyman.teacher.prompting import Rendered, Sampling
-from journeyman.teacher.remote import RateLimited, RemoteTeacher, Unreachable, word_logprobs
+from journeyman.teacher.remote import RateLimited, RemoteTeacher, Unreachable
+from journeyman.teacher.replies import word_logprobs
 
 TOP = {" yes": -0.5, " no": -1.5, "yes": -3.0, " maybe": -4.0}
 RAW = Rendered(segments=(("Is it so? ", False), ("a row", True)))

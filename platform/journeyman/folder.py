@@ -156,6 +156,16 @@ class Folder:
                         tag=item["e_tag"] or item["last_modified"].isoformat(),
                     )
 
+    def folders(self) -> list[str]:
+        """The names of the folders right below that hold something."""
+        import obstore
+
+        if self.directory is not None and not self.directory.is_dir():
+            return []
+        with self._errors("", "listed"):
+            listed = self._asked(lambda: obstore.list_with_delimiter(self._store()))
+        return list(listed["common_prefixes"])
+
     def _pages(self, prefix: str) -> Iterator[Sequence[Any]]:
         """Once a page has failed, those behind the last one that came are asked for."""
         import obstore

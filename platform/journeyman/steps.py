@@ -193,7 +193,7 @@ class Run(RunFolder):
         there = _read(folder / _STUDENT_MANIFEST)
         if there and there.get("inputs") == inputs:
             # What a run that was killed at its very end has left.
-            loop.work_folder(folder, inputs, self.recipe.run_url).remove()
+            loop.clear_work(folder, inputs, self.recipe.run_url)
             return there, False
         cluster.connect(self.recipe.cluster)
         lacking = cluster.lacking(

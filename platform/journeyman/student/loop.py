@@ -8,14 +8,17 @@ On a cluster that folder is on a disk that all nodes share, or behind a URL.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from journeyman.errors import ClusterError, JourneymanError
 from journeyman.files import disk_errors
+from journeyman.folder import Folder
 from journeyman.mirror import Mirror
 from journeyman.models import Model
 from journeyman.recipe import Recipe, Training
@@ -24,6 +27,8 @@ from journeyman.student.checkpoints import Checkpoints, Evaluation, State
 from journeyman.student.lesson import Load, Task
 from journeyman.student.live import TrainProgress
 
+_WORK = ".student-work-"
+_LEFT_AFTER_S = 24 * 3600.0  # without a word in its folder no training goes on
 RESIZE_INTERVAL_S = 60.0  # between two looks whether the cluster has room for more workers
 _POLL_S = 0.5
 # That workers wait for one another, while the first one evaluates, say; torch's own half an hour
@@ -87,13 +92,34 @@ def train(
     checkpoints.fetch_curve()
     export.write(out_dir, best_model, checkpoints.curve, result.best, state, origin)
     Mirror(local=out_dir, url=store and f"{store}/{out_dir.name}").push()
-    work.remove()
+    clear_work(out_dir, inputs, store)
     return result
 
 
 def work_folder(out_dir: Path, inputs: str, store: str | None = None) -> Mirror:
     """Where a training keeps its state until it is done."""
-    return Mirror(local=out_dir.absolute().parent, url=store).below(f".student-work-{inputs}")
+    return Mirror(local=out_dir.absolute().parent, url=store).below(f"{_WORK}{inputs}")
+
+
+def clear_work(out_dir: Path, inputs: str, store: str | None = None) -> None:
+    """Remove the work of a student that is done, and what other settings began before it.
+
+    Whoever calls has locked the run's folder, so that nobody else on this disk trains in it. In a
+    store, where another machine may, what was written to within a day stays.
+    """
+    work_folder(out_dir, inputs, store).remove()
+    for other in out_dir.absolute().parent.glob(f"{_WORK}*"):
+        shutil.rmtree(other, ignore_errors=True)  # with a store, a copy
+    if store is None:
+        return
+    limit = datetime.now(UTC) - timedelta(seconds=_LEFT_AFTER_S)
+    for name in Folder(store).folders():
+        if name.startswith(_WORK):
+            folder = Folder(f"{store}/{name}")
+            items = list(folder.walk(""))
+            if all(item.modified < limit for item in items):
+                for item in items:
+                    folder.delete(item.name)
 
 
 def _fit(task: Task, work: Path) -> State:

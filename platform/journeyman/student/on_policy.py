@@ -57,6 +57,7 @@ def train(
         student = rounds.round(number, student)
         records.append(files.read_json(student.path / _RECORD))
     _take(student.path, out_dir, records, inputs, recipe, parent)
+    loop.clear_work(out_dir, inputs)
 
 
 class _Rounds:

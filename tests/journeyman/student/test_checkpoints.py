@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from journeyman.errors import ClusterError, DataError
+from journeyman.folder import Folder
 from journeyman.mirror import Mirror
 from journeyman.student import checkpoints as module
+from journeyman.student import loop
 from journeyman.student.checkpoints import Checkpoints, State, read_curve
 from tests.conftest import small_disk
 from tests.journeyman.labels.object_server import ObjectServer, serving
@@ -290,3 +292,19 @@ def test_what_another_training_left_on_a_node_is_not_taken_for_this_ones(
     assert load_file(worker.model(2) / "model.safetensors")["w"].shape == (16,)
     there = on_node(tmp_path, "stale", url, driver)
     assert load_file(there.model(2) / "model.safetensors")["w"].shape == (16,)
+
+
+def test_in_a_store_the_work_of_other_settings_goes_once_nobody_writes_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(monkeypatch) as (_, url):
+        run = Folder(url)
+        others = ".student-work-other/checkpoints/step-1/state.json"
+        for name in (".student-work-mine/attempt", others, "student/x", ".student-workshop"):
+            run.put(name, b"1")
+        loop.clear_work(tmp_path / "student", "mine", url)
+        left = {item.name for item in run.walk("")}
+        assert len(left) == 3 and not run.has(".student-work-mine/attempt")
+        monkeypatch.setattr(loop, "_LEFT_AFTER_S", -60.0)  # a day later
+        loop.clear_work(tmp_path / "student", "mine", url)
+        assert {item.name for item in run.walk("")} == {"student/x", ".student-workshop"}

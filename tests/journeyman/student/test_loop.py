@@ -233,6 +233,8 @@ def test_a_run_that_gets_no_better_stops_on_all_workers_and_stays_stopped(
         with pytest.raises(KeyboardInterrupt):
             train()
     assert progress[-1].stopped_early and ", stopped early\n" in progress[-1].text()
+    older = tmp_path / ".student-work-older" / "checkpoints"  # of settings that were changed
+    older.mkdir(parents=True)
     work = tmp_path / ".student-work-patient"
     before = (work / "training.jsonl").read_bytes()
     task = Task(
@@ -244,7 +246,9 @@ def test_a_run_that_gets_no_better_stops_on_all_workers_and_stays_stopped(
         state = worker.run(task)
     assert isinstance(state, checkpoints.State) and state.stopped_early
 
+    assert older.exists()  # until there is another student
     result = train()
+    assert not list(tmp_path.glob(".student-work-*"))
     assert (result.path / "training.jsonl").read_bytes() == before
     assert result.stopped_early and result.resumed_from_step == result.steps < N_STEPS
     ranks = [(e.agreement, -e.kl) for e in result.evaluations]

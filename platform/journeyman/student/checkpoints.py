@@ -25,13 +25,13 @@ import shutil
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from journeyman import files
 from journeyman.errors import ClusterError, DataError
-from journeyman.files import disk_errors, read_json, scratch_folder, write_bytes, write_json
 from journeyman.folder import Folder
 from journeyman.mirror import Mirror, alone
 
@@ -96,6 +96,7 @@ class Checkpoints:
         self._attempt = attempt
         self._folder = self._work / "checkpoints"
         self._owned_at = self._said_at = self._asked_at = -math.inf
+        self._put_sizes: dict[Path, int] = {}  # of files in the store, when they were put
 
     @classmethod
     def claim(cls, work: Path | Mirror) -> Checkpoints:
@@ -184,7 +185,7 @@ class Checkpoints:
         with alone(folder):
             if self._is_here(folder):
                 return
-            with scratch_folder(folder) as fresh, contextlib.suppress(FileNotFoundError):
+            with files.scratch_folder(folder) as fresh, contextlib.suppress(FileNotFoundError):
                 for item in list(self._all.walk(prefix.rstrip("/"))):
                     self._all.get_file(item.name, fresh / item.name.removeprefix(prefix), item.size)
                 shutil.rmtree(folder, ignore_errors=True)  # cut short
@@ -199,14 +200,14 @@ class Checkpoints:
         self._must_own()
         final = self.path(state.step)
         fresh = self._folder / f".{final.name}.{self._attempt}.tmp"
-        with disk_errors(self._folder):
+        with files.disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             try:
                 fresh.mkdir()
                 _write(fresh, write, n_bytes)
                 sizes = _sizes(fresh)
-                write_json(fresh / _STATE, dataclasses.asdict(state) | {"files": sizes})
-                _flush(fresh)
+                files.write_json(fresh / _STATE, dataclasses.asdict(state) | {"files": sizes})
+                files.flush(fresh)
                 self._must_own()
                 # The step that a run resumed from may be met again, with equal content.
                 if _state(final) is None:
@@ -221,10 +222,9 @@ class Checkpoints:
         self._keep(kept)
 
     def _copy_there(self, folder: Path) -> None:
-        """What was told of the steps so far goes first: it is cut back to a checkpoint's step."""
-        self._put_events()
-        for told in filter(Path.exists, [self.curve, *(self._work / "trackers").glob("*")]):
-            self._all.put_file(str(told.relative_to(self._work)), told)
+        """The curve goes first: it is cut back to a checkpoint's step."""
+        if self.curve.exists():
+            self._all.put_file(_CURVE, self.curve)
         for name in sorted(_sizes(folder), key=lambda name: name == _STATE):
             if name == _STATE:  # the others may have taken minutes
                 self._must_own()
@@ -238,25 +238,37 @@ class Checkpoints:
             if step not in steps and step <= max(steps):
                 self._all.delete(item.name)
 
-    def _put_events(self) -> None:
-        """What TensorBoard was told, which lies in the run's folder."""
-        assert self._store is not None
-        run = Folder(self._store.rpartition("/")[0])
-        for events in (self._work.parent / "tensorboard").rglob("*.tfevents.*"):
-            run.put_file(str(events.relative_to(self._work.parent)), events)
+    def keep_told(self) -> None:
+        """Have all nodes know what trackers were told, behind what TensorBoard has of it, which
+        lies in the run's folder."""
+        if self._store is None:
+            return
+        run = self._work.parent
+        self._put_new(
+            run, (run / "tensorboard").rglob("*.tfevents.*"), self._store.rpartition("/")[0]
+        )
+        self._put_new(self._work, (self._work / "trackers").glob("*"), self._store)
+
+    def _put_new(self, below: Path, paths: Iterable[Path], url: str) -> None:
+        """Those of files that only grow which have grown."""
+        for path in paths:
+            size = path.stat().st_size
+            if self._put_sizes.get(path) != size:
+                Folder(url).put_file(str(path.relative_to(below)), path)
+                self._put_sizes[path] = size
 
     def fetch_curve(self) -> None:
         """Have the curve on this node, and what trackers know of it."""
         if self._store:
             for name in [_CURVE, *(item.name for item in self._all.walk("trackers"))]:
                 with contextlib.suppress(FileNotFoundError):
-                    write_bytes(self._work / name, self._all.get(name))
+                    files.write_bytes(self._work / name, self._all.get(name))
 
     def leave(self, finished: bool) -> None:
         """Rank 0 writes no more on this node: what else lies on it alone goes into the store."""
         if self._store is None:
             return
-        self._put_events()
+        self.keep_told()
         if finished:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -267,7 +279,7 @@ class Checkpoints:
         self.fetch_curve()
         self._all.delete(_LIVE)
         kept = [json.dumps(r) + "\n" for r in read_curve(self.curve) if r["step"] <= step]
-        write_bytes(self.curve, "".join(kept).encode())
+        files.write_bytes(self.curve, "".join(kept).encode())
 
     def _forget_later(self, step: int) -> None:
         """What a training of the same inputs left on this node that is over, or was lost."""
@@ -279,7 +291,7 @@ class Checkpoints:
     def record(self, **values: Any) -> None:
         """Append one record to the curve."""
         self._must_own(lately=True)
-        with disk_errors(self._work), self.curve.open("a", encoding="utf-8") as file:
+        with files.disk_errors(self._work), self.curve.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def show(self, values: dict[str, Any]) -> None:
@@ -333,7 +345,7 @@ class Checkpoints:
 def _state(folder: Path) -> State | None:
     """What a checkpoint remembers; None if it is not whole, or not there."""
     try:
-        values = read_json(folder / _STATE)
+        values = files.read_json(folder / _STATE)
     except DataError:
         return None
     return _whole(values, _sizes(folder))
@@ -350,8 +362,8 @@ def _whole(values: dict[str, Any], sizes: dict[str, int]) -> State | None:
 
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of each file below a folder, by its path there."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    there = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in there}
 
 
 def _write(folder: Path, write: Callable[[Path], None], n_bytes: int) -> None:
@@ -370,16 +382,6 @@ def _write(folder: Path, write: Callable[[Path], None], n_bytes: int) -> None:
         with (folder / "room").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, n_bytes)
         raise
-
-
-def _flush(folder: Path) -> None:
-    """Have the files on the disk before the name says that they are whole."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:

@@ -58,6 +58,7 @@ class Journal:
             task.training.model_dump(mode="json"),
             task.checkpoints.work / "trackers",
             read_curve(task.checkpoints.curve),
+            task.checkpoints.keep_told,
         )
 
     def after_step(

@@ -20,13 +20,17 @@ import pytest
 import torch
 
 from journeyman.errors import RecipeError
+from journeyman.folder import Folder
+from journeyman.mirror import Mirror
 from journeyman.models import Model
 from journeyman.student import loop, trackers
+from journeyman.student.checkpoints import Checkpoints
 from journeyman.student.learner import Learner, Measured
 from journeyman.student.lesson import Load
 from journeyman.student.live import TrainProgress
-from journeyman.student.trackers import Trackers
+from journeyman.student.trackers import Tracked, Trackers
 from tests.conftest import scraped
+from tests.journeyman.labels.object_server import serving
 
 from .conftest import loader, make_recipe, make_rows
 
@@ -94,6 +98,42 @@ def test_tensorboard_has_each_step_once(tmp_path: Path) -> None:
     first, other = tensorboard_runs(tmp_path)
     assert first == EXPECTED
     assert other == {"train/loss": [(7, 9.0)]}
+
+
+def test_of_a_run_in_a_store_another_node_tells_each_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before its first checkpoint."""
+    pytest.importorskip("tensorboard")
+    server: list[tuple[str, int]] = []  # what it was told, of which run
+
+    class Client:
+        def __init__(self, tracked: Tracked) -> None:
+            self._id = tracked.id
+
+        def log(self, step: int, values: Mapping[str, float]) -> None:
+            server.extend((self._id, step) for name in values if name == "train/loss")
+
+        def close(self, finished: bool) -> None: ...
+
+    name = "journeyman.student.trackers.wandb"
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(start=Client))
+    with serving(monkeypatch) as (_, url):
+        for node, steps in (("one", [1, 2, 3]), ("other", [1, 2, 3, 4, 5])):
+            work = Mirror(local=tmp_path / node, url=url).below(".student-work")
+            held = Checkpoints.claim(work)
+            held.start_curve(0)
+            told = Trackers(["tensorboard", "wandb"], "tiny", work.local.parent, {},
+                            work.local / "trackers", [], held.keep_told)  # fmt: skip
+            for record in records(steps):
+                told.record(record)
+        told.close(finished=True)
+        held.leave(finished=True)
+        run = Folder(url)
+        for item in run.walk("tensorboard"):
+            run.get_file(item.name, tmp_path / "all" / item.name, item.size)
+    assert tensorboard_runs(tmp_path / "all") == [EXPECTED]
+    assert server == [(server[0][0], step) for step in range(1, 6)]
 
 
 def test_mlflow_has_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

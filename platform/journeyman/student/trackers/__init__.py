@@ -83,10 +83,12 @@ class Trackers:
         settings: Mapping[str, Any],
         memory: Path,
         records: Sequence[Mapping[str, Any]],
+        keep: Callable[[], None] = lambda: None,
     ) -> None:
         """memory: a folder that lives as long as the run is unfinished; records: the curve so far,
-        of which each tracker is told what it does not know."""
-        self._memory = memory
+        of which each tracker is told what it does not know; keep: called behind each change of
+        memory."""
+        self._memory, self._keep = memory, keep
         self._open: dict[str, Tracker] = {}
         self._told: dict[str, set[str]] = {}
         if not names:
@@ -129,6 +131,7 @@ class Trackers:
         self._told[name].add(key)
         with (self._memory / f"told-{name}").open("a") as file:
             file.write(f"{key}\n")
+        self._keep()
 
     def close(self, finished: bool) -> None:
         for name, tracker in list(self._open.items()):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from journeyman.errors import DataError
 from journeyman.models import Model
-from journeyman.student import loop, models
+from journeyman.student import loop, models, projection
 from journeyman.student.causal_learner import Causal
 
-from .conftest import make_causal_recipe, write_token_rows
+from .conftest import VOCABULARY, make_causal_recipe, write_token_rows
 
 RECIPE = make_causal_recipe(epochs=12, batch_size=16, accumulate=2)
 
@@ -117,6 +119,35 @@ def test_low_rank_matrices_are_merged_in_a_checkpoint_and_go_on_from_it(
     resumed = learner(tiny_llama, tmp_path / "saved", tmp_path / "rows", lora={"rank": 4})
     after = one_step(first)
     assert one_step(resumed) == pytest.approx(after, rel=1e-5) and after < before
+
+
+def test_no_tensor_of_positions_by_vocabulary_is_made_to_evaluate(
+    tiny_llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 rows, in batches of 16, of 4 to 11 tokens: 100 learned positions or so to a batch."""
+    write_token_rows(tmp_path, 4, 64)
+    monkeypatch.setattr(projection, "_CHUNK_CPU", 40 * 4 * VOCABULARY)  # forty at a time
+    watched = Widest()
+    with watched:
+        cut = learner(tiny_llama, None, tmp_path).evaluate()
+    assert watched.positions == 40
+    monkeypatch.undo()
+    whole = learner(tiny_llama, None, tmp_path).evaluate()
+    for name in ("kl", "perplexity", "agreement", "exact_match"):
+        assert getattr(cut, name) == pytest.approx(getattr(whole, name), rel=1e-5)
+
+
+class Widest(TorchDispatchMode):
+    """The most positions of any tensor whose last dimension is the vocabulary."""
+
+    positions = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(each, torch.Tensor) and each.shape[-1:] == (VOCABULARY,):
+                self.positions = max(self.positions, each.numel() // VOCABULARY)
+        return made
 
 
 def test_layers_are_chosen_on_the_train_rows(tiny_llama: Model, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from journeyman.models import Model
 from journeyman.recipe import Recipe
 from journeyman.run_folder import RunFolder
 from journeyman.student import causal, models
-from journeyman.student.formats import gguf, onnx, step
-from journeyman.student.formats.held_out import of_torch
+from journeyman.student.formats import gguf, held_out, onnx, step
+from journeyman.student.formats.held_out import compare, of_torch
 
 from ..labels import synthetic as made
 from .conftest import TOPICS, make_rows
@@ -179,6 +179,22 @@ def test_exports_are_checked_and_weighed_on_held_out_rows(
         else:
             assert copy["kl"] != float32["kl"] and copy["bytes"] < float32["bytes"]
     assert not [p for p in run.directory.rglob("*") if p.name.endswith(".tmp")]
+
+
+def test_batches_of_texts_are_as_large_as_their_logits_may_be(
+    tiny_llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of 4 to 15 tokens over a vocabulary of 47: 376 bytes for two positions."""
+    run = causal_run(tmp_path, tiny_llama.path)
+    with step._held_out(run) as rows:
+        whole = compare(rows, *[of_torch(causal.load(tiny_llama.path))] * 2)
+        monkeypatch.setattr(held_out, "_LOGITS_BYTES", 20 * 4 * 47)
+        shapes = [rows.inputs(batch)[0].shape for batch in rows.batches()]
+        assert shapes == [(1, n) for n in range(15, 10, -1)] + [(2, 10), (2, 8), (3, 6)]
+        cut = compare(rows, *[of_torch(causal.load(tiny_llama.path))] * 2)
+    assert (cut.student.kl, cut.student.agreement) == pytest.approx(
+        (whole.student.kl, whole.student.agreement), rel=1e-6
+    )
 
 
 def test_agreement_and_divergence_are_those_of_plain_formulas(

@@ -27,6 +27,7 @@ from journeyman.student.token_dataset import TokenBatch, TokenDataset
 
 MOST_ROWS = 512  # evenly spaced ones of a larger split: enough to see a cost of 1%
 _CLASSES_BATCH, _TOKENS_BATCH = 32, 8
+_LOGITS_BYTES = 64 << 20  # of a batch of texts, which copies answer at every position
 _KL = Objective(divergence="forward_kl", tail="bucket")
 
 Answer = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -170,14 +171,19 @@ class HeldOutTokens:
         self._rows = TokenDataset(folder)
         answers = np.flatnonzero(~self._rows.reasoning)  # as in training, which they stand beside
         self._chosen = answers[_some(len(answers))]
-        self._pad_id = models.load_tokenizer(student_dir).pad_token_id or 0
+        tokenizer = models.load_tokenizer(student_dir)
+        self._pad_id, self._vocabulary = tokenizer.pad_token_id or 0, len(tokenizer)
 
     def __len__(self) -> int:
         return len(self._chosen)
 
     def batches(self) -> Iterator[TokenBatch]:
-        order = self._chosen[np.argsort(self._rows.lengths[self._chosen], kind="stable")]
-        for part in np.array_split(order, -(-len(order) // _TOKENS_BATCH)):
+        """Of as many rows as have logits of ``_LOGITS_BYTES`` together, one at least."""
+        lengths = self._rows.lengths
+        left = self._chosen[np.argsort(-lengths[self._chosen], kind="stable")]
+        while len(left):
+            room = _LOGITS_BYTES // (4 * int(lengths[left[0]]) * self._vocabulary)
+            part, left = np.split(left, [min(max(1, room), _TOKENS_BATCH)])
             yield self._rows.batch(part)
 
     def inputs(self, batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:

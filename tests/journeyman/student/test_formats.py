@@ -184,11 +184,11 @@ def test_exports_are_checked_and_weighed_on_held_out_rows(
 def test_batches_of_texts_are_as_large_as_their_logits_may_be(
     tiny_llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Texts of 4 to 15 tokens over a vocabulary of 47: 376 bytes for two positions."""
+    """Texts of 4 to 15 tokens over a vocabulary of 50."""
     run = causal_run(tmp_path, tiny_llama.path)
     with step._held_out(run) as rows:
         whole = compare(rows, *[of_torch(causal.load(tiny_llama.path))] * 2)
-        monkeypatch.setattr(held_out, "_LOGITS_BYTES", 20 * 4 * 47)
+        monkeypatch.setattr(held_out, "_LOGITS_BYTES", 20 * 4 * 50)  # of twenty positions
         shapes = [rows.inputs(batch)[0].shape for batch in rows.batches()]
         assert shapes == [(1, n) for n in range(15, 10, -1)] + [(2, 10), (2, 8), (3, 6)]
         cut = compare(rows, *[of_torch(causal.load(tiny_llama.path))] * 2)

@@ -244,6 +244,7 @@ def _written(students: Sequence[ComparedStudent]) -> str:
         + _table(heads, rows)
         + "\n\nOn `calibrate` rows: agreement with the teacher's first choice, token by token; "
         "perplexity of the text's own tokens; answers that the student writes to the letter.\n"
+        + "".join(f"{note}\n" for note in comparison.agreement_notes(students))
     )
 
 

@@ -26,6 +26,8 @@ from journeyman.report.measure import Measured, measure
 from journeyman.report.ranking import rankings
 from journeyman.report.verdict import beside_teacher, percent, realised_of_each, share
 from journeyman.run_folder import RunFolder
+from journeyman.student.checkpoints import Evaluation
+from journeyman.student.learner import AGREES_WITH, LOSS
 
 
 def report_data(run: RunFolder) -> ReportData:
@@ -74,20 +76,17 @@ def without_cascade(run: RunFolder) -> list[SummaryRow]:
 
 def _learned(run: RunFolder) -> list[SummaryRow]:
     student = files.read_json(run.path("train") / "journeyman.json")
-    best = student["best"]
+    best = Evaluation(**student["best"])
+    agrees = f"with {AGREES_WITH[best.against]}, token by token"
     rows = [
-        (
-            "agreement",
-            f"{best['agreement']:.3f}",
-            "with the teacher's first choice, token by token",
-        ),
-        ("KL(teacher ‖ student)", f"{best['kl']:.3f} nats", "a token"),
-        ("perplexity", f"{best['perplexity']:,.1f}", "of the text's own tokens"),
+        ("agreement", f"{best.agreement:.3f}", agrees),
+        (LOSS[best.against], f"{best.loss:.3f} nats", "a token"),
+        ("perplexity", f"{best.perplexity:,.1f}", "of the text's own tokens"),
     ]
     if run.recipe.labels.kind != "logits":
-        exact = f"{best['exact_match']:.3f}"
+        exact = f"{best.exact_match:.3f}"
         rows.append(("exact", exact, "answers that it writes to the letter, greedily"))
-    group = f"student, {best['n_rows']:,} calibrate rows"
+    group = f"student, {best.n_rows:,} calibrate rows"
     return [SummaryRow(group=group, name=n, value=v, note=note) for n, v, note in rows]
 
 

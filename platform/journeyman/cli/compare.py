@@ -49,9 +49,11 @@ def _compare(options: argparse.Namespace) -> int:
 
     folders = [run_folder.here(run) for run in options.runs]
     students = [comparison.read(folder) for folder in folders]
-    heads = ("run", "MB", "agreement", "accuracy", "KL", "perplexity", "exact", "rows/s",
-             "train rows", "steps", "seconds")  # fmt: skip
+    heads = ("run", "MB", "agreement", "accuracy", "KL", "cross-entropy", "perplexity", "exact",
+             "rows/s", "train rows", "steps", "seconds")  # fmt: skip
     print(table([heads, *map(_cells, students)]))
+    if notes := comparison.agreement_notes(students):
+        print("\n" + "\n".join(notes))
     if len({student.labels_digest for student in students}) > 1:
         print("\nThese students learned from different labels: compare them with care.")
     if options.plot:
@@ -72,7 +74,8 @@ def _cells(student: ComparedStudent) -> tuple[str, ...]:
         f"{student.size_bytes / 1e6:,.0f}",
         f"{student.agreement:.3f}",
         _or_dash(student.gold_accuracy, ".3f"),
-        f"{student.kl:.3f}",
+        _or_dash(student.kl, ".3f"),
+        _or_dash(student.cross_entropy, ".3f"),
         _or_dash(student.perplexity, ",.1f"),
         _or_dash(student.exact_match, ".3f"),
         _or_dash(student.rows_per_s, ",.0f"),

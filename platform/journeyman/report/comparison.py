@@ -14,6 +14,7 @@ from typing import Any
 
 from journeyman import files
 from journeyman.errors import DataError
+from journeyman.student.learner import AGREES_WITH, Against
 
 _KEPT = "comparison.json"
 
@@ -25,7 +26,7 @@ class ComparedStudent:
     name: str
     size_bytes: int  # of the weights
     agreement: float
-    kl: float  # nats a row, of language models a token
+    kl: float | None  # nats a row, of language models a token
     gold_accuracy: float | None
     perplexity: float | None
     # Calibrate rows a second, at that evaluation, on the device that it was trained on.
@@ -35,6 +36,8 @@ class ComparedStudent:
     seconds: float  # of training
     labels_digest: str
     exact_match: float | None = None  # texts that a language model writes to the letter
+    cross_entropy: float | None = None  # nats a token, where KL cannot be known
+    against: Against = "distributions"  # what ``agreement`` is with
 
 
 def read(run: Path) -> ComparedStudent:
@@ -58,7 +61,7 @@ def _student(name: str, folder: Path, record: dict[str, Any]) -> ComparedStudent
         name=name,
         size_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         agreement=best["agreement"],
-        kl=best["kl"],
+        kl=best.get("kl"),
         gold_accuracy=best.get("gold_accuracy"),
         perplexity=best.get("perplexity"),
         rows_per_s=next(speeds, None),
@@ -67,7 +70,19 @@ def _student(name: str, folder: Path, record: dict[str, Any]) -> ComparedStudent
         seconds=record["seconds"],
         labels_digest=record["labels"],
         exact_match=best.get("exact_match"),
+        cross_entropy=best.get("cross_entropy"),
+        against=best.get("against", "distributions"),
     )
+
+
+def agreement_notes(students: Sequence[ComparedStudent]) -> list[str]:
+    """A sentence for each way in which agreement is not with the teacher's first choice."""
+    notes = []
+    for against, with_what in AGREES_WITH.items():
+        named = ", ".join(one.name for one in students if one.against == against)
+        if named and against != "distributions":
+            notes.append(f"Agreement of {named} is with {with_what}.")
+    return notes
 
 
 def keep(students: Sequence[ComparedStudent], run: Path) -> None:

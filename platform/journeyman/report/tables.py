@@ -229,7 +229,7 @@ def students(compared: Sequence[ComparedStudent]) -> Table | None:
                 f"{student.size_bytes / 1e6:,.0f}",
                 f"{student.agreement:.1%}",
                 NOTHING if student.gold_accuracy is None else f"{student.gold_accuracy:.1%}",
-                f"{student.kl:.3f}",
+                NOTHING if student.kl is None else f"{student.kl:.3f}",
                 NOTHING if student.rows_per_s is None else f"{student.rows_per_s:,.0f}",
             )
             for student in compared

@@ -25,7 +25,7 @@ from journeyman.student import (
     token_rows,
 )
 from journeyman.student.checkpoints import LORA
-from journeyman.student.divergences import Objective, SparseTeacher
+from journeyman.student.divergences import Objective, SparseTeacher, judged
 from journeyman.student.flops import Work
 from journeyman.student.learner import Measured
 from journeyman.student.token_dataset import TokenBatch, TokenDataset
@@ -156,18 +156,21 @@ class Causal:
                 "training stopped at an evaluation: the student's answers to calibrate rows are no "
                 "numbers; lower training.learning_rate, or set training.max_grad_norm."
             )
-        n_tokens, agreed, kl, nll, n_exact = sums.tolist()
+        n_tokens, agreed, loss, nll, n_exact = sums.tolist()
+        against = self._held_out.against
         return Measured(
             agreement=agreed / n_tokens,
-            kl=kl / n_tokens,
             n_rows=len(order),
+            against=against,
+            kl=loss / n_tokens if against == "distributions" else None,
+            cross_entropy=None if against == "distributions" else loss / n_tokens,
             perplexity=math.exp(min(nll / n_tokens, _LARGEST_EXPONENT)),
             exact_match=n_exact / len(order),
         )
 
     def _measured(self, batch: TokenBatch) -> np.ndarray:
-        """float64[5]: tokens, those on which the first choices agree, sums of KL and of -log P;
-        texts of which every token is the first choice."""
+        """float64[5]: tokens, sums of what ``judged`` says of them (of text, of what it is) and of
+        -log P; texts of which every token is the first choice."""
         arguments = self._arguments(batch)
         teacher, targets = arguments["teacher"], arguments["targets"]
         hidden, weight, bias = self.module(**arguments)
@@ -175,15 +178,14 @@ class Causal:
         nll = -own[:, 0]
         missed = batch.token_rows[(first != targets).cpu().numpy()]
         exact = batch.n_rows - len(np.unique(missed))
-        if teacher is None or self._held_out.other_tokens:
+        if teacher is None or self._held_out.against == "text":
             same = len(nll) - len(missed)
             return np.array([len(nll), same, *2 * [nll.double().sum().item()], exact])
         ones = torch.ones_like(nll)
         _, each = projection.projected_loss(hidden, weight, bias, teacher, targets, ones, _KL)
-        likeliest = teacher.token_ids.gather(1, teacher.logprobs.argmax(1, keepdim=True))[:, 0]
-        agreed = (first == likeliest).sum().item()
-        sums = each.double().sum().item(), nll.double().sum().item()
-        return np.array([len(nll), agreed, *sums, exact])
+        loss, agreed = judged(each, first, teacher)
+        sums = (values.double().sum().item() for values in (agreed, loss, nll))
+        return np.array([len(nll), *sums, exact])
 
     def write(self, module: Any, folder: Path) -> None:
         matrices = lora.adapter(module.model)

@@ -34,6 +34,7 @@ from journeyman import files
 from journeyman.errors import ClusterError, DataError
 from journeyman.folder import Folder
 from journeyman.mirror import Mirror, alone
+from journeyman.student.learner import Measured
 
 LORA = "lora.pt"  # beside the weights that it is merged into: what training goes on with
 _STATE, _OWNER, _LIVE, _CURVE = "state.json", "attempt", "live.json", "training.jsonl"
@@ -41,26 +42,24 @@ _STORE_EVERY_S = 5.0  # between two calls of a store that only say or ask how th
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
+class Evaluation(Measured):
     """What the student is worth on the calibrate rows, after so many steps."""
 
     epoch: int  # that the last step belongs to, from 1
     step: int  # optimizer steps done
-    # As in ``learner.Measured``.
-    agreement: float
-    kl: float
-    n_rows: int
-    gold_accuracy: float | None = None
-    perplexity: float | None = None
-    exact_match: float | None = None
-    calibration_error: float | None = None
-    gold_calibration_error: float | None = None
+
+    @property
+    def loss(self) -> float:
+        """What ``LOSS`` says of it, nats."""
+        found = self.cross_entropy if self.kl is None else self.kl
+        assert found is not None
+        return found
 
     def rank(self) -> tuple[float, float]:
         """Higher is better."""
         if self.perplexity is None:
-            return self.agreement, -self.kl
-        return -self.kl, self.agreement
+            return self.agreement, -self.loss
+        return -self.loss, self.agreement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +80,8 @@ class State:
     @property
     def best(self) -> Evaluation | None:
         """A classifier's highest agreement, of equal ones the lowest KL; of a causal student, whose
-        agreement on its first choice says little of what it writes, the lowest KL."""
+        agreement on its first choice says little of what it writes, the lowest KL, or the lowest
+        cross-entropy in its place."""
         return max(self.evaluations, key=Evaluation.rank, default=None)
 
 

@@ -106,6 +106,27 @@ def sparse_loss(
     return objective.temperature**2 * _divergence(p, q, objective)
 
 
+def judged(
+    each: torch.Tensor, first: torch.Tensor, teacher: SparseTeacher
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What held-out figures are means of, at each position: float[n] each.
+
+    each: ``sparse_loss`` by forward KL, tail ``bucket``; first: int64[n], the student's likeliest
+    tokens. Of distributions: KL, and whether the first choices are the same. Of draws: the
+    student's cross-entropy from the teacher, and the share of them that are its first choice, both
+    unbiased. The KL of the counts themselves is not: counts have less entropy than what they were
+    drawn from, by some (outcomes - 1) / (2 · draws) nats (Miller 1955), and how much less is not in
+    the record.
+    """
+    if teacher.sampled:
+        share = teacher.logprobs.exp()
+        hits = share.masked_fill(teacher.token_ids != first.unsqueeze(-1), 0.0).sum(-1)
+        surprise = -teacher.logprobs.masked_fill(share == 0, 0.0)
+        return each + (share * surprise).sum(-1), hits
+    likeliest = teacher.token_ids.gather(1, teacher.logprobs.argmax(1, keepdim=True))[:, 0]
+    return each, (first == likeliest).to(each.dtype)
+
+
 def _of_draws(
     student: torch.Tensor, teacher: SparseTeacher, objective: Objective, there: torch.Tensor
 ) -> torch.Tensor:

@@ -19,6 +19,7 @@ from journeyman.files import disk_errors, replaced_directory, write_bytes, write
 from journeyman.models import Model
 from journeyman.recipe import Generate, Logits, Recipe
 from journeyman.student.checkpoints import LORA, Evaluation, State
+from journeyman.student.learner import AGREES_WITH, LOSS
 
 SCHEMA_VERSION = 1
 
@@ -81,7 +82,8 @@ def _record(best: Evaluation, state: State, origin: Provenance) -> dict[str, obj
 
 def _card(best: Evaluation, state: State, origin: Provenance) -> str:
     recipe = origin.recipe
-    what = _classifier(recipe) if recipe.learner().kind == "classifier" else _causal(recipe)
+    classifies = recipe.learner().kind == "classifier"
+    what = _classifier(recipe) if classifies else _causal(recipe, best)
     return f"""{_header(recipe, origin.parent)}
 # {recipe.name}: {what.title}
 
@@ -101,8 +103,8 @@ After {best.step} of {state.total_steps} steps (epoch {best.epoch}), on {best.n_
 
 | | |
 |---|---|
-| agreement with the teacher's first choice | {best.agreement:.3f} |
-| {what.kl} | {best.kl:.3f} |
+| agreement with {AGREES_WITH[best.against]} | {best.agreement:.3f} |
+| {LOSS[best.against]}, nats{"" if classifies else " a token"} | {best.loss:.3f} |
 {_further(best)}
 It has the teacher's mistakes and adds its own: {what.warning}. Digests and the loss curve are in
 `journeyman.json` and `training.jsonl`.
@@ -123,7 +125,6 @@ class _Words:
     use: str
     labels: str
     loss: str
-    kl: str
     warning: str
 
 
@@ -152,22 +153,22 @@ classify = pipeline("text-classification", model="PATH_OF_THIS_FOLDER")
         labels=f"labels by `{asked.scoring}` scoring, prior correction `{asked.prior_correction}`",
         loss=f"learning rate {training.learning_rate:g} (head {training.head_learning_rate:g}), "
         f"{learned}{mixed}",
-        kl="KL(teacher ‖ student), nats",
         warning="a confident answer is not a guarantee",
     )
 
 
-def _causal(recipe: Recipe) -> _Words:
+def _causal(recipe: Recipe, best: Evaluation) -> _Words:
     training, labels = recipe.training, recipe.labels
     learned, codec = "cross-entropy on the teacher's own words", ""
-    kl = "cross-entropy on the teacher's words, nats a token"
-    if isinstance(labels, Logits | Generate):
+    by_rank = training.divergence == "uld"  # which is measured on text, and learns more
+    if isinstance(labels, Logits | Generate) and (best.against != "text" or by_rank):
         learned = (
             f"`{training.divergence}` at temperature {training.temperature:g}, tail "
             f"`{training.tail}`"
         )
+        if best.against == "draws":
+            learned = f"`{training.divergence}` by true draws"
         codec = f", distributions in codec `{labels.codec}`"
-        kl = "KL(teacher ‖ student), nats a token"
     return _Words(
         title="a distilled language model",
         use=f"""A small language model that writes like a large one. Made by Journeyman
@@ -181,7 +182,6 @@ write = pipeline("text-generation", model="PATH_OF_THIS_FOLDER")
 """,
         labels=f"labels of kind `{labels.kind}`{codec}",
         loss=f"learning rate {training.learning_rate:g},\n  {learned}",
-        kl=kl,
         warning="fluent text is not true text",
     )
 

@@ -23,8 +23,12 @@ _OF_PROGRESS = {
     "missing_workers": ("missing_workers", "Workers fewer than the recipe asks for."),
 }
 _OF_EVALUATION = {
-    "agreement": ("agreement", "Share of the teacher's first choices, 0 to 1."),
-    "kl": ("kl", "KL(teacher, student), nats; of text without distributions, cross-entropy."),
+    "agreement": (
+        "agreement",
+        "Share of the teacher's first choices, of its draws, or of the text's own tokens, 0 to 1.",
+    ),
+    "kl": ("kl", "KL(teacher, student), nats; of students that learn distributions."),
+    "cross_entropy": ("cross_entropy", "Of the teacher's draws, or of the text, nats a token."),
     "accuracy": ("gold_accuracy", "Share right, of held-out rows that have gold."),
     "perplexity": ("perplexity", "Of the held-out text's own tokens."),
     "exact_match": ("exact_match", "Share of held-out texts that are written to the letter."),

@@ -32,7 +32,7 @@ class Journal:
     ) -> None:
         """peak_flops: FLOP/s of all workers' devices together, where it is known."""
         self.state = lesson.state
-        self.metrics: dict[str, float] = {}  # of the newest evaluation, for Ray Train
+        self.metrics: dict[str, float | str] = {}  # of the newest evaluation, for Ray Train
         self._plan = plan
         self._n_workers = n_workers
         self._lesson = lesson
@@ -184,6 +184,7 @@ class Journal:
             eta_s=(self.state.total_steps - step) * (clock - self._began) / steps,
             mfu=self._used(rates.flops_per_s),
             agreement=last.agreement if last else None,
+            against=last.against if last else "distributions",
             calibration_error=last.calibration_error if last else None,
             perplexity=last.perplexity if last else None,
             evaluating=evaluating,

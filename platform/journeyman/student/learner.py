@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -21,6 +21,20 @@ if TYPE_CHECKING:
     import torch
 
 
+# What held-out rows say of the teacher: its distributions, true draws from them, or a text alone.
+Against = Literal["distributions", "draws", "text"]
+AGREES_WITH: dict[Against, str] = {
+    "distributions": "the teacher's first choice",
+    "draws": "the teacher's draws",
+    "text": "the text's own tokens",
+}
+LOSS: dict[Against, str] = {
+    "distributions": "KL(teacher ‖ student)",
+    "draws": "cross-entropy from the teacher, by its draws",
+    "text": "cross-entropy of the text's own tokens",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """A student on the held-out rows.
@@ -28,9 +42,13 @@ class Measured:
     Of a classifier means are over rows, of a causal student over the tokens that are learned.
     """
 
-    agreement: float  # share with the teacher's first choice, 0 to 1
-    kl: float  # mean KL(teacher ‖ student), nats; of text without distributions, cross-entropy
+    # Share of rows or tokens where the student's first choice is what ``AGREES_WITH`` says, 0 to 1;
+    # of draws, the mean share of a token's draws that are its first choice.
+    agreement: float
     n_rows: int
+    against: Against = "distributions"
+    kl: float | None = None  # mean KL(teacher ‖ student), nats; only where it can be known
+    cross_entropy: float | None = None  # in its place, nats
     gold_accuracy: float | None = None  # over the rows that have gold
     perplexity: float | None = None  # of the text's own tokens
     # Share of the texts of which a causal student's first choice is every token: those that it

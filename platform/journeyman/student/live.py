@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from journeyman.progress import duration
+from journeyman.student.learner import AGREES_WITH, Against
 
 WINDOW_S = 30.0  # what the live view's rates are means over
 
@@ -26,7 +27,8 @@ class TrainProgress:
     tokens_per_s: float  # without padding, over all workers
     eta_s: float  # evaluations and checkpoints included, as they have been so far
     mfu: float | None = None  # 0 to 1, where the peak of the device is known
-    agreement: float | None = None  # at the last evaluation, like the two below
+    agreement: float | None = None  # at the last evaluation, like the three below
+    against: Against = "distributions"
     calibration_error: float | None = None
     perplexity: float | None = None
     evaluating: bool = False
@@ -40,10 +42,11 @@ class TrainProgress:
             to_go = "stopped early"
         elif self.evaluating:
             to_go += ", evaluating"
+        with_what = "" if self.against == "distributions" else f" with {AGREES_WITH[self.against]}"
         measured = "".join(
             f"{name} {value:{form}}, "
             for name, value, form in (
-                ("agreement", self.agreement, ".3f"),
+                (f"agreement{with_what}", self.agreement, ".3f"),
                 ("ECE", self.calibration_error, ".3f"),
                 ("perplexity", self.perplexity, ",.1f"),
             )

@@ -25,6 +25,7 @@ from journeyman import files
 from journeyman.errors import DataError
 from journeyman.labels.codec import Codec, Distributions
 from journeyman.student.batches import TokenRows
+from journeyman.student.learner import Against
 
 _MANIFEST = "rows.json"
 _AHEAD = 4  # batches that are decoded before they are asked for
@@ -132,6 +133,13 @@ class TokenDataset:
     @property
     def sampled(self) -> bool:
         return self._codec is not None and self._codec.name == "sampled"
+
+    @property
+    def against(self) -> Against:
+        """What a student can be measured against."""
+        if self._codec is None or self.other_tokens:
+            return "text"
+        return "draws" if self.sampled else "distributions"
 
     @property
     def examples(self) -> np.ndarray:

@@ -46,14 +46,32 @@ def test_students_stand_side_by_side_with_a_plot(
     plot = tmp_path / "plots" / "students.svg"
     assert cli.main(["compare", *map(str, runs), "--plot", str(plot)]) == 0
     heads, first, second, *rest = capsys.readouterr().out.splitlines()
-    assert heads.split()[2:8] == ["agreement", "accuracy", "KL", "perplexity", "exact", "rows/s"]
-    assert first.split()[2:8] == ["0.800", "0.500", "0.250", "-", "-", "123"]
+    assert heads.split()[2:9] == [
+        "agreement", "accuracy", "KL", "cross-entropy", "perplexity", "exact", "rows/s"
+    ]  # fmt: skip
+    assert first.split()[2:9] == ["0.800", "0.500", "0.250", "-", "-", "-", "123"]
     assert second.split()[:3] == ["large", "8", "0.900"]
     assert any("different labels" in line for line in rest)
     svg = plot.read_text()
     assert "math" not in svg  # sizes far apart: a log axis, in plain numbers
     assert svg.startswith("<svg") and {"small", "large"} <= set(re.findall(r">(\w+)<", svg))
     assert not (runs[0] / "comparison.json").exists()
+
+
+def test_what_agreement_is_with_is_said_where_it_is_not_the_teachers_first_choice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path / n, megabytes=1, agreement=0.8) for n in ("known", "text")]
+    record = runs[1] / "student" / "journeyman.json"
+    values = json.loads(record.read_text())
+    del values["best"]["kl"]
+    values["best"] |= {"against": "text", "cross_entropy": 1.25}
+    record.write_text(json.dumps(values))
+    assert cli.main(["compare", *map(str, runs), "--report"]) == 0
+    _, _, second, _, note, *_ = capsys.readouterr().out.splitlines()
+    assert second.split()[4:6] == ["-", "1.250"]
+    assert note == "Agreement of text is with the text's own tokens."
+    assert comparison.kept(runs[0])[1].cross_entropy == 1.25
 
 
 def test_a_comparison_is_kept_for_the_pages(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from journeyman import recipe
-from journeyman.errors import RecipeError
 from journeyman.models import Model
 from journeyman.recipe import Recipe
 from journeyman.student import token_rows
@@ -152,7 +151,7 @@ def test_both_are_measured_on_answers_alone(run: Path, tiny_llama: Model, tmp_pa
     question, _, answer = HELD_OUT
     each = text_loss(model, tokenizer, f"[label] the {question}", answer)
     found = both.evaluate()
-    assert found.kl == pytest.approx(each.mean().item(), rel=1e-5) and found.n_rows == 1
+    assert found.cross_entropy == pytest.approx(each.mean().item(), rel=1e-5) and found.n_rows == 1
 
 
 def test_an_answer_learned_by_heart_is_written_to_the_letter(
@@ -191,8 +190,3 @@ def test_a_reasoning_that_was_cut_off_does_not_end(
         last = [rows.batch(np.array([i])).targets[-1] for i in range(2)]
         ends[split] = [token == tokenizer.eos_token_id for token in last]
     assert ends == {"train": [True, False], "calibrate": [True, True]}
-
-
-def test_a_weight_of_reasonings_needs_reasonings() -> None:
-    with pytest.raises(RecipeError, match=r"rationale_weight goes with labels\.kind: rationales"):
-        make_causal_recipe(rationale_weight=0.5)

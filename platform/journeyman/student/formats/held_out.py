@@ -20,7 +20,7 @@ from journeyman.errors import DataError
 from journeyman.labels.dataset import ClassRows
 from journeyman.student import models
 from journeyman.student.batches import TokenRows, tokenise
-from journeyman.student.divergences import Objective, SparseTeacher, sparse_loss
+from journeyman.student.divergences import Objective, SparseTeacher, judged, sparse_loss
 from journeyman.student.inputs import Inputs
 from journeyman.student.learner import Measured
 from journeyman.student.token_dataset import TokenBatch, TokenDataset
@@ -196,11 +196,11 @@ class HeldOutTokens:
         return learned.log_softmax(-1)
 
     def sums(self, batch: TokenBatch, logprobs: torch.Tensor) -> np.ndarray:
-        """float64[4]: tokens, agreements, KL, -log P of the text."""
+        """float64[4]: tokens, agreement, KL or cross-entropy, -log P of the text."""
         targets = torch.from_numpy(batch.targets)
         nll = -logprobs.gather(1, targets[:, None]).double().sum().item()
         first = logprobs.argmax(-1)
-        if batch.token_ids is None or batch.logprobs is None or self._rows.other_tokens:
+        if batch.token_ids is None or batch.logprobs is None or self._rows.against == "text":
             return np.array([len(targets), (first == targets).sum().item(), nll, nll])
         assert batch.log_tail_mass is not None
         teacher = SparseTeacher(
@@ -214,15 +214,18 @@ class HeldOutTokens:
         own = logprobs.gather(1, there)
         outside = logprobs.scatter(1, there, -math.inf)
         each = sparse_loss(own, outside.logsumexp(-1), teacher, _KL)
-        likeliest = teacher.token_ids.gather(1, teacher.logprobs.argmax(1, keepdim=True))[:, 0]
-        agreed = (first == likeliest).sum().item()
-        return np.array([len(targets), agreed, each.double().sum().item(), nll])
+        loss, agreed = judged(each, first, teacher)
+        sums = (values.double().sum().item() for values in (agreed, loss))
+        return np.array([len(targets), *sums, nll])
 
     def measured(self, sums: np.ndarray) -> Measured:
-        n_tokens, agreed, kl, nll = sums.tolist()
+        n_tokens, agreed, loss, nll = sums.tolist()
+        against = self._rows.against
         return Measured(
             agreement=agreed / n_tokens,
-            kl=kl / n_tokens,
             n_rows=len(self),
+            against=against,
+            kl=loss / n_tokens if against == "distributions" else None,
+            cross_entropy=None if against == "distributions" else loss / n_tokens,
             perplexity=math.exp(nll / n_tokens),
         )

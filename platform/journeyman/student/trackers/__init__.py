@@ -23,7 +23,7 @@ from journeyman.errors import RecipeError
 # Name in a recipe to the package that it needs.
 _PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 _GROUPS = {"steps": "train", "evaluation": "evaluation"}
-_NOT_METRICS = ("kind", "step", "total_steps")
+_NOT_METRICS = ("kind", "step", "total_steps", "against")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

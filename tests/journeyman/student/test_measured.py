@@ -1,0 +1,157 @@
+"""What held-out figures are of, and what they are called."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+from transformers import AutoModelForCausalLM
+
+from journeyman.labels.codec import Codec
+from journeyman.models import Model
+from journeyman.recipe import Recipe, parse
+from journeyman.student import export, token_dataset
+from journeyman.student.causal_learner import Causal
+from journeyman.student.checkpoints import Evaluation, State
+from journeyman.student.formats import held_out
+from journeyman.student.formats.held_out import HeldOutTokens
+from journeyman.student.learner import Measured
+from journeyman.student.live import TrainProgress
+from journeyman.student.token_dataset import TokenRow
+
+from .conftest import VOCABULARY, make_causal_recipe
+
+TEXT = np.array([5, 9, 12, 30, 7, 21])
+N, DRAWS = 400, 8  # rows, and draws a position: few, so that their counts' own KL is far off
+LABELS = {
+    "draws": {"kind": "logits", "codec": "sampled", "k": DRAWS},
+    "text": {"kind": "generate", "prompt": "{{ text }}"},
+}
+
+
+def rows_of(folder: Path, codec: Codec | None, logprobs: np.ndarray) -> Path:
+    """One text over and over; of each, other draws from float64[positions, v]."""
+    random = np.random.default_rng(1)
+    for split, n in (("train", 2), ("calibrate", N)):
+        noise = random.gumbel(size=(n, DRAWS, *logprobs.shape))
+        draws = (logprobs + noise).argmax(-1).transpose(0, 2, 1)
+        rows = (
+            TokenRow(
+                id=f"{split}-{i}", tokens=TEXT, first=1,
+                payload=codec and codec.encode(draws[i], np.zeros(0)),
+                n_encoded=len(TEXT) - 1 if codec else 0,
+            )
+            for i in range(n)
+        )  # fmt: skip
+        token_dataset.write(folder / split, rows, codec)
+    return folder
+
+
+def measured(folder: Path, model: Path, recipe: Recipe) -> Measured:
+    given = {"model_dir": model, "student": recipe.learner(), "training": recipe.training}
+    return Causal(None, torch.device("cpu"), rows_dir=folder, **given).evaluate()
+
+
+def in_double(model: Path) -> np.ndarray:
+    """float64[positions, v], the student's log-probabilities."""
+    student = AutoModelForCausalLM.from_pretrained(model).double().eval()
+    with torch.no_grad():
+        logits = student(input_ids=torch.tensor(TEXT[None])).logits
+    return logits[0, :-1].log_softmax(-1).numpy()
+
+
+def test_draws_give_cross_entropy_and_their_share_without_bias(
+    tiny_llama: Model, tmp_path: Path
+) -> None:
+    teacher = log_softmax(
+        2 * np.random.default_rng(0).normal(size=(len(TEXT) - 1, VOCABULARY)), axis=1
+    )
+    codec = Codec(name="sampled", vocab_size=VOCABULARY, k=DRAWS)
+    folder = rows_of(tmp_path, codec, teacher)
+    found = measured(folder, tiny_llama.path, make_causal_recipe())
+    assert found.kl is None and found.against == "draws" and found.n_rows == N
+
+    p, student = np.exp(teacher), in_double(tiny_llama.path)
+    n_draws = N * DRAWS  # of each position
+    positions = np.arange(len(p))
+    for got, each in (
+        (found.cross_entropy, -student),
+        (found.agreement, np.eye(VOCABULARY)[student.argmax(1)]),
+    ):
+        mean = (p * each).sum(1)
+        variance = (p * each**2).sum(1) - mean**2
+        error = np.sqrt(variance.sum() / n_draws) / len(positions)
+        assert got == pytest.approx(mean.mean(), abs=4 * error)
+    rows = HeldOutTokens(folder / "calibrate", tiny_llama.path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama.path)
+    answers = held_out.of_torch(model)
+    again = held_out.compare(rows, answers, answers).student
+    assert (again.agreement, again.cross_entropy) == pytest.approx(
+        (found.agreement, found.cross_entropy), rel=1e-5
+    )
+    assert again.kl is None and again.against == "draws"
+
+
+def test_a_text_alone_gives_cross_entropy_and_no_kl(tiny_llama: Model, tmp_path: Path) -> None:
+    folder = rows_of(tmp_path, None, np.zeros((len(TEXT) - 1, VOCABULARY)))
+    found = measured(folder, tiny_llama.path, make_causal_recipe())
+    student = in_double(tiny_llama.path)
+    of_text = student[np.arange(len(student)), TEXT[1:]]
+    assert found.kl is None and found.against == "text"
+    assert found.cross_entropy == pytest.approx(-of_text.mean(), rel=1e-5)
+    assert found.agreement == pytest.approx((student.argmax(1) == TEXT[1:]).mean())
+
+
+@pytest.mark.parametrize(
+    ("against", "loss", "agreement", "learned"),
+    [
+        ("draws", "cross-entropy from the teacher, by its draws", "the teacher's draws",
+         "`forward_kl` by true draws"),
+        ("text", "cross-entropy of the text's own tokens", "the text's own tokens",
+         "cross-entropy on the teacher's own words"),
+    ],
+)  # fmt: skip
+def test_a_card_calls_figures_what_they_are(
+    against: str, loss: str, agreement: str, learned: str, tiny_llama: Model, tmp_path: Path
+) -> None:
+    values = make_causal_recipe().model_dump(mode="json") | {"labels": LABELS[against]}
+    best = Evaluation(
+        epoch=1, step=3, agreement=0.25, n_rows=4, against=against, cross_entropy=1.5, perplexity=2
+    )
+    state = State(step=3, total_steps=3, seconds=1.0, n_rows=9, evaluations=(best,))
+    origin = export.Provenance(
+        recipe=parse(values), parent=tiny_llama, inputs="i", labels_digest="l", world_size=1
+    )
+    (tmp_path / "model").mkdir()
+    (tmp_path / "curve").write_text("")
+    export.write(tmp_path / "out", tmp_path / "model", tmp_path / "curve", best, state, origin)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| agreement with {agreement} | 0.250 |" in card
+    assert f"| {loss}, nats a token | 1.500 |" in card
+    assert learned in card and "KL(" not in card
+
+
+def test_the_best_is_the_lowest_loss_also_of_a_run_that_called_it_kl() -> None:
+    def at(step: int, **figures: float) -> Evaluation:
+        return Evaluation(epoch=1, step=step, agreement=0.5, n_rows=9, perplexity=9.0, **figures)
+
+    older, newer = at(1, kl=2.0), at(2, cross_entropy=1.8)
+    state = State(
+        step=3, total_steps=9, seconds=1.0, n_rows=9,
+        evaluations=(older, newer, at(3, cross_entropy=1.9)),
+    )  # fmt: skip
+    assert state.best == newer
+
+
+def test_the_live_line_says_what_the_student_agrees_with() -> None:
+    line = TrainProgress(
+        step=3, total_steps=9, epoch=1, epochs=1, loss=1.0, rows_per_s=9.0, tokens_per_s=80.0,
+        eta_s=1.0, agreement=0.4, perplexity=7.0,
+    )  # fmt: skip
+    assert "agreement 0.400, perplexity" in line.text()
+    of_text = dataclasses.replace(line, against="text")
+    assert "agreement with the text's own tokens 0.400, perplexity" in of_text.text()

@@ -11,7 +11,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -32,6 +32,7 @@ _SUFFIXES = {
     ".txt": "text",
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+AS_UTF8 = "save the file as UTF-8, for instance: iconv -f latin1 -t utf-8 OLD > NEW."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,12 @@ def format_of(url: str) -> str:
     for suffix in _COMPRESSED:
         name = name.removesuffix(suffix)
     kind = _SUFFIXES.get(Path(name).suffix.lower())
+    if kind is None and filesystem.isdir(path):
+        raise DataError(
+            f"{url}: a folder, but none that datasets' save_to_disk wrote (no dataset_info.json); "
+            f"name the files in it, for instance {url.rstrip('/')}/*.parquet in corpus.sources, or "
+            "one of them for journeyman init."
+        )
     if kind is None:
         raise DataError(
             f"{url}: the format cannot be told from the name; set corpus.format to one of "
@@ -199,11 +206,19 @@ def _csv_rows(url: str, file: BinaryIO, delimiter: str) -> Iterator[Row | Malfor
     try:
         for fields in reader:
             if header is None:
-                header = fields
+                header = _header(url, fields)
             elif fields:
                 yield _csv_row(url, reader.line_num, header, fields, delimiter)
     except csv.Error as error:
         raise DataError(f"{url}: line {reader.line_num}: not valid CSV ({error}).") from error
+
+
+def _header(url: str, fields: list[str]) -> list[str]:
+    try:
+        " ".join(fields).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{url}: the header is not UTF-8; {AS_UTF8}") from error
+    return fields
 
 
 def _csv_row(
@@ -272,8 +287,11 @@ def _hf_parts(url: str) -> list[tuple[str | None, datasets.Dataset]]:
 
     try:
         loaded = datasets.load_from_disk(url)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{url}: not a Hugging Face dataset folder ({error}).") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:  # as its files are damaged
+        raise DataError(
+            f"{url}: not a readable Hugging Face dataset folder ({type(error).__name__}: {error}); "
+            "it may be cut short: copy it anew."
+        ) from error
     return [*loaded.items()] if isinstance(loaded, datasets.DatasetDict) else [(None, loaded)]
 
 
@@ -292,7 +310,11 @@ def _hf_rows(url: str, columns: Sequence[str]) -> Iterator[Row]:
             for name, feature in part.features.items()
             if isinstance(feature, datasets.ClassLabel)
         }
-        for row in part.select_columns([c for c in columns if c in part.column_names]):
+        wanted = part.select_columns([c for c in columns if c in part.column_names])
+        for name, feature in wanted.features.items():  # no picture or sound is wanted as such
+            if getattr(feature, "decode", False):
+                wanted = wanted.cast_column(name, replace(feature, decode=False))
+        for row in wanted:
             for name in names.keys() & row.keys():
                 given = row[name]
                 row[name] = None if given is None or given < 0 else names[name].int2str(given)

@@ -137,6 +137,43 @@ def test_parquet_and_dataset_folders(capsys):
     assert prepared()["splits"]["test"] == 20
 
 
+def latin(text: str) -> bytes:
+    return text.encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.csv", latin("text,étiquette\nhello,x\n"), "the header is not UTF-8; save the file as"),
+        ("a.tsv", latin("text\tétiquette\nhello\tx\n"), "the header is not UTF-8"),
+        ("a.csv", latin("text,label\nça va,x\n"), "all of its 1 rows are malformed (not UTF-8 at"),
+        ("a.jsonl", latin('{"é": "x"}\n'), "save the file as UTF-8"),
+        ("a.csv", "text,label\nhi,a\n".encode("utf-16"), "the header is not UTF-8"),
+        ("a.parquet", b"nope", "not a readable Parquet file"),
+        ("a/state.json", b"{}", "a folder, but none that datasets' save_to_disk wrote"),
+        ("a/dataset_info.json", b"{}", "not a readable Hugging Face dataset folder"),
+        ("a/dataset_dict.json", b"[", "not a readable Hugging Face dataset folder"),
+        ("a/dataset_dict.json", b'{"splits": ["x"]}', "not a readable Hugging Face dataset folder"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(capsys, name, content, sentence):
+    path = Path(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    assert sentence in init(capsys, path.parent if path.parent.name else path)
+    assert not Path("recipe.yaml").exists()
+
+
+def test_columns_of_pictures_are_let_be(capsys):
+    features = {"body": datasets.Value("string"), "queue": datasets.Value("string"),
+                "picture": datasets.Image()}  # fmt: skip
+    rows = [{"body": f"some words {i}", "queue": "ab"[i % 2], "picture": {"bytes": b"-"}}
+            for i in range(40)]  # fmt: skip
+    datasets.Dataset.from_list(rows, datasets.Features(features)).save_to_disk("folder")
+    assert "body (text), queue (gold label)" in init(capsys, "folder")
+    assert prepared()["splits"]["train"] == 20
+
+
 @pytest.mark.parametrize(
     ("name", "content", "flags", "sentence"),
     [
@@ -207,6 +244,28 @@ def test_there_are_two_other_ways_to_ask_from_the_start(scoring: str | None, tea
     chosen = choose(options(scoring=scoring, teacher=teacher), look("a.csv"), None)
     asked = [way.asked() for way in ways(parsed(draft(chosen))).values()]
     assert len(asked) == 3 and all(asked.count(one) == 1 for one in asked)
+
+
+def test_a_small_file_is_told_what_it_is_too_small_for(capsys):
+    def write(n: int, split: str = "") -> None:
+        Path("recipe.yaml").unlink(missing_ok=True)
+        part = [",train", ",val", ",test"] if split else [""]
+        rows = [f"text {i},{'ab'[i % 2]}{part[i % len(part)]}\n" for i in range(n)]
+        Path("a.csv").write_text(f"text,label{split}\n{''.join(rows)}")
+
+    write(40)
+    said = init(capsys, "a.csv")
+    assert "40 rows are few: about 20 train, 4 calibrate, 10 certify, 6 test" in said
+    assert "A promise of 10% takes 22 certify rows" in said
+    assert 0.9**22 < 0.1 < 0.9**21  # P(no error among so many, where one in ten is)
+    write(200, ",split")
+    said = init(capsys, "a.csv")
+    assert "about 67 train, 20 calibrate, 47 certify, 30 test" in said and "takes 22" not in said
+    assert prepared()["splits"] == pytest.approx(
+        {"train": 67, "calibrate": 20, "certify": 47, "test": 30}, abs=8
+    )
+    write(300)
+    assert "are few" not in init(capsys, "a.csv")
 
 
 def test_without_gold_the_labels_are_asked_for():

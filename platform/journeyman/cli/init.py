@@ -76,6 +76,8 @@ def _init(options: argparse.Namespace) -> int:
     print(f"rows      {chosen.n_rows:,} of {chosen.source}")
     print(f"columns   {', '.join(_columns(chosen))}")
     print(f"labels    {one_line(counts_of(chosen))}")
+    if few := draft.few_rows(chosen):
+        print(f"note      {few}")
     print(f"\nnext      journeyman recipe check {to}\n          journeyman run {to}")
     return 0
 
@@ -109,7 +111,7 @@ def choose(options: argparse.Namespace, seen: Look, ask: Ask | None) -> Choices:
         label=label,
         group=_group(options, seen, ask),
         split=split,
-        splits=tuple(counted.splits),
+        splits=counted.splits,
         meta=tuple(seen.known(name, "--meta") for name in options.meta),
         classes=_classes(options.classes, found, ask),
         n_rows=n_rows,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import yaml
@@ -24,8 +24,9 @@ Scoring = Literal["direct", "verbalizer", "channel"]
 
 _PREFILLS = 8400  # of some thirty tokens: five minutes of the demo's teacher on two cores
 _FEWEST, _MOST = 300, 2100  # rows of a first run
-# How the rows are dealt. 22 certify rows without an error are the fewest that carry a promise of
-# 0.1 at a confidence of 0.9 (Clopper and Pearson).
+# The fewest without an error that carry a promise of 0.1 at a confidence of 0.9 (Clopper and
+# Pearson).
+_LEAST_CERTIFY = 22
 _SHARES = {"train": 0.5, "calibrate": 0.1, "certify": 0.25, "test": 0.15}
 _HELD_OUT = {"calibrate": 0.3, "certify": 0.7}
 _OTHER_NAMES = {"training": "train", "val": "held out", "valid": "held out",
@@ -38,7 +39,7 @@ class Choices:
 
     Attributes:
         classes: label, as in the gold column, to its words.
-        splits: names that the split column has.
+        splits: names that the split column has, with their rows.
         n_rows: rows of the file.
     """
 
@@ -50,7 +51,7 @@ class Choices:
     label: str | None = None
     group: str | None = None
     split: str | None = None
-    splits: Sequence[str] = ()
+    splits: Mapping[str, int] = field(default_factory=dict)
     meta: Sequence[str] = ()
     teacher: str = DEMO_TEACHER
     student: str = DEMO_STUDENT
@@ -93,6 +94,24 @@ def draft(choices: Choices) -> str:
     )
     corpus.id_columns(parsed(text))
     return text
+
+
+def few_rows(choices: Choices) -> str | None:
+    """What a small file is too small for; None where it is not."""
+    if choices.n_rows >= _FEWEST:
+        return None
+    sizes = _expected(choices)
+    dealt = ", ".join(f"{n:,} {split}" for split, n in sizes.items())
+    promise = ""
+    if sizes["certify"] < _LEAST_CERTIFY:
+        promise = (
+            f" A promise of 10% takes {_LEAST_CERTIFY} certify rows at least: with fewer, all is "
+            "escalated."
+        )
+    return (
+        f"{choices.n_rows:,} rows are few: about {dealt}, and figures of so few test rows say "
+        f"little.{promise} Add rows, some hundred to each split; they need no gold labels."
+    )
 
 
 def parsed(text: str) -> Recipe:
@@ -152,7 +171,7 @@ def _splits(choices: Choices) -> list[str]:
     sizes = _sizes(choices)
     lines = []
     if choices.split:
-        lines.append(f"  split_map: {_flow(split_map(choices.splits))}")
+        lines.append(f"  split_map: {_flow(split_map(list(choices.splits)))}")
     else:
         lines.append(f"  shares: {_flow(_SHARES)}")
     return [
@@ -176,6 +195,18 @@ def split_map(names: Sequence[str]) -> dict[str, str | dict[str, float]]:
         else:
             mapped[name] = role
     return mapped
+
+
+def _expected(choices: Choices) -> dict[str, int]:
+    """About how many rows each split will have."""
+    limits = _sizes(choices)
+    if not choices.split:
+        return limits
+    rows = dict.fromkeys(limits, 0.0)
+    for name, target in split_map(list(choices.splits)).items():
+        for split, share in ({target: 1.0} if isinstance(target, str) else target).items():
+            rows[split] += share * choices.splits[name]
+    return {split: min(limit, round(rows[split])) for split, limit in limits.items()}
 
 
 def _sizes(choices: Choices) -> dict[str, int]:

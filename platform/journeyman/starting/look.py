@@ -93,17 +93,22 @@ def look(url: str) -> Look:
     kind = sources.format_of(url)
     columns: dict[str, Column] = {}
     n_rows = n_malformed = 0
+    first = ""  # why a row is malformed
     for row in sources.rows(url, kind, sources.columns(url, kind)):
         if isinstance(row, Malformed):
             n_malformed += 1
+            first = first or row.reason
             continue
         n_rows += 1
         _count(columns, row)
         if n_rows == _SAMPLE:
             break
     if not n_rows:
-        why = f"all of its {n_malformed} rows are malformed" if n_malformed else "it has no rows"
-        raise DataError(f"{url}: {why}, so that there is nothing to make a recipe for.")
+        why = "it has no rows"
+        if n_malformed:
+            why = f"all of its {n_malformed} rows are malformed ({first})"
+        advice = f"; {sources.AS_UTF8}" if "UTF-8" in first else "."
+        raise DataError(f"{url}: {why}, so that there is nothing to make a recipe for{advice}")
     _check_delimiter(url, kind, list(columns))
     return Look(
         url=url,

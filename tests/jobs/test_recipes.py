@@ -50,6 +50,16 @@ def test_every_recipe_is_whole_and_names_files_that_are_there():
         assert "Licence" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_has_a_page_for_its_job(name: str):
+    page = (ROOT / "docs" / "jobs" / f"{name}.md").read_text()
+    assert f"jobs/recipes/{name}.yaml" in page and "results.md" in page
+    for part in ("What to label", "Which scoring", "How many rows", "How to read the",
+                 "What it costs on a GPU", "When the teacher is an API"):  # fmt: skip
+        assert f"**{part}" in page
+    assert f"docs/jobs/{name}.md" in (ROOT / "README.md").read_text()
+
+
 def test_make_recipes_runs_each_and_shows_what_came_of_each():
     said = subprocess.run(["make", "-n", "recipes", "INSTALLED="], cwd=ROOT, text=True,
                           capture_output=True, check=True).stdout  # fmt: skip

@@ -75,7 +75,7 @@ class Steps:
         self._plan = plan
         self._journal = journal
         self._norm: float | None = None  # of the last step's gradients, where it was looked at
-        # Rank 0's with the disk, which the next step tells all.
+        # This worker's: with its rows, or rank 0's with the disk; the next step tells all.
         self._trouble: JourneymanError | None = None
 
     def all(self) -> State | JourneymanError:
@@ -120,21 +120,21 @@ class Steps:
         torch.manual_seed(_dropout_seed(self._training.seed, step, self._place.rank))
         lesson, place = self._lesson, self._place
         learner, held = lesson.learner, lesson.held
+        parts = self._read(share, loaded)
+        if trouble := self._anyones_trouble():
+            return trouble
         size = learner.sizes[share.batch].sum()
         factor = batches.share_of_mean(size, place.world_size)
         lesson.optimizer.zero_grad()
         row_losses = []
-        for i, weight in enumerate(share.weights, 1):
-            with held.in_sync(i == len(share.parts)):
-                loss, of_rows = learner.loss(held.module, next(loaded))
+        for i, (part, weight) in enumerate(zip(parts, share.weights, strict=True), 1):
+            with held.in_sync(i == len(parts)):
+                loss, of_rows = learner.loss(held.module, part)
                 (loss * (factor * weight)).backward()
             row_losses.append(of_rows * weight)
         found = torch.cat(row_losses)
         loss_sum = found.double().sum() / size
-        told = torch.stack([loss_sum, torch.full_like(loss_sum, self._trouble is not None)])
-        mean, troubled = place.total(told).tolist()
-        if troubled:
-            return next(e for e in place.gather(self._trouble) if e is not None)
+        mean = place.total(loss_sum).item()
         if not math.isfinite(mean):
             bad = np.concatenate(share.parts)[~found.isfinite().cpu().numpy()]
             return _not_finite(mean, step, [i for part in place.gather(bad) for i in part], lesson)
@@ -143,6 +143,24 @@ class Steps:
         lesson.optimizer.step()
         lesson.schedule.step()
         return mean
+
+    def _read(self, share: Share, loaded: Iterator[Any]) -> list[Any]:
+        """This worker's micro-batches of a step; of rows that are damaged, none."""
+        try:
+            return [next(loaded) for _ in share.parts]
+        except JourneymanError as error:
+            self._trouble = error
+            return []
+
+    def _anyones_trouble(self) -> JourneymanError | None:
+        """A meeting point, before those within a step, where nobody must be missing."""
+        import torch
+
+        place = self._place
+        troubled = torch.tensor(float(self._trouble is not None), device=place.device)
+        if not place.total(troubled).item():
+            return None
+        return next(e for e in place.gather(self._trouble) if e is not None)
 
     def _clip(self, step: int) -> JourneymanError | None:
         """Scale the gradients to the recipe's norm; the same on all workers."""

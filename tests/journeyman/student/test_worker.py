@@ -9,7 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from journeyman.errors import DataError
 from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
 from journeyman.recipe import Recipe
@@ -93,6 +94,7 @@ def steps(
     shares = [worker.share(np.array(batch), task.training, place) for batch in batches[begin:]]
     loaded = lesson.learner.batches(part for share in shares for part in share.parts)
     losses = [taken.take(i, share, loaded) for i, share in enumerate(shares, begin)]
+    check_damaged_rows_of_one_end_all(taken, len(batches), shares[-1], place)
     gradients = {n: whole(p.grad) for n, p in lesson.learner.module.named_parameters()}
     norm = np.array(lesson.held.gradient_norm())
     n_held = sum(own(p).nbytes for p in lesson.learner.module.parameters())
@@ -102,6 +104,20 @@ def steps(
         (work / "attempt").write_text("test")
         known.save(dataclasses.replace(lesson.state, step=len(batches)), write, n_bytes=1)
     return {"losses": np.array(losses), "norm": norm, "held": np.array(n_held), **gradients}
+
+
+def check_damaged_rows_of_one_end_all(
+    taken: worker.Steps, step: int, share: worker.Share, place: Place
+) -> None:
+    """All return the sentence, and none waits for one that has left."""
+
+    def loaded() -> Iterator[Any]:
+        if place.rank == place.world_size - 1:
+            raise DataError("the labels of row 7 are damaged")
+        yield from taken._lesson.learner.batches(iter(share.parts))
+
+    assert str(taken.take(step, share, loaded())) == "the labels of row 7 are damaged"
+    taken._trouble = None
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:

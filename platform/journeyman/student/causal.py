@@ -68,7 +68,8 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def _checked(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Refuse models whose logits are more than hidden states times projection."""
+    """Refuse models whose logits are more than hidden states times projection, and those that see
+    what stands behind a token."""
     import torch
 
     config = model.config.get_text_config(decoder=True)
@@ -85,6 +86,7 @@ def _checked(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     with torch.no_grad():
         hidden = backbone(input_ids=tokens, use_cache=False).last_hidden_state
         theirs = model(input_ids=tokens, use_cache=False).logits
+        begun = backbone(input_ids=tokens[:, :2], use_cache=False).last_hidden_state
     model.train(was_training)
     same = hidden.shape[-1] == weight.shape[-1] and torch.allclose(
         torch.nn.functional.linear(hidden, weight, bias), theirs, rtol=1e-3, atol=1e-3
@@ -93,6 +95,11 @@ def _checked(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         raise ModelError(
             f"{folder}: the logits of {type(model).__name__} are not its last hidden states times "
             "its output projection, which training relies on; take another architecture."
+        )
+    if not torch.allclose(begun, hidden[:, :2], rtol=1e-3, atol=1e-3):
+        raise ModelError(
+            f"{folder}: a {type(model).__name__} of this config sees the tokens that it is to "
+            "predict; student.model must name a causal language model."
         )
     return model
 

@@ -119,7 +119,7 @@ class Causal:
         return total, of_examples.index_add_(0, at, each * weights)
 
     def _arguments(self, batch: TokenBatch) -> dict[str, Any]:
-        input_ids, mask, at = batch.padded(self._tokenizer.pad_token_id or 0)
+        input_ids, _, at = batch.padded(self._tokenizer.pad_token_id or 0)
         teacher = None
         if batch.token_ids is not None and batch.logprobs is not None:
             assert batch.log_tail_mass is not None
@@ -131,7 +131,6 @@ class Causal:
             )
         return {
             "input_ids": self._tensor(input_ids),
-            "attention_mask": self._tensor(mask),
             "at": self._tensor(at),
             "teacher": teacher,
             "targets": self._tensor(batch.targets),
@@ -209,11 +208,9 @@ class _Projected(torch.nn.Module):
         """The weighted sum of the losses and each one's; without weights what they are made of:
         hidden states float[m, h] at the learned positions, output projection and its bias."""
         backbone, projected, bias = causal.backbone_and_head(self.model)
-        states = backbone(
-            input_ids=arguments["input_ids"],
-            attention_mask=arguments["attention_mask"],
-            use_cache=False,
-        ).last_hidden_state
+        # Without a mask, which would keep PyTorch from its faster kernels: padding stands behind
+        # all that is learned, and ``causal`` refuses models that look there.
+        states = backbone(input_ids=arguments["input_ids"], use_cache=False).last_hidden_state
         hidden = states.flatten(0, 1)[arguments["at"]]
         if weights is None:
             return hidden, projected, bias

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -176,6 +178,27 @@ def test_hidden_states_times_projection_are_the_models_own_logits(
         hidden = backbone(input_ids=PROMPT).last_hidden_state
         logits = hidden @ weight.T + (0 if bias is None else bias)
         torch.testing.assert_close(logits, model(input_ids=PROMPT).logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_padding_behind_a_text_changes_nothing_in_it_without_a_mask(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    backbone, _, _ = causal.backbone_and_head(causal.load(request.getfixturevalue(kind)).eval())
+    padded = torch.cat([PROMPT, torch.zeros_like(PROMPT)], dim=1).repeat(2, 1)
+    padded[1] = torch.arange(10) + 5
+    with torch.no_grad():
+        alone = backbone(input_ids=PROMPT).last_hidden_state[0]
+        beside = backbone(input_ids=padded).last_hidden_state[0, : PROMPT.shape[1]]
+    torch.testing.assert_close(beside, alone)
+
+
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "both")
+    config = json.loads((llama / "config.json").read_text()) | {"is_causal": False}
+    (tmp_path / "both" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="sees the tokens that it is to predict"):
+        causal.load(tmp_path / "both")
 
 
 def test_fresh_model_has_its_own_weights_and_the_changed_config(llama: Path) -> None:

@@ -25,7 +25,7 @@ from journeyman.student import (
     token_rows,
 )
 from journeyman.student.checkpoints import LORA
-from journeyman.student.divergences import Objective, SparseTeacher, judged
+from journeyman.student.divergences import Objective, SparseTeacher, judged, within
 from journeyman.student.flops import Work
 from journeyman.student.learner import Measured
 from journeyman.student.token_dataset import TokenBatch, TokenDataset
@@ -60,6 +60,7 @@ class Causal:
             models.checkpoint_activations(model)
         self._device, self._precision = device, training.precision
         self.module = _Projected(model, objective(training))
+        self._n_outputs = len(causal.backbone_and_head(model)[1])
         if training.compile:  # the projection is part of the loss, which is our own code
             acceleration.compile_in_place(causal.backbone_and_head(model)[0], device)
         self.work = self._work()
@@ -129,6 +130,8 @@ class Causal:
                 log_tail_mass=self._tensor(batch.log_tail_mass),
                 sampled=self._rows.sampled,
             )
+            if not self._rows.other_tokens:
+                teacher = within(teacher, self._n_outputs)
         return {
             "input_ids": self._tensor(input_ids),
             "at": self._tensor(at),

@@ -45,6 +45,37 @@ class SparseTeacher:
         )
 
 
+def within(teacher: SparseTeacher, n_tokens: int) -> SparseTeacher:
+    """The record for a student that knows the tokens below n_tokens only, as where the teacher's
+    output layer is padded further.
+
+    What the student cannot say is one of the other tokens, on both sides: its mass goes to the
+    tail. (The whole divergence would be infinite, over tokens that are in no text.) Draws have no
+    tail: those that are left are draws from the teacher, given that it says what the student can.
+    """
+    import torch
+
+    known = teacher.token_ids < n_tokens
+    if known.all():
+        return teacher
+    lost = teacher.logprobs.masked_fill(known, -math.inf).logsumexp(-1)
+    # Entries that are there stand in front.
+    there = known & (teacher.token_ids >= 0)
+    order = torch.argsort(there.to(torch.int8), dim=-1, descending=True, stable=True)
+    known = there.gather(-1, order)
+    logprobs = teacher.logprobs.gather(-1, order).masked_fill(~known, -math.inf)
+    tail = torch.logaddexp(teacher.log_tail_mass, lost)
+    if teacher.sampled:
+        logprobs = logprobs.log_softmax(-1).masked_fill(~known, -math.inf)
+        tail = teacher.log_tail_mass
+    return SparseTeacher(
+        token_ids=teacher.token_ids.gather(-1, order).masked_fill(~known, -1),
+        logprobs=logprobs,
+        log_tail_mass=tail,
+        sampled=teacher.sampled,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
     """(1 - cross_entropy) · T² · divergence + cross_entropy · CE of the text's own next token.

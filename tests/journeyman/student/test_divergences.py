@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.special import log_softmax, logsumexp, rel_entr, softmax
 
-from journeyman.student.divergences import Objective, SparseTeacher, sparse_loss
+from journeyman.student.divergences import Objective, SparseTeacher, sparse_loss, within
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "skewed_kl", "total_variation"]
 N, K = 7, 5
@@ -94,6 +94,55 @@ def test_with_every_token_on_record_there_is_no_bucket(
         p, q, Objective(divergence=divergence, temperature=temperature, tail="renormalised")
     )
     np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_tokens_that_the_student_does_not_have_are_among_the_others(divergence: str) -> None:
+    random, n_tokens = np.random.default_rng(2), 6  # of the teacher's 9
+    p = log_softmax(2 * random.normal(size=(N, 9)), axis=1)
+    q = torch.tensor(log_softmax(random.normal(size=(N, n_tokens)), axis=1))
+    ids = np.argsort(-p, axis=1)[:, :K]
+    recorded = np.take_along_axis(p, ids, axis=1)
+    record = SparseTeacher(
+        token_ids=torch.tensor(ids),
+        logprobs=torch.tensor(recorded),
+        log_tail_mass=torch.tensor(np.log1p(-np.exp(recorded).sum(axis=1))),
+    )
+    known = within(record, n_tokens)
+    assert (known.token_ids[:, 0] >= 0).all() and (known.token_ids < 0).any()
+    at = torch.where(known.token_ids < 0, known.token_ids[:, :1], known.token_ids)
+    rest = q.scatter(1, at, -torch.inf)
+    objective = Objective(divergence=divergence)
+    got = sparse_loss(q.gather(1, at), rest.logsumexp(-1), known, objective)
+    for i in range(N):
+        entries = [token for token in ids[i] if token < n_tokens]
+        both = [np.array([*np.exp(x[entries]), 1 - np.exp(x[entries]).sum()])
+                for x in (p[i], q[i].numpy())]  # fmt: skip
+        expected = {
+            "forward_kl": rel_entr(*both).sum(),
+            "reverse_kl": rel_entr(*both[::-1]).sum(),
+            "total_variation": np.abs(both[0] - both[1]).sum() / 2,
+        }
+        if divergence in expected:
+            assert got[i] == pytest.approx(expected[divergence], rel=1e-9)
+        assert torch.isfinite(got[i]) and got[i] >= 0
+    assert within(record, 9) is record
+
+
+def test_draws_of_tokens_that_the_student_does_not_have_are_left_out() -> None:
+    shares = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    record = SparseTeacher(
+        token_ids=torch.tensor([[7, 2, 3], [8, -1, -1]]),
+        logprobs=shares.log(),
+        log_tail_mass=torch.full((2,), -torch.inf, dtype=torch.float64),
+        sampled=True,
+    )
+    known = within(record, 7)
+    assert known.token_ids.tolist() == [[2, 3, -1], [-1, -1, -1]]
+    np.testing.assert_allclose(known.logprobs.exp(), [[0.6, 0.4, 0], [0, 0, 0]])
+    student = torch.log(torch.full((2, 3), 0.25, dtype=torch.float64))
+    got = sparse_loss(student, torch.log(torch.ones(2) / 4), known, Objective())
+    np.testing.assert_allclose(got, [rel_entr([0.6, 0.4], 0.25).sum(), 0], atol=1e-12)
 
 
 def test_counts_weigh_the_log_probabilities_of_draws() -> None:

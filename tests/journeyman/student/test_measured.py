@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.special import log_softmax
+from scipy.special import log_softmax, rel_entr
 from transformers import AutoModelForCausalLM
 
 from journeyman.labels.codec import Codec
@@ -94,6 +94,43 @@ def test_draws_give_cross_entropy_and_their_share_without_bias(
         (found.agreement, found.cross_entropy), rel=1e-5
     )
     assert again.kl is None and again.against == "draws"
+
+
+def test_a_teacher_with_a_wider_output_layer_is_learned(tiny_llama: Model, tmp_path: Path) -> None:
+    """As one that is padded to a multiple of 128, say."""
+    wide = VOCABULARY + 10
+    random = np.random.default_rng(0)
+    teacher = log_softmax(2 * random.normal(size=(len(TEXT) - 1, wide)), axis=1)
+    codec = Codec(name="topk_fp16", vocab_size=wide, k=8)
+    ids = np.argsort(-teacher, axis=1)[:, :8]
+    assert (ids >= VOCABULARY).any()
+    payload = codec.encode(ids, np.take_along_axis(teacher, ids, axis=1).astype(np.float32))
+    row = TokenRow(
+        id="a", tokens=TEXT, first=1, payload=payload, n_encoded=len(TEXT) - 1
+    )  # fmt: skip
+    for split in ("train", "calibrate"):
+        token_dataset.write(tmp_path / split, [row], codec)
+    student, expected = np.exp(in_double(tiny_llama.path)), []
+    for i, p in enumerate(np.exp(teacher)):
+        known = [token for token in ids[i] if token < VOCABULARY]
+        sides = [np.array([*x[known], 1 - x[known].sum()]) for x in (p, student[i])]
+        expected.append(rel_entr(*sides).sum())
+    recipe = make_causal_recipe()
+    given = {"model_dir": tiny_llama.path, "student": recipe.learner()}
+    learner = Causal(
+        None, torch.device("cpu"), rows_dir=tmp_path, training=recipe.training, **given
+    )
+    (batch,) = learner.batches(iter([np.array([0])]))
+    loss, _ = learner.loss(learner.module, batch)
+    loss.backward()
+    assert loss.item() / len(expected) == pytest.approx(np.mean(expected), abs=2e-3)
+    assert all(p.grad.isfinite().all() for p in learner.module.parameters())
+    assert learner.evaluate().kl == pytest.approx(np.mean(expected), abs=2e-3)  # fp16 record
+    rows = HeldOutTokens(tmp_path / "calibrate", tiny_llama.path)
+    answers = held_out.of_torch(AutoModelForCausalLM.from_pretrained(tiny_llama.path))
+    assert held_out.compare(rows, answers, answers).copy.kl == pytest.approx(
+        np.mean(expected), abs=2e-3
+    )
 
 
 def test_a_text_alone_gives_cross_entropy_and_no_kl(tiny_llama: Model, tmp_path: Path) -> None:

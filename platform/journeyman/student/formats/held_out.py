@@ -20,7 +20,7 @@ from journeyman.errors import DataError
 from journeyman.labels.dataset import ClassRows
 from journeyman.student import models
 from journeyman.student.batches import TokenRows, tokenise
-from journeyman.student.divergences import Objective, SparseTeacher, judged, sparse_loss
+from journeyman.student.divergences import Objective, SparseTeacher, judged, sparse_loss, within
 from journeyman.student.inputs import Inputs
 from journeyman.student.learner import Measured
 from journeyman.student.token_dataset import TokenBatch, TokenDataset
@@ -209,10 +209,12 @@ class HeldOutTokens:
             log_tail_mass=torch.from_numpy(batch.log_tail_mass),
             sampled=self._rows.sampled,
         )
+        teacher = within(teacher, logprobs.shape[1])
         # A position with fewer entries has -1 behind its first ones.
         there = torch.where(teacher.token_ids < 0, teacher.token_ids[:, :1], teacher.token_ids)
-        own = logprobs.gather(1, there)
-        outside = logprobs.scatter(1, there, -math.inf)
+        at = there.clamp_min(0)
+        own = logprobs.gather(1, at)
+        outside = logprobs.scatter(1, at, torch.where(there < 0, own, -math.inf))
         each = sparse_loss(own, outside.logsumexp(-1), teacher, _KL)
         loss, agreed = judged(each, first, teacher)
         sums = (values.double().sum().item() for values in (agreed, loss))

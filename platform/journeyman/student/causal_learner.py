@@ -92,11 +92,11 @@ class Causal:
             lora.restore(model, torch.load(folder / LORA))
         return model
 
-    def _work(self) -> Work:
+    def _work(self) -> Work | None:
         backbone, head, _ = causal.backbone_and_head(self.module.model)
         config = self.module.model.config.get_text_config(decoder=True)
         layers = flops.of_layers(backbone, config)
-        return dataclasses.replace(layers, per_learned=flops.of_matrices([head]))
+        return layers and dataclasses.replace(layers, per_learned=flops.of_matrices([head]))
 
     def groups(self, training: Training) -> list[dict[str, Any]]:
         return causal.parameter_groups(

@@ -59,13 +59,19 @@ class Work:
         )
 
 
-def of_layers(backbone: Any, config: Any) -> Work:
+def of_layers(backbone: Any, config: Any) -> Work | None:
     """Of a transformer's layers: embeddings are looked up, not multiplied.
 
-    config: its text part.
+    config: its text part. None where it names no attention heads, or others for each layer: a model
+    of another make, whose work is not counted.
     """
     import torch
 
+    names = ("num_attention_heads", "num_hidden_layers", "hidden_size")
+    counts = [getattr(config, name, None) for name in names]
+    heads, n_layers, hidden = (n if isinstance(n, int) else 0 for n in counts)
+    if not (heads and n_layers and hidden):
+        return None
     looked_up = {
         id(module.weight) for module in backbone.modules() if isinstance(module, torch.nn.Embedding)
     }
@@ -74,10 +80,9 @@ def of_layers(backbone: Any, config: Any) -> Work:
         for name, p in backbone.named_parameters()
         if p.dim() == 2 and id(p) not in looked_up and "pooler." not in name
     )
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    width = heads * (getattr(config, "head_dim", None) or hidden // heads)
     # Two products (scores, values), 2 FLOP for each multiplication, three times for a step.
-    return Work(per_token=of_matrices(matrices), per_pair=12.0 * config.num_hidden_layers * width)
+    return Work(per_token=of_matrices(matrices), per_pair=12.0 * n_layers * width)
 
 
 def of_matrices(matrices: Iterable[torch.Tensor]) -> float:

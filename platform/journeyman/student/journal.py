@@ -74,7 +74,8 @@ class Journal:
         self._loss = sum(self._losses) / len(self._losses)
         learner = self._lesson.learner
         lengths = learner.lengths[rows]
-        did = (len(rows), float(lengths.sum()), learner.work.of(lengths, learner.n_learned[rows]))
+        work = learner.work.of(lengths, learner.n_learned[rows]) if learner.work else 0.0
+        did = (len(rows), float(lengths.sum()), work)
         self._pace.add(*did)
         self._since_record.add(*did)
         self._show(step, evaluating=False)
@@ -162,7 +163,9 @@ class Journal:
         self._trackers.record(values)
 
     def _used(self, flops_per_s: float) -> float | None:
-        return None if self._peak_flops is None else flops_per_s / self._peak_flops
+        if self._peak_flops is None or self._lesson.learner.work is None:
+            return None
+        return flops_per_s / self._peak_flops
 
     def _show(self, step: int, *, evaluating: bool, now: bool = False) -> None:
         """Let the driver and Prometheus see where the run stands, once in a second."""

@@ -85,8 +85,8 @@ class Learner(Protocol):
         """int64[n]: tokens of each train row."""
 
     @property
-    def work(self) -> Work:
-        """FLOP of a step on a row."""
+    def work(self) -> Work | None:
+        """FLOP of a step on a row; None where they cannot be counted."""
 
     @property
     def n_learned(self) -> np.ndarray:

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import MambaConfig, MambaForCausalLM
 
 from journeyman.errors import ClusterError, JourneymanError
 from journeyman.models import Model
 from journeyman.student import batches, worker
-from journeyman.student.checkpoints import Checkpoints, State
+from journeyman.student.checkpoints import Checkpoints, State, read_curve
 from journeyman.student.journal import Journal
 from journeyman.student.lesson import Lesson, Task, load, prepare
 from journeyman.student.plan import Plan
 
+from .conftest import VOCABULARY
 from .test_worker import ALONE, classifying, model_of, writing
 
 
@@ -53,13 +55,13 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 class Steps:
     """A training that is taken step by step, one worker."""
 
-    def __init__(self, kind: str, model: Path, work: Path) -> None:
+    def __init__(self, kind: str, model: Path, work: Path, peak_flops: float | None = None) -> None:
         make = {"classifier": classifying, "causal": writing}[kind]
         recipe, loads = make(model, workers=1, epochs=6, checkpoint_every_s=0)
         self.task = Task(training=recipe.training, checkpoints=Checkpoints.claim(work), load=loads)
         self.lesson: Lesson = prepare(self.task, None, load(self.task, None, ALONE.device), ALONE)
         self.plan = Plan.of(recipe.training, self.lesson.state.total_steps)
-        self.journal = Journal(self.task, self.lesson, self.plan, 1, None)
+        self.journal = Journal(self.task, self.lesson, self.plan, 1, peak_flops)
         self.steps = worker.Steps(self.task, self.lesson, ALONE, self.plan, self.journal)
 
     def take(self, step: int) -> None:
@@ -83,6 +85,25 @@ class Steps:
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {n: p.detach().clone() for n, p in self.lesson.learner.module.named_parameters()}
+
+
+def test_a_student_without_attention_is_trained_without_mfu(
+    tiny_encoder: Model, tiny_llama: Model, tmp_path: Path
+) -> None:
+    folder = model_of("causal", tiny_encoder, tiny_llama, tmp_path)
+
+    def first_record(work: Path) -> dict[str, Any]:
+        steps = Steps("causal", folder, work, peak_flops=1e12)
+        steps.take(1)
+        return read_curve(steps.task.checkpoints.curve)[0]
+
+    assert first_record(tmp_path / "attention")["mfu"] >= 0
+    config = MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=1, pad_token_id=0
+    )
+    MambaForCausalLM(config).save_pretrained(folder)
+    record = first_record(tmp_path / "mamba")
+    assert record["tokens_per_s"] > 0 and "mfu" not in record
 
 
 def on_disk(folder: Path) -> dict[str, torch.Tensor]:

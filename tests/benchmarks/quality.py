@@ -93,9 +93,7 @@ class FullLogits(Causal):
         hidden, weight, _ = parallel(**arguments)
         logits = hidden @ weight.T
         with torch.no_grad():
-            whole = self.teacher(
-                input_ids=arguments["input_ids"], attention_mask=arguments["attention_mask"]
-            ).logits
+            whole = self.teacher(input_ids=arguments["input_ids"]).logits
             target = whole.flatten(0, 1)[arguments["at"]].log_softmax(-1)
         each = torch.nn.functional.kl_div(
             logits.log_softmax(-1), target, reduction="none", log_target=True

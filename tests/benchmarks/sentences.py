@@ -50,7 +50,7 @@ def sentences(tokenizer: Any, n: int, seed: int = 0) -> list[np.ndarray]:
 def blocks(tokenizer: Any, n: int, length: int) -> list[np.ndarray]:
     """n texts of so many tokens, of sentences one behind the other."""
     with gzip.open(SENTENCES, "rt", encoding="utf-8") as lines:
-        ids = tokenizer.encode(lines.read(4 * n * length + 4096), add_special_tokens=False)
+        ids = tokenizer.encode(lines.read(6 * n * length), add_special_tokens=False)
     return list(np.asarray(ids[: n * length], np.int32).reshape(n, length))
 
 

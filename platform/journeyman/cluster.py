@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,21 @@ def lacking(needed: dict[str, float], knobs: str) -> str:
             "(cluster.address)."
         )
     return words
+
+
+def hardware() -> dict[str, Any]:
+    """What Ray has, for the manifest of a step whose figures depend on it."""
+    import ray
+
+    have = ray.cluster_resources()
+    kinds = sorted(name.partition(":")[2] for name in have if name.startswith("accelerator_type:"))
+    return {
+        "nodes": sum(node["Alive"] for node in ray.nodes()),
+        "cpus": int(have.get("CPU", 0)),
+        "gpus": int(have.get("GPU", 0)),
+        "accelerators": kinds,
+        "architecture": platform.machine(),
+    }
 
 
 def _is_own() -> bool:

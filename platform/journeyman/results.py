@@ -5,14 +5,14 @@ Above ``summary``, which shows one run.
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from journeyman import corpus, files, recipe, summary
+from journeyman.certify import bundle as bundles
+from journeyman.certify.bundle import Bundle, Guarantee
 from journeyman.certify.step import RECIPE_FILE
 from journeyman.errors import DataError
 from journeyman.labels.store import LabelStore
@@ -66,18 +66,49 @@ class Finished:
     serving: dict[str, Any]
     seconds: dict[str, float]  # by step
 
+    @property
+    def name(self) -> str:
+        return self.data.name
 
-def read(run_dir: Path) -> Finished | ComparedStudent:
-    """A run's facts; of one that ends with a student that writes, the student's.
+    @property
+    def hardware(self) -> Mapping[str, Any] | None:
+        """Of the step that measures; None where it was not recorded yet."""
+        return self.serving.get("hardware")
 
-    Raises DataError where the run is not finished.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A run with a student that writes.
+
+    Attributes:
+        bundle: None where it is not certified.
+        test: what came of the promise, as the certify step has it; None without test rows.
     """
+
+    student: ComparedStudent
+    bundle: Bundle | None = None
+    test: Mapping[str, int] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.student.name
+
+    @property
+    def hardware(self) -> Mapping[str, Any] | None:
+        return self.student.hardware
+
+
+def read(run_dir: Path) -> Finished | Written:
+    """A run's facts; raises DataError where the run is not finished."""
     settings = run_dir / "bundle" / RECIPE_FILE
     if not settings.is_file() or files.read_json(settings)["labels"]["kind"] != "classes":
         student = comparison.read(run_dir)
         if student.gold_accuracy is not None or student.perplexity is None:
             raise DataError(f"{run_dir}: not certified yet; run journeyman run first.")
-        return student
+        if not settings.is_file():
+            return Written(student=student)
+        test = files.read_json(settings.with_name("manifest.json")).get("test")
+        return Written(student=student, bundle=bundles.load_any(settings.parent), test=test)
     recorded = recipe.parse(files.read_json(settings), str(settings))
     if recorded.run_url is None and recorded.run_dir.resolve() != run_dir.resolve():  # it was moved
         where = {"output": str(run_dir.resolve().parent), "name": run_dir.resolve().name}
@@ -94,12 +125,12 @@ def read(run_dir: Path) -> Finished | ComparedStudent:
     )
 
 
-def page(runs: Sequence[Finished | ComparedStudent]) -> str:
+def page(runs: Sequence[Finished | Written]) -> str:
     """The whole page."""
     finished = [run for run in runs if isinstance(run, Finished)]
-    written = [run for run in runs if isinstance(run, ComparedStudent)]
+    written = [run for run in runs if isinstance(run, Written)]
     return _PAGE.format(
-        machine=_machine(),
+        machine=_machine(runs),
         quality=quality(finished),
         promises=_promises(finished),
         jobs=_jobs(finished),
@@ -139,7 +170,7 @@ def _quality(run: Finished) -> tuple[str, ...]:
         )
     )
     return (
-        run.data.name,
+        run.name,
         *right,
         percent_of(measured.n_accepted, measured.n),
         f"≤ {percent(guarantee.alpha)}" if guarantee.feasible else "escalates everything",
@@ -161,13 +192,10 @@ def _beside(gold: AgainstGold) -> str:
 def _promises(finished: Sequence[Finished]) -> str:
     lines = []
     for run in finished:
-        guarantee, n = run.data.bundle.served, len(run.data.test)
-        said = f"{guarantee.kind.replace('_', ' ')} at {percent(guarantee.alpha)}"
-        what = f"proved {guarantee.upper_bound:.1%} on {guarantee.n:,} certify rows"
-        reason = what if guarantee.feasible else f"no threshold meets it: {guarantee.reason}"
+        bundle, n = run.data.bundle, len(run.data.test)
         lines.append(
-            f"- `{run.data.name}`: {said}, confidence {percent(1 - guarantee.delta)}; {reason}; "
-            f"{n:,} test rows. {_of_each(run)}{run.data.bundle.recommendation}"
+            f"- `{run.name}`: {_proved(bundle.served)}; {n:,} test rows. {_of_each(run)}"
+            f"{bundle.recommendation}"
         )
     return "\n".join(lines)
 
@@ -215,7 +243,7 @@ def _costs(finished: Sequence[Finished]) -> str:
     steps = list(dict.fromkeys(step for run in finished for step in run.seconds))
     rows = [
         (
-            run.data.name,
+            run.name,
             *(duration(run.seconds[step]) for step in steps),
             duration(sum(run.seconds.values())),
         )
@@ -224,9 +252,10 @@ def _costs(finished: Sequence[Finished]) -> str:
     return _table(("recipe", *steps, "all"), rows)
 
 
-def _written(students: Sequence[ComparedStudent]) -> str:
-    if not students:
+def _written(runs: Sequence[Written]) -> str:
+    if not runs:
         return ""
+    students = [run.student for run in runs]
     heads = ("recipe", "agreement", "perplexity", "to the letter", "train rows", "training")
     rows = [
         (
@@ -245,7 +274,36 @@ def _written(students: Sequence[ComparedStudent]) -> str:
         + "\n\nOn `calibrate` rows: agreement with the teacher's first choice, token by token; "
         "perplexity of the text's own tokens; answers that the student writes to the letter.\n"
         + "".join(f"{note}\n" for note in comparison.agreement_notes(students))
+        + "\n"
+        + "".join(f"- {_certified(run)}\n" for run in runs)
     )
+
+
+def _certified(run: Written) -> str:
+    """What a student that writes may answer, and what came of it on test rows."""
+    if run.bundle is None:
+        return f"`{run.name}`: not certified; its run ends with the student."
+    guarantee, test = run.bundle.served, run.test
+    words = f"`{run.name}`: {_proved(guarantee)}"
+    if test is None:
+        return f"{words}; no test rows. {run.bundle.recommendation}"
+    if guarantee.kind == "accuracy":
+        drop = (test["teacher"] - test["cascade"]) / test["n"] if "teacher" in test else None
+        came = "no gold" if drop is None else f"{drop:+.1%}"
+    else:
+        system = guarantee.kind == "system_agreement"
+        came = share(test["n_accepted_differs"], test["n" if system else "n_accepted"])
+    return (
+        f"{words}; realised on test {came}, where the student answers "
+        f"{share(test['n_accepted'], test['n'])}. {run.bundle.recommendation}"
+    )
+
+
+def _proved(guarantee: Guarantee) -> str:
+    said = f"{guarantee.kind.replace('_', ' ')} at {percent(guarantee.alpha)}"
+    what = f"proved {guarantee.upper_bound:.1%} on {guarantee.n:,} certify rows"
+    reason = what if guarantee.feasible else f"no threshold meets it: {guarantee.reason}"
+    return f"{said}, confidence {percent(1 - guarantee.delta)}; {reason}"
 
 
 def _seconds(run: RunFolder) -> dict[str, float]:
@@ -263,10 +321,25 @@ def _seconds(run: RunFolder) -> dict[str, float]:
     }
 
 
-def _machine() -> str:
+def _machine(runs: Sequence[Finished | Written]) -> str:
+    """What the runs themselves recorded: this one may be another machine."""
+    made_on: dict[str, list[str]] = {}
+    for run in runs:
+        made_on.setdefault(_hardware(run.hardware), []).append(f"`{run.name}`")
+    several = len(made_on) > 1
+    said = (f"{what} ({', '.join(of)})" if several else what for what, of in made_on.items())
+    return f"Made on {'; '.join(said)}, where other work may have run beside it."
+
+
+def _hardware(hardware: Mapping[str, Any] | None) -> str:
+    if hardware is None:
+        return "what the run did not record"
+    gpus, nodes = hardware["gpus"], hardware["nodes"]
+    named = f" {', '.join(hardware['accelerators'])}" if hardware["accelerators"] else ""
     return (
-        f"Made on {os.cpu_count()} cores ({platform.machine()}, {platform.system()}), where other "
-        "work may have run beside it."
+        f"{hardware['cpus']} CPU cores ({hardware['architecture']})"
+        + (f" and {gpus}{named} GPU{'s' * (gpus > 1)}" if gpus else "")
+        + (f" of {nodes} nodes" if nodes > 1 else "")
     )
 
 

@@ -331,7 +331,8 @@ class Run(RunFolder):
                     lambda text: line.show(f"measure   {text}"),
                 )
         seconds = round(time.monotonic() - started, 3)
-        manifest = {"step": "measure", "inputs": inputs, "seconds": seconds, **measured.manifest()}
+        manifest = {"step": "measure", "inputs": inputs, "seconds": seconds,
+                    "hardware": cluster.hardware(), **measured.manifest()}  # fmt: skip
         with files.replaced_directory(folder) as fresh:
             files.write_json(fresh / MANIFEST, manifest)
         return manifest, True

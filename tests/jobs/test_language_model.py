@@ -16,7 +16,7 @@ from tests.conftest import DEMO, ROOT, journeyman
 
 RECIPE = ROOT / "jobs" / "recipes" / "logits.yaml"
 SMALL = (
-    "corpus.limits={train: 48, calibrate: 16}",
+    "corpus.limits={train: 48, calibrate: 16, certify: 24, test: 12}",
     "student.layers=3",
     "training.epochs=2",
     "training.batch_size=16",
@@ -38,6 +38,7 @@ def test_run_ends_with_a_student_that_learned(run: tuple[Path, str]) -> None:
     record = json.loads((folder / "student" / "journeyman.json").read_text())
     first, last = record["evaluations"]
     assert last["kl"] < first["kl"] and record["best"] == last
+    assert record["hardware"]["cpus"] >= 1 and record["hardware"]["nodes"] == 1
     assert f"{last['kl']:.3f} nats" in printed and str(folder / "student") in printed
     model = AutoModelForCausalLM.from_pretrained(folder / "student")
     assert model.config.num_hidden_layers == 3
@@ -58,6 +59,22 @@ def test_students_stand_side_by_side(run: tuple[Path, str], tmp_path: Path) -> N
     assert "rows/s" in heads and "logits" in first and "student" in second
     nothing = journeyman("compare", str(tmp_path))
     assert nothing.returncode == 1 and "no finished student here" in nothing.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_it_is_certified_for_writing_on_and_what_came_of_it_is_shown(
+    run: tuple[Path, str],
+) -> None:
+    folder, _ = run
+    overrides = [part for one in (*SMALL, f"output={folder.parent}") for part in ("--set", one)]
+    certified = journeyman("certify", str(RECIPE), *overrides)
+    assert certified.returncode == 0, certified.stderr
+    manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
+    assert manifest["test"]["n"] == 12
+    listed = journeyman("results", str(folder))
+    assert listed.returncode == 0 and "- `logits`: system agreement at 20%" in listed.stdout
+    assert "realised on test" in listed.stdout and "of 12)" in listed.stdout
 
 
 @pytest.mark.parametrize(

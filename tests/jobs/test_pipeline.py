@@ -88,6 +88,7 @@ def test_labels_of_another_prompt_are_refused_with_the_difference(small_run: ste
 
 def test_the_cascade_answers_over_http_as_certified_and_the_report_shows_it(small_run: steps.Run):
     served = small_run.execute("measure").manifest
+    assert served["hardware"]["cpus"] == ray.cluster_resources()["CPU"]
     data = summary.report_data(small_run)
     assert served["requests"] == len(data.test) == 40
     assert served["answered_by_student"] == data.test.accepted.mean()

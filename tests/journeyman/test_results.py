@@ -7,15 +7,21 @@ from journeyman.errors import DataError
 from journeyman.report.comparison import ComparedStudent
 from journeyman.report.data import ReportData
 from journeyman.report.measure import measure
-from journeyman.results import BEGIN, END, Finished
+from journeyman.results import BEGIN, END, Finished, Written
 from tests.journeyman.report.synthetic import report_data
 
+TWO_CORES = {"nodes": 1, "cpus": 2, "gpus": 0, "accelerators": [], "architecture": "x86_64"}
 
-def finished(data: ReportData) -> Finished:
+
+def finished(data: ReportData, **hardware: object) -> Finished:
     return Finished(
         data=data,
         measured=measure(data.test),
-        serving={"student_rows_per_s": 300.0, "teacher_rows_per_s": 10.0},
+        serving={
+            "student_rows_per_s": 300.0,
+            "teacher_rows_per_s": 10.0,
+            "hardware": TWO_CORES | hardware,
+        },
         seconds={"prepare": 1.0, "label": 300.0, "train": 60.0},
     )
 
@@ -77,9 +83,37 @@ def test_students_that_write_have_a_table_of_their_own():
         name="rationales", size_bytes=1, agreement=0.5, kl=1.0, gold_accuracy=None, perplexity=9.0,
         rows_per_s=None, n_rows=480, steps=3, seconds=60.0, labels_digest="d", exact_match=0.25,
     )  # fmt: skip
-    page = results.page([finished(report_data()), student])
-    assert cells(page, "rationales") == [["rationales", "0.500", "9.0", "0.250", "480", "1:00"]]
+    alone = results.page([finished(report_data()), Written(student=student)])
+    assert cells(alone, "rationales") == [["rationales", "0.500", "9.0", "0.250", "480", "1:00"]]
+    assert "`rationales`: not certified; its run ends with the student." in alone
+    bundle, test = report_data().bundle, {"n": 200, "n_accepted": 120, "n_accepted_differs": 9}
+    page = results.page([Written(student=student, bundle=bundle, test=test)])
+    proved = f"proved {bundle.served.upper_bound:.1%} on 500 certify rows"
+    assert f"`rationales`: system agreement at 10%, confidence 90%; {proved}; realised" in page
+    assert "realised on test 4.5% (9 of 200), where the student answers 60.0% (120 of 200)" in page
+    selective = report_data(kind="selective_agreement").bundle
+    page = results.page([Written(student=student, bundle=selective, test=test)])
+    assert "realised on test 7.5% (9 of 120)" in page
+    against_gold = report_data(kind="accuracy").bundle
+    test |= {"student": 150, "teacher": 160, "cascade": 156}
+    page = results.page([Written(student=student, bundle=against_gold, test=test)])
+    assert "realised on test +2.0%, where" in page
     assert "Students that write" not in results.page([finished(report_data())])
+
+
+def test_the_machine_is_that_of_the_runs():
+    page = results.page([finished(report_data()), finished(report_data(name="other"))])
+    assert "Made on 2 CPU cores (x86_64), where" in page
+    on_a_gpu = finished(report_data(name="large"), gpus=4, accelerators=["H100"], nodes=2)
+    old = ComparedStudent(
+        name="old", size_bytes=1, agreement=0.5, kl=1.0, gold_accuracy=None, perplexity=9.0,
+        rows_per_s=None, n_rows=480, steps=3, seconds=60.0, labels_digest="d",
+    )  # fmt: skip
+    page = results.page([finished(report_data()), on_a_gpu, Written(student=old)])
+    assert (
+        "Made on 2 CPU cores (x86_64) (`demo`); 2 CPU cores (x86_64) and 4 H100 GPUs of 2 nodes "
+        "(`large`); what the run did not record (`old`), where"
+    ) in page
 
 
 def test_the_table_goes_between_the_marks_and_nowhere_else():

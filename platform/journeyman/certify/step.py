@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -161,10 +161,16 @@ def certify(
 
 
 def write_down(
-    bundle: Bundle, recipe: Recipe, folder: Path, *, inputs: str, started: float
+    bundle: Bundle,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    inputs: str,
+    started: float,
+    test: Mapping[str, int] | None = None,
 ) -> None:
     """A bundle, the recipe that it is served by, and the step's manifest, last; started: by
-    ``time.monotonic``."""
+    ``time.monotonic``; test: what came of the promise, where nothing else keeps it."""
     bundles.save(bundle, folder)
     files.write_json(folder / RECIPE_FILE, recipe.model_dump(mode="json"))
     files.write_json(
@@ -175,6 +181,7 @@ def write_down(
             "bundle": bundle.bundle_id,
             "seconds": round(time.monotonic() - started, 3),
             "recommendation": bundle.recommendation,
+            **({"test": dict(test)} if test else {}),
         },
     )
 

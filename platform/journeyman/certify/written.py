@@ -5,9 +5,10 @@ was of its words promises about them is a bundle.
     RUN/answers/labels/    what the student wrote, greedily: a label dataset
     RUN/answers/teacher/   what the teacher wrote, where its labels are of given texts: another
 
-``calibrate`` rows pick the score, ``certify`` rows carry the guarantee; two answers are the same as
-``certify.match`` says. A row without an answer (too long for the student, or nothing written) is
-one that it can never be trusted with, and counts as different.
+``calibrate`` rows pick the score, ``certify`` rows carry the guarantee, ``test`` rows, if there are
+any, show what came of it and decide nothing; two answers are the same as ``certify.match`` says. A
+row without an answer (too long for the student, or nothing written) is one that it can never be
+trusted with, and counts as different.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ def certify(
     answers = _answers(recipe, asked, corpus_dir, student, folder, on_progress)
     if isinstance(recipe.labels, Logits):
         labels = _written_on(recipe, teacher, folder, on_progress)
-    parts = {name: read(recipe, labels, answers, name) for name in SPLITS}
+    parts = {name: read(recipe, labels, answers, name) for name in _splits(corpus_dir)}
     settings, certified = recipe.certify, parts["certify"]
     ledger = spend_rows(settings, certified.ids, student, out_dir)
     confidence, scored = _design(settings, parts["calibrate"], certified.outcomes)
@@ -198,8 +199,35 @@ def certify(
         + caveats(served, delta_spent(ledger, rows_digest(certified.ids)), n_groups),
     )
     with files.replaced_directory(out_dir) as fresh:
-        write_down(bundle, recipe, fresh, inputs=inputs, started=started)
+        write_down(bundle, recipe, fresh, inputs=inputs, started=started,
+                   test=_realised(parts.get("test"), bundle))  # fmt: skip
     return bundle
+
+
+def _splits(corpus_dir: str | Path) -> tuple[str, ...]:
+    has_test = corpus.read_manifest(corpus_dir)["splits"].get("test")
+    return (*SPLITS, "test") if has_test else SPLITS
+
+
+def _realised(rows: WrittenRows | None, bundle: WrittenBundle) -> dict[str, int] | None:
+    """How many test rows there are, how many the student answers, and how many of those otherwise
+    than the teacher; with gold also how many each gets right, and the cascade."""
+    if rows is None:
+        return None
+    accepted = rows.scores(bundle.confidence) > bundle.accept_above
+    found = {
+        "n": len(rows.ids),
+        "n_accepted": int(accepted.sum()),
+        "n_accepted_differs": int((accepted & rows.outcomes.differs).sum()),
+    }
+    if rows.right is None:
+        return found
+    student, teacher = rows.right
+    return found | {
+        "student": int(student.sum()),
+        "teacher": int(teacher.sum()),
+        "cascade": int(np.where(accepted, student, teacher).sum()),
+    }
 
 
 def _answers(
@@ -212,9 +240,11 @@ def _answers(
 ) -> Path:
     """The student's label dataset, which goes on where it was killed."""
     words = recipe.certify.complete.words if recipe.certify.complete else None
+    splits = _splits(corpus_dir)
     made_of = digest([corpus.read_manifest(corpus_dir)["digest"], student.weights_digest,
                       student.tokenizer_digest, asked.asked(),
-                      *([] if words is None else [words])])  # fmt: skip
+                      *([] if words is None else [words]),
+                      *([] if splits == SPLITS else [splits])])  # fmt: skip
     record = folder / "answers.json"
     if not record.exists() or files.read_json(record).get("inputs") != made_of:
         files.set_aside(folder)
@@ -222,7 +252,7 @@ def _answers(
     prompts, labels = folder / "prompts", folder / "labels"
     if not (prompts / "manifest.json").exists():
         rows_per_shard = recipe.corpus.rows_per_shard
-        round_corpus.write_splits(corpus_dir, prompts, SPLITS, rows_per_shard, words)
+        round_corpus.write_splits(corpus_dir, prompts, splits, rows_per_shard, words)
     by_student = writing.written_by(recipe, student.path, asked)
     return _labeled(by_student, student, prompts, labels, on_progress)
 

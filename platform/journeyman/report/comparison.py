@@ -7,7 +7,7 @@ page of that run finds them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class ComparedStudent:
     exact_match: float | None = None  # texts that a language model writes to the letter
     cross_entropy: float | None = None  # nats a token, where KL cannot be known
     against: Against = "distributions"  # what ``agreement`` is with
+    hardware: Mapping[str, Any] | None = None  # as ``cluster.hardware`` has it
 
 
 def read(run: Path) -> ComparedStudent:
@@ -72,6 +73,7 @@ def _student(name: str, folder: Path, record: dict[str, Any]) -> ComparedStudent
         exact_match=best.get("exact_match"),
         cross_entropy=best.get("cross_entropy"),
         against=best.get("against", "distributions"),
+        hardware=record.get("hardware"),
     )
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -33,6 +34,7 @@ class Provenance:
     inputs: str  # digest of all that went into the training
     labels_digest: str  # of the label dataset
     world_size: int
+    hardware: Mapping[str, Any]  # as ``cluster.hardware`` has it
 
 
 def write(
@@ -77,6 +79,7 @@ def _record(best: Evaluation, state: State, origin: Provenance) -> dict[str, obj
         "rows": state.n_rows,
         "seconds": round(state.seconds, 3),
         "world_size": origin.world_size,
+        "hardware": dict(origin.hardware),
     }
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from journeyman.cluster import hardware
 from journeyman.errors import ClusterError, JourneymanError
 from journeyman.files import disk_errors
 from journeyman.folder import Folder
@@ -87,6 +88,7 @@ def train(
         inputs=inputs,
         labels_digest=labels_digest,
         world_size=recipe.training.workers,
+        hardware=hardware(),
     )
     best_model = checkpoints.model(result.best.step)
     checkpoints.fetch_curve()

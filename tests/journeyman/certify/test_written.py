@@ -190,10 +190,10 @@ class Engine:
 
 @pytest.fixture
 def certify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., WrittenBundle]:
-    """A student that agrees with its teacher as often as its tokens say: of 400 rows of each split
-    and 100 of train, which nobody is to ask for."""
+    """A student that agrees with its teacher as often as its tokens say: of 400 rows of each split,
+    100 of test and 100 of train, which nobody is to ask for."""
     sources = [made.row(f"{split} {i}", split, "yes" if i % 3 else "no")
-               for split, n in (("train", 100), ("calibrate", 400), ("certify", 400))
+               for split, n in (("train", 100), ("calibrate", 400), ("certify", 400), ("test", 100))
                for i in range(n)]  # fmt: skip
     fates = [(row, of_teacher("yes")) for row in sources]
     made.write_dataset(tmp_path / "t", settings().labels, [fates[:450], fates[450:]],
@@ -239,6 +239,28 @@ def test_the_promise_is_the_largest_count_that_the_binomial_allows(certify, tmp_
     assert bundles.load_any(tmp_path / "bundle") == bundle
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert manifest["recommendation"] == bundle.recommendation
+
+
+def test_what_came_of_the_promise_is_counted_on_test_rows(certify, tmp_path: Path):
+    bundle = certify()
+    parts = tmp_path / "t" / "labels", tmp_path / "answers" / "labels"
+    ids = written.read(settings(), *parts, "test").ids
+    accepted = written.read(settings(), *parts, "test").scores(bundle.confidence)
+    accepted = accepted > bundle.accept_above
+    sure = np.array([int(i[:4], 16) for i in ids]) / 0xFFFF
+    says_yes = np.array([int(i[4:8], 16) for i in ids]) / 0xFFFF < 0.5 + sure / 2
+    gold = {row["id"]: row["gold"] for row in dataset.read(parts[0]).to_pylist()}
+    is_yes = np.array([gold[i] == "yes" for i in ids])  # the teacher always says so
+    test = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["test"]
+    assert test == {
+        "n": 100,
+        "n_accepted": accepted.sum(),
+        "n_accepted_differs": (accepted & ~says_yes).sum(),
+        "student": (says_yes == is_yes).sum(),
+        "teacher": is_yes.sum(),
+        "cascade": np.where(accepted, says_yes == is_yes, is_yes).sum(),
+    }
+    assert 0 < test["n_accepted_differs"] < test["n_accepted"] < 100
 
 
 def test_answers_are_asked_for_once_and_rows_spend_their_delta(certify, tmp_path: Path):
@@ -392,7 +414,7 @@ def test_a_pruned_student_is_certified_on_what_it_writes(
     bundle = bundles.load_any(run.path("certify"))
     assert isinstance(bundle, WrittenBundle) and bundle.served.n == 60
     answers = dataset.read(run.directory / "answers" / "labels")
-    assert sorted(set(answers["split"].to_pylist())) == ["calibrate", "certify"]
+    assert sorted(set(answers["split"].to_pylist())) == ["calibrate", "certify", "test"]
 
     # What was stored of the student's words, against transformers.
     import torch

@@ -23,6 +23,7 @@ from journeyman.report.data import ReportData
 from journeyman.report.detection import detections
 from journeyman.report.measure import AgainstGold, Measured, measure
 from journeyman.report.ranking import rankings
+from journeyman.report.tables import interval
 from journeyman.report.verdict import beside_teacher, percent, realised_of_each, share
 from journeyman.run_folder import RunFolder
 
@@ -256,13 +257,14 @@ def _written(runs: Sequence[Written]) -> str:
     if not runs:
         return ""
     students = [run.student for run in runs]
-    heads = ("recipe", "agreement", "perplexity", "to the letter", "train rows", "training")
+    heads = ("recipe", "agreement", "perplexity", "to the letter", "interval",
+             "train rows", "training")  # fmt: skip
     rows = [
         (
             one.name,
             f"{one.agreement:.3f}",
             _NOTHING if one.perplexity is None else f"{one.perplexity:,.1f}",
-            _NOTHING if one.exact_match is None else f"{one.exact_match:.3f}",
+            *_to_the_letter(one),
             f"{one.n_rows:,}",
             duration(one.seconds),
         )
@@ -272,11 +274,20 @@ def _written(runs: Sequence[Written]) -> str:
         "\n## Students that write\n\n"
         + _table(heads, rows)
         + "\n\nOn `calibrate` rows: agreement with the teacher's first choice, token by token; "
-        "perplexity of the text's own tokens; answers that the student writes to the letter.\n"
+        "perplexity of the text's own tokens; answers that the student writes to the letter, "
+        "with an exact 95% interval.\n"
         + "".join(f"{note}\n" for note in comparison.agreement_notes(students))
         + "\n"
         + "".join(f"- {_certified(run)}\n" for run in runs)
     )
+
+
+def _to_the_letter(student: ComparedStudent) -> tuple[str, str]:
+    n, rate = student.n_held_out, student.exact_match
+    if n is None or rate is None:
+        return _NOTHING, _NOTHING
+    count = round(rate * n)
+    return f"{count:,} of {n:,}", interval(count, n)
 
 
 def _certified(run: Written) -> str:

@@ -1,6 +1,7 @@
 """The page of finished runs: its figures are those of the runs' own folders."""
 
 import pytest
+from scipy.stats import binomtest
 
 from journeyman import results
 from journeyman.errors import DataError
@@ -81,10 +82,22 @@ def test_a_bundle_that_escalates_everything_says_why():
 def test_students_that_write_have_a_table_of_their_own():
     student = ComparedStudent(
         name="rationales", size_bytes=1, agreement=0.5, kl=1.0, gold_accuracy=None, perplexity=9.0,
-        rows_per_s=None, n_rows=480, steps=3, seconds=60.0, labels_digest="d", exact_match=0.25,
+        rows_per_s=None, n_rows=480, steps=3, seconds=60.0, labels_digest="d",
+        exact_match=0.25, n_held_out=200,
     )  # fmt: skip
+    exact = binomtest(50, 200).proportion_ci()
     alone = results.page([finished(report_data()), Written(student=student)])
-    assert cells(alone, "rationales") == [["rationales", "0.500", "9.0", "0.250", "480", "1:00"]]
+    assert cells(alone, "rationales") == [
+        [
+            "rationales",
+            "0.500",
+            "9.0",
+            "50 of 200",
+            f"{exact.low:.1%} to {exact.high:.1%}",
+            "480",
+            "1:00",
+        ]
+    ]
     assert "`rationales`: not certified; its run ends with the student." in alone
     bundle, test = report_data().bundle, {"n": 200, "n_accepted": 120, "n_accepted_differs": 9}
     page = results.page([Written(student=student, bundle=bundle, test=test)])

@@ -38,6 +38,7 @@ class ComparedStudent:
     exact_match: float | None = None  # texts that a language model writes to the letter
     cross_entropy: float | None = None  # nats a token, where KL cannot be known
     against: Against = "distributions"  # what ``agreement`` is with
+    n_held_out: int | None = None  # calibrate rows
     hardware: Mapping[str, Any] | None = None  # as ``cluster.hardware`` has it
 
 
@@ -73,6 +74,7 @@ def _student(name: str, folder: Path, record: dict[str, Any]) -> ComparedStudent
         exact_match=best.get("exact_match"),
         cross_entropy=best.get("cross_entropy"),
         against=best.get("against", "distributions"),
+        n_held_out=best["n_rows"],
         hardware=record.get("hardware"),
     )
 

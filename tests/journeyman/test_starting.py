@@ -90,7 +90,9 @@ def test_splits_are_those_of_the_whole_file(capsys):
 def test_a_file_whose_rows_cannot_be_read_is_no_recipe(capsys):
     broken = "\n".join("a,b,c,d" if i % 3 else f"text {i},x" for i in range(90))
     Path("rows.csv").write_text(f"text,label\n{broken}\n")
-    assert "60 of 90 rows cannot be read" in init(capsys, "rows.csv", "--class", "x=one")
+    said = init(capsys, "rows.csv", "--class", "x=one")
+    assert "60 of 90 rows cannot be read" in said
+    assert "(the first: 4 fields where the header has 2)" in said
 
 
 def test_odd_values_stay_what_they_are_in_yaml(capsys):

@@ -101,8 +101,9 @@ def choose(options: argparse.Namespace, seen: Look, ask: Ask | None) -> Choices:
     if counted.n_malformed > allowed * (n_rows + counted.n_malformed):
         raise DataError(
             f"{seen.url}: {counted.n_malformed:,} of {n_rows + counted.n_malformed:,} rows cannot "
-            f"be read, or have no text in column {text!r}: mend the file (in a .tsv a quotation "
-            "mark is text, and no field spans lines), or name another column with --text."
+            f"be read, or have no text in column {text!r} (the first: {counted.first_malformed}): "
+            "mend the file (in a .tsv a quotation mark is text, and no field spans lines; all is "
+            "UTF-8), or name another column with --text."
         )
     return Choices(
         name=options.name or draft.run_name(seen.url),

@@ -120,11 +120,12 @@ def look(url: str) -> Look:
 
 @dataclass(slots=True, kw_only=True)
 class Counted:
-    """Over a whole file: rows with a text, those that cannot be read, and how many of the former
-    have each label and lie in each of the source's own splits."""
+    """Over a whole file: rows with a text, those that cannot be read, why the first of them cannot,
+    and how many of the former have each label and lie in each of the source's own splits."""
 
     n_rows: int = 0
     n_malformed: int = 0
+    first_malformed: str = ""
     labels: Counter[str] = field(default_factory=Counter)
     splits: Counter[str] = field(default_factory=Counter)
 
@@ -134,12 +135,10 @@ def count(url: str, kind: str, text: str, label: str | None, split: str | None) 
     counted = Counted()
     found = counted.labels
     for row in sources.rows(url, kind, [text, *(c for c in (label, split) if c)]):
-        if (
-            isinstance(row, Malformed)
-            or not isinstance(row.get(text), str)
-            or not row[text].strip()
-        ):
+        why = row.reason if isinstance(row, Malformed) else _lack(row.get(text))
+        if isinstance(row, Malformed) or why:
             counted.n_malformed += 1
+            counted.first_malformed = counted.first_malformed or why
             continue
         counted.n_rows += 1
         if split and row.get(split) not in (None, ""):
@@ -152,6 +151,10 @@ def count(url: str, kind: str, text: str, label: str | None, split: str | None) 
                 "like no label; name another one with --label, or none with --no-label."
             )
     return counted
+
+
+def _lack(text: object) -> str:
+    return "" if isinstance(text, str) and text.strip() else "no text"
 
 
 def _count(columns: dict[str, Column], row: dict[str, Any]) -> None:

@@ -346,6 +346,12 @@ class Run(RunFolder):
         from journeyman import summary
         from journeyman.report import page
 
+        if self.recipe.labels.kind != "classes":
+            raise RecipeError(
+                f"labels.kind is {self.recipe.labels.kind}, and pages are of classifiers so far; "
+                f"the student's card is {self.path('train') / 'README.md'}, and journeyman compare "
+                f"{self.where} --plot FILE draws it."
+            )
         data = summary.report_data(self)
         path = page.write(data, self.path("report"))
         return {"page": str(path)}, True

@@ -65,13 +65,18 @@ def test_what_agreement_is_with_is_said_where_it_is_not_the_teachers_first_choic
     record = runs[1] / "student" / "journeyman.json"
     values = json.loads(record.read_text())
     del values["best"]["kl"]
-    values["best"] |= {"against": "text", "cross_entropy": 1.25}
+    values["best"] |= {"against": "text", "cross_entropy": 1.25, "perplexity": 3.5}
     record.write_text(json.dumps(values))
     assert cli.main(["compare", *map(str, runs), "--report"]) == 0
-    _, _, second, _, note, *_ = capsys.readouterr().out.splitlines()
+    _, _, second, _, note, *rest = capsys.readouterr().out.splitlines()
     assert second.split()[4:6] == ["-", "1.250"]
     assert note == "Agreement of text is with the text's own tokens."
     assert comparison.kept(runs[0])[1].cross_entropy == 1.25
+    assert rest[-1] == "no page of text: students that write have none; --plot FILE draws them too"
+    assert not comparison.kept(runs[1])
+    capsys.readouterr()
+    assert cli.main(["compare", str(runs[1]), "--report"]) == 0
+    assert "journeyman report" not in capsys.readouterr().out
 
 
 def test_a_comparison_is_kept_for_the_pages(tmp_path: Path) -> None:

@@ -269,7 +269,8 @@ class Training(Section):
     )
     checkpoint_every_s: Annotated[float, Field(ge=0)] = Field(
         300.0,
-        description="Seconds between checkpoints within an epoch; each evaluation makes one too.",
+        description="Seconds between checkpoints; an evaluation that is the best so far, or that "
+        "ends an epoch or the training, makes one too.",
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         2, description="Worker failures from which a run restarts at its last checkpoint."

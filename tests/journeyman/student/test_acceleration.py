@@ -99,6 +99,7 @@ def test_layers_that_are_computed_twice_learn_the_same(
     [
         ("classifier", {}),
         ("causal", {}),
+        ("classifier", {"activation_checkpointing": True}),
         ("causal", {"activation_checkpointing": True}),
     ],
 )

@@ -180,6 +180,15 @@ def backbone_and_head(model: Any) -> tuple[Any, torch.Tensor, torch.Tensor | Non
     return plain.base_model, head.weight, getattr(head, "bias", None)
 
 
+def end_with(model: Any, token: int | None) -> None:
+    """Have ``generate`` end texts with this token, too, as those that were learned do."""
+    settings = model.generation_config
+    known = settings.eos_token_id
+    ends = [known] if isinstance(known, int) else known or []
+    if token is not None and token not in ends:
+        settings.eos_token_id = [token, *ends]
+
+
 def parameter_groups(model: Any, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's two groups: matrices, and without decay the vectors (norms, biases).
 

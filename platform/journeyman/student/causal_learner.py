@@ -54,6 +54,10 @@ class Causal:
         rows_dir: as ``token_rows.build`` wrote it. Raises DataError, ModelError."""
         self._rows, self._held_out = (TokenDataset(rows_dir / s) for s in token_rows.SPLITS)
         self._tokenizer = models.load_tokenizer(model_dir)
+        if (rows_dir / token_rows.TOKENIZER).exists():  # the teacher's, with its chat template
+            self._tokenizer = models.load_tokenizer(
+                rows_dir / token_rows.TOKENIZER, self._tokenizer.model_max_length
+            )
         model = self._model(folder, model_dir, student, training.seed)
         models.check_positions(model.config, student.max_length, model_dir)
         if training.activation_checkpointing:
@@ -191,8 +195,10 @@ class Causal:
 
     def write(self, module: Any, folder: Path) -> None:
         matrices = lora.adapter(module.model)
+        plain = lora.merged(module.model)
+        causal.end_with(plain, self._tokenizer.eos_token_id)
         with models.quiet():
-            lora.merged(module.model).save_pretrained(folder)
+            plain.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
         if matrices:
             torch.save(matrices, folder / LORA)

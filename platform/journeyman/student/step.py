@@ -202,11 +202,13 @@ def write_rows(
     if all((rows_dir / split).exists() for split in splits):
         return
     _check_labels(labels, recipe, None if as_text else teacher)
+    tokenizer = load_tokenizer(parent.path if own_tokens else teacher.path)
+    tokenizer.save_pretrained(rows_dir / token_rows.TOKENIZER)  # the student's from now on
     counts = token_rows.build(
         labels,
         corpus_dir,
         recipe.labels,
-        load_tokenizer(parent.path if own_tokens else teacher.path),
+        tokenizer,
         recipe.learner().max_length,
         rows_dir,
         as_text=as_text,

@@ -33,6 +33,7 @@ from journeyman.teacher.prompting import Encoder, Prompting, Rendered
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TOKENIZER = "tokenizer"  # beside the splits: the one that their prompts are made with
 SPLITS = ("train", "calibrate")
 ANSWER, _REASONING = "[label] ", "[rationale] "  # task prefixes (Hsieh et al. 2023, section 3.2)
 

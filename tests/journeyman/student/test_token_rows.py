@@ -11,15 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoTokenizer, GenerationConfig
 
+from journeyman import recipe
 from journeyman.errors import DataError
 from journeyman.labels.codec import Codec
 from journeyman.models import Model
-from journeyman.student import token_dataset, token_rows
+from journeyman.student import models, step, token_dataset, token_rows
+from journeyman.student.causal_learner import Causal
 from journeyman.student.models import load_tokenizer
 from journeyman.student.token_dataset import TokenDataset, TokenRow
 
 from ..labels import synthetic as made
+from .conftest import make_causal_recipe
 
 WORDS = np.random.default_rng(0)
 
@@ -283,3 +288,37 @@ def test_batches_are_decoded_ahead_and_their_errors_raised(tmp_path: Path) -> No
     while any(t.name == "decoding" for t in threading.enumerate()):
         assert time.monotonic() < deadline, "the decoding thread lives on"
         time.sleep(0.02)
+
+
+def test_a_student_is_exported_with_the_chat_template_that_it_was_trained_with(
+    tiny_llama: Model, tmp_path: Path
+) -> None:
+    """A base model, of a teacher with a template and an end of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama.path)
+    tokenizer.chat_template = "the {% for m in messages %}{{ m['content'] }}{% endfor %} is"
+    tokenizer.eos_token = "w44"
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    teacher = dataclasses.replace(tiny_llama, path=tmp_path / "teacher")
+    asked = make_causal_recipe().model_dump(mode="json")
+    asked["labels"] = {"kind": "generate", "prompt": "{{ text }} w3", "chat": True, "k": 3}
+    settings = recipe.parse(asked)
+    prompt = tokenizer.encode("the w9 w3 is")
+    said = made.generated("w1", [4, 47], made.distributions(2), n_prompt_tokens=len(prompt))
+    rows = [(made.row("w9", split), said) for split in ("train", "calibrate")]
+    made.write_dataset(tmp_path, settings.labels, [rows], codec=made.TOP3,
+                       teacher=teacher.identity)  # fmt: skip
+    step.write_rows(settings, tmp_path / "labels", tmp_path / "corpus", tiny_llama, teacher,
+                    tmp_path / "rows")  # fmt: skip
+    student = Causal(
+        None, torch.device("cpu"), model_dir=tiny_llama.path, student=settings.learner(),
+        training=settings.training, rows_dir=tmp_path / "rows",
+    )  # fmt: skip
+    student.write(models.copy_on_cpu(student.module), tmp_path / "student")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "student")
+    chat = [{"role": "user", "content": "w9 w3"}]
+    read = exported.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    batch = TokenDataset(tmp_path / "rows" / "train").batch(np.array([0]))
+    assert read == prompt == batch.rows.ids[:-2].tolist()
+    assert exported.eos_token == "w44"
+    ends = GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id
+    assert ends == [tokenizer.convert_tokens_to_ids("w44"), 1]

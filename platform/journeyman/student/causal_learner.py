@@ -195,13 +195,20 @@ class Causal:
 
     def write(self, module: Any, folder: Path) -> None:
         matrices = lora.adapter(module.model)
-        plain = lora.merged(module.model)
-        causal.end_with(plain, self._tokenizer.eos_token_id)
+        if matrices is None:
+            self._write_plain(module.model, folder)
+            return
+        folder.mkdir(parents=True)
+        torch.save(matrices, folder / LORA)
+
+    def export(self, folder: Path) -> None:
+        self._write_plain(lora.merged(self.module.model), folder)
+
+    def _write_plain(self, model: Any, folder: Path) -> None:
+        causal.end_with(model, self._tokenizer.eos_token_id)
         with models.quiet():
-            plain.save_pretrained(folder)
+            model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
-        if matrices:
-            torch.save(matrices, folder / LORA)
 
 
 class _Projected(torch.nn.Module):

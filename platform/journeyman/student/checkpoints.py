@@ -11,7 +11,7 @@ last, and who may write is looked up every few seconds instead of each time.
     WORK/trackers/               what trackers have been told
     WORK/checkpoints/step-N/     state.json, model/ (a Hugging Face folder), optimizer.pt
                                  state.json names each file and its bytes
-    ../step-N/model/lora.pt      low-rank matrices, where they are what is trained
+    ../step-N/model/lora.pt      low-rank matrices, where they are all that is trained
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from journeyman.folder import Folder
 from journeyman.mirror import Mirror, alone
 from journeyman.student.learner import Measured
 
-LORA = "lora.pt"  # beside the weights that it is merged into: what training goes on with
+LORA = "lora.pt"  # in the place of weights: those that it adds to do not change
 _STATE, _OWNER, _LIVE, _CURVE = "state.json", "attempt", "live.json", "training.jsonl"
 _STORE_EVERY_S = 5.0  # between two calls of a store that only say or ask how things stand
 

@@ -161,6 +161,9 @@ class Classifying:
             module.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
 
+    def export(self, folder: Path) -> None:
+        self.write(self.module, folder)
+
 
 def _split(rows: ClassRows, name: str) -> ClassRows:
     part = rows.split(name)

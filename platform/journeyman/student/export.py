@@ -19,7 +19,7 @@ import journeyman
 from journeyman.files import disk_errors, replaced_directory, write_bytes, write_json
 from journeyman.models import Model
 from journeyman.recipe import Generate, Logits, Recipe
-from journeyman.student.checkpoints import LORA, Evaluation, State
+from journeyman.student.checkpoints import Evaluation, State
 from journeyman.student.learner import AGREES_WITH, LOSS
 
 SCHEMA_VERSION = 1
@@ -42,12 +42,10 @@ def write(
 ) -> None:
     """Replace ``out_dir`` by the best checkpoint's model, whole or not at all."""
     with replaced_directory(out_dir) as fresh:
-        # Low-rank matrices are merged into the weights; by themselves they are for resuming.
         shutil.copytree(
             model_dir,
             fresh,
             dirs_exist_ok=True,
-            ignore=shutil.ignore_patterns(LORA),
             copy_function=partial(_copy, where=out_dir.parent),
         )
         shutil.copyfile(curve, fresh / "training.jsonl")

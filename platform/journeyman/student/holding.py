@@ -43,7 +43,8 @@ class Holding(Protocol):
         """Of the last step."""
 
     def copy(self) -> torch.nn.Module:
-        """The plain student with whole tensors, on the CPU; on rank 0."""
+        """The plain student with whole tensors, on the CPU; on rank 0. Of weights that do not
+        learn there is no copy."""
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> State:
         """A copy with whole tensors, on the CPU; on rank 0."""
@@ -149,6 +150,8 @@ class _Parts:
         forms = dict(self._form.named_parameters())
         copies: dict[int, Any] = {}
         for name, part in self.module.named_parameters():
+            if not part.requires_grad:
+                continue
             whole = self._whole(part.detach())
             if whole is not None:
                 form = forms[name]

@@ -109,5 +109,9 @@ class Learner(Protocol):
         """The student on the held-out rows. Raises DataError where it says nothing any more."""
 
     def write(self, module: Any, folder: Path) -> None:
-        """Write ``module``, a copy of the own one on the CPU, as a Hugging Face folder, and use it
-        up; may be called in another thread while this one trains on."""
+        """Write ``module``, a copy of the own one on the CPU, and use it up; may be called in
+        another thread while this one trains on. A Hugging Face folder, but of low-rank matrices,
+        which are written alone (``checkpoints.LORA``)."""
+
+    def export(self, folder: Path) -> None:
+        """Write the own student, on the CPU, as a Hugging Face folder, and use it up."""

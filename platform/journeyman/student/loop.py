@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,13 +18,13 @@ from pathlib import Path
 
 from journeyman.cluster import hardware
 from journeyman.errors import ClusterError, JourneymanError
-from journeyman.files import disk_errors
+from journeyman.files import disk_errors, scratch_folder
 from journeyman.folder import Folder
 from journeyman.mirror import Mirror
 from journeyman.models import Model
 from journeyman.recipe import Recipe, Training
 from journeyman.student import export, worker
-from journeyman.student.checkpoints import Checkpoints, Evaluation, State
+from journeyman.student.checkpoints import LORA, Checkpoints, Evaluation, State
 from journeyman.student.lesson import Load, Task
 from journeyman.student.live import TrainProgress
 
@@ -90,9 +90,9 @@ def train(
         world_size=recipe.training.workers,
         hardware=hardware(),
     )
-    best_model = checkpoints.model(result.best.step)
     checkpoints.fetch_curve()
-    export.write(out_dir, best_model, checkpoints.curve, result.best, state, origin)
+    with _plain(checkpoints.model(result.best.step), load) as best_model:
+        export.write(out_dir, best_model, checkpoints.curve, result.best, state, origin)
     Mirror(local=out_dir, url=store and f"{store}/{out_dir.name}").push()
     clear_work(out_dir, inputs, store)
     return result
@@ -122,6 +122,19 @@ def clear_work(out_dir: Path, inputs: str, store: str | None = None) -> None:
             if all(item.modified < limit for item in items):
                 for item in items:
                     folder.delete(item.name)
+
+
+@contextlib.contextmanager
+def _plain(model_dir: Path, load: Load) -> Iterator[Path]:
+    """A checkpoint's model as a Hugging Face folder; low-rank matrices are merged for it."""
+    if not (model_dir / LORA).exists():
+        yield model_dir
+        return
+    import torch
+
+    with scratch_folder(model_dir.with_name("merged")) as merged:
+        load(model_dir, torch.device("cpu")).export(merged)
+        yield merged
 
 
 def _fit(task: Task, work: Path) -> State:

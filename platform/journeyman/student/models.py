@@ -95,8 +95,9 @@ def load_tokenizer(folder: Path, max_length: int | None = None) -> Any:
 
 
 def copy_on_cpu(model: Any) -> Any:
-    """The model with a copy of its weights in the host's memory; shared weights stay shared."""
-    return copied(model, lambda weight: weight.to("cpu", copy=True))
+    """The model with a copy of its weights in the host's memory; shared weights stay shared, and
+    those that do not learn are the model's own."""
+    return copied(model, lambda w: w.to("cpu", copy=True) if w.requires_grad else w)
 
 
 def copied(model: Any, take: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -105,7 +106,7 @@ def copied(model: Any, take: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
     copies: dict[int, Any] = {id(b): b.to("cpu", copy=True) for b in model.buffers()}
     for weight in model.parameters():
-        taken = take(weight.detach())
+        taken = take(weight).detach()
         copies[id(weight)] = torch.nn.Parameter(taken, requires_grad=weight.requires_grad)
     return copy.deepcopy(model, copies)
 

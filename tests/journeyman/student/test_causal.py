@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -25,7 +26,7 @@ from transformers import (
 
 from journeyman.errors import ModelError
 from journeyman.recipe import Student
-from journeyman.student import causal, lora, models, pruning, vocabulary
+from journeyman.student import causal, lora, pruning, vocabulary
 from journeyman.student.models import load_tokenizer
 
 from .conftest import VOCABULARY, make_tiny_llama
@@ -261,7 +262,7 @@ def test_low_rank_matrices_learn_alone_and_merge_into_a_plain_model(
         backbone, weight, _ = causal.backbone_and_head(model)
         hidden = backbone(input_ids=PROMPT).last_hidden_state
         torch.testing.assert_close(hidden @ weight.T, wanted)
-    lora.merged(models.copy_on_cpu(model)).save_pretrained(tmp_path)
+    lora.merged(copy.deepcopy(model)).save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(plain(input_ids=PROMPT).logits, wanted, rtol=1e-4, atol=1e-5)

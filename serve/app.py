@@ -29,7 +29,8 @@ from serve.ingress import Ingress, IngressSpec
 from serve.ports import check_port_of_serve_run
 from serve.scaling import BusyStudents, RisingLoad
 from serve.students import STUDENT_CPUS
-from serve.teacher import Student, Teacher
+from serve.teacher import Teacher
+from serve.writers import Student
 
 # Serve counts a request that waits for the teacher as load on the ingress. The bounds that refuse
 # requests are our own (cascade.max_queued_requests); this one must never be what holds one back.

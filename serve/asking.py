@@ -33,10 +33,14 @@ class TeacherByHandle:
     """
 
     def __init__(
-        self, handle: DeploymentHandle, may_sleep: bool = False, whose: str = "teacher"
+        self,
+        handle: DeploymentHandle,
+        may_sleep: bool = False,
+        whose: str = "teacher",
+        which: tuple[str, ...] = (),
     ) -> None:
-        """whose: its name in sentences."""
-        self._handle = handle
+        """whose: its name in sentences; which: of several models behind the handle."""
+        self._handle, self._which = handle, which
         self._may_sleep = may_sleep
         self._waking: asyncio.Task[None] | None = None
         self._started_in_s = _BACK_IN_S  # how long it took the last time
@@ -60,7 +64,7 @@ class TeacherByHandle:
             raise TeacherStarting(_words(self._starting), self._started_in_s)
         if self.unready:
             raise TeacherAway(_words(self.unready), _BACK_IN_S)
-        response = self._handle.label.remote(list(texts))
+        response = self._handle.label.remote(list(texts), *self._which)
         try:
             reply = await response
         except asyncio.CancelledError:
@@ -97,12 +101,12 @@ class TeacherByHandle:
     async def _woken(self) -> None:
         since = time.monotonic()
         with contextlib.suppress(RayError, RayServeException):
-            await self._handle.unready.remote()
+            await self._handle.unready.remote(*self._which)
             self.n_running = 1
             self._started_in_s = time.monotonic() - since
 
     async def _probe(self) -> None:
-        response = self._handle.unready.remote()
+        response = self._handle.unready.remote(*self._which)
         try:
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
                 self.unready = await response

@@ -27,7 +27,7 @@ from journeyman.errors import ClusterError
 from journeyman.folder import Folder
 from journeyman.recipe import Feedback, digest
 from journeyman.student.models import Classifier
-from serve import loading
+from serve import loading, writers
 from serve.agreement import Agreed, Member
 from serve.asking import TeacherByHandle
 from serve.billing import settle
@@ -36,7 +36,8 @@ from serve.live import Live, Served
 from serve.loading import Loaded
 from serve.metrics import Health, Measured
 from serve.scaling import BUSY
-from serve.students import Encoder, Rule, Student, Writer, classifier
+from serve.students import Encoder, Rule, Student, classifier
+from serve.writers import Writer
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -68,7 +69,7 @@ class Ingress:
         self._busy_s, self._reported_at = 0.0, time.monotonic()
         may_sleep = spec.loaded.recipe.cascade.teacher_replicas.min == 0
         self._teacher = TeacherByHandle(teacher, may_sleep)
-        self._writer = TeacherByHandle(student, whose="student") if student else None
+        self._writers = student
         limits = {k.sha256: k.dollars_per_day for k in spec.keys if k.dollars_per_day is not None}
         self._purse = Purse(limits)
         self._keyring = Keyring(spec.keys, time.monotonic)
@@ -81,9 +82,7 @@ class Ingress:
             self._settling = asyncio.get_running_loop().create_task(
                 settle(self._purse, self._replica, state, ask)
             )
-        loop = asyncio.get_running_loop()
-        asked = [self._teacher, *([self._writer] if self._writer else [])]
-        self._watching = [loop.create_task(model.watch()) for model in asked]
+        self._watching = asyncio.get_running_loop().create_task(self._teacher.watch())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the replica is made."""
@@ -108,14 +107,16 @@ class Ingress:
 
     def _unready(self) -> str | None:
         """Why not everything can answer yet."""
-        return self._teacher.unready or (self._writer.unready if self._writer else None)
+        return self._teacher.unready or self._live.unready
 
     def _worked(self, seconds: float) -> None:
         self._busy_s += seconds
 
     async def _load(self, bundle: str) -> Served:
         loaded = await asyncio.to_thread(loading.load, bundle)
-        loading.check_same_engines(loaded.bundle, self._spec.loaded.bundle)
+        loading.check_fits(loaded, self._spec.loaded)
+        if self._writers:
+            await writers.started(self._writers, loaded)
         student, watch = await asyncio.to_thread(lambda: (classifier(loaded), _watch(loaded)))
         return self._served(loaded, student, watch)
 
@@ -126,15 +127,15 @@ class Ingress:
     def _student(self, loaded: Loaded, encoder: Classifier | None, rule: Rule) -> Student:
         if encoder is not None:
             return Encoder(loaded, encoder, rule, self._worked)
-        assert self._writer is not None, "a student that writes is a deployment"
-        return Writer(self._writer, rule)
+        assert self._writers is not None, "students that write are a deployment"
+        return Writer(self._writers, loaded, rule)
 
     def _served(
         self, loaded: Loaded, encoder: Classifier | None, watch: Watch | _Unknown | None
     ) -> Served:
         """Everything that answers by one bundle, started."""
         bundle, settings = loaded.bundle, loaded.recipe.cascade
-        rule = Rule(bundle)
+        rule = Rule(loaded)
         if watch == _UNKNOWN:
             rule.hold()
         elif isinstance(watch, Watch):
@@ -194,6 +195,7 @@ class Ingress:
             figures=measured.figures,
             decide=shadow,
             close=close,
+            unready=lambda: student.unready,
         )
 
 

@@ -58,6 +58,7 @@ class Served:
     figures: Callable[[], dict[str, Any]]
     decide: Callable[[Sequence[str]], Awaitable[object]]  # by the student alone, and counted
     close: Callable[[], Coroutine[Any, Any, None]]
+    unready: Callable[[], str | None] = lambda: None  # why its student cannot decide now
 
 
 class Live:
@@ -82,6 +83,11 @@ class Live:
     def bundle(self) -> PolicyBundle | WrittenBundle:
         """The one that answers; a candidate's stands in the figures."""
         return self._main.bundle
+
+    @property
+    def unready(self) -> str | None:
+        """Why not everything can answer yet."""
+        return self._main.unready()
 
     def served(self, texts: Sequence[str]) -> Served:
         """Who answers this request."""

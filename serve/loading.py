@@ -102,27 +102,34 @@ def recipe_of(bundle_dir: Path) -> recipe.Recipe:
     return recipe.parse(content, str(bundle_dir / RECIPE_FILE))
 
 
-def check_same_engines(
-    bundle: PolicyBundle | WrittenBundle, running: PolicyBundle | WrittenBundle
-) -> None:
-    """Raises BundleMismatch unless what runs beside the ingress for one can answer for the other:
-    the teacher, and a student that writes."""
-    asked = [
-        "teacher_digest",
-        "teacher_tokenizer_digest",
-        "prompt_digest",
-        "label_names",
-        "columns",
-    ]
-    if isinstance(running, WrittenBundle):
-        asked += ["student_digest", "student_tokenizer_digest"]
+def student_key(bundle: PolicyBundle | WrittenBundle) -> str:
+    """What tells students apart."""
+    return recipe.digest([bundle.student_digest, bundle.student_tokenizer_digest])
+
+
+def check_fits(loaded: Loaded, running: Loaded) -> None:
+    """Raises BundleMismatch unless the teacher that runs for one can answer for the other, and the
+    students of both have room where one runs."""
+    bundle = loaded.bundle
+    asked = ["teacher_digest", "teacher_tokenizer_digest", "prompt_digest", "label_names",
+             "columns"]  # fmt: skip
     differing = [
-        name for name in asked if getattr(bundle, name, None) != getattr(running, name, None)
+        name for name in asked if getattr(bundle, name, None) != getattr(running.bundle, name, None)
     ]
     if differing:
         raise BundleMismatch(
-            f"bundle {bundle.bundle_id} was certified with another model or prompt than what runs "
-            f"({', '.join(differing)}): deploy it anew, it cannot be swapped in."
+            f"bundle {bundle.bundle_id} was certified with another teacher or prompt than what "
+            f"runs ({', '.join(differing)}): deploy it anew, it cannot be swapped in."
+        )
+    both = loaded.recipe.teacher, running.recipe.teacher
+    taken = sum(teacher.gpu_memory_utilization for teacher in both)
+    another = student_key(bundle) != student_key(running.bundle)
+    if another and running.recipe.cascade.student_gpus and taken > 1:
+        raise BundleMismatch(
+            f"bundle {bundle.bundle_id}: its student has no room on a GPU beside the one that "
+            f"answers, as teacher.gpu_memory_utilization of both add up to {taken:g}. Deploy it "
+            "anew; or, to have it swapped in, set that to 0.45 in the recipe.json of both bundles "
+            "and deploy the one that answers anew first."
         )
 
 
@@ -135,11 +142,6 @@ def _asked(settings: recipe.Recipe, bundle: PolicyBundle | WrittenBundle) -> Cla
         raise RecipeError(
             f"labels.prompt takes the columns {', '.join(bundle.columns)}, and a prompt over HTTP "
             "is one text: name it {{ text }} to serve a student that writes."
-        )
-    if settings.cascade.feedback is not None:
-        raise RecipeError(
-            "cascade.feedback: what is kept and audited are answers of classes so far; serve a "
-            "student that writes without it."
         )
     return written.check(settings)
 

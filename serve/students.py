@@ -1,29 +1,25 @@
-"""The student as the ingress asks it: an encoder on the replica's own CPUs, or one that writes, by
-handle; and the rule by which either's answers are accepted.
+"""An encoder as student, on the ingress replica's own CPUs; and the rule by which any student's
+answers are accepted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from journeyman.cascade.answering import StudentDecisions
 from journeyman.cascade.batcher import Batcher
-from journeyman.cascade.policy import Decision, Escalation, Policy, Written
-from journeyman.cascade.refusals import StudentUnavailable, TeacherUnavailable
+from journeyman.cascade.policy import Decision, Escalation, Policy
 from journeyman.cascade.written_policy import WrittenPolicy
-from journeyman.certify.bundle import PolicyBundle, WrittenBundle
+from journeyman.certify import written
+from journeyman.certify.bundle import WrittenBundle
 from journeyman.certify.thresholds import ESCALATE_EVERYTHING
 from journeyman.columns import unpacked
 from journeyman.errors import BundleMismatch
 from journeyman.student.inputs import Inputs
 from journeyman.student.models import Classifier
 from serve import loading
-from serve.asking import TeacherByHandle
 from serve.loading import Loaded
-
-if TYPE_CHECKING:
-    pass
 
 # Of a replica, for the student, and as many threads. More would be faster beside an idle teacher
 # (378 against 247 rows/s on two cores), but beside a busy one on the same cores each waits for the
@@ -38,9 +34,10 @@ _ROWS_A_PASS = 8
 class Rule:
     """A bundle's policy, as strict as the audits have made it."""
 
-    def __init__(self, bundle: PolicyBundle | WrittenBundle) -> None:
+    def __init__(self, loaded: Loaded) -> None:
+        bundle = loaded.bundle
         self.policy: Policy | WrittenPolicy = (
-            WrittenPolicy.from_bundle(bundle)
+            WrittenPolicy.from_bundle(bundle, written.comparison(loaded.recipe))
             if isinstance(bundle, WrittenBundle)
             else Policy.from_bundle(bundle)
         )
@@ -64,8 +61,10 @@ class Rule:
 
 
 class Student(StudentDecisions, Protocol):
-    """Decides on texts between ``start`` and ``close``."""
+    """Decides on texts between ``start`` and ``close``. unready: why it cannot, None if it can."""
 
+    @property
+    def unready(self) -> str | None: ...
     def start(self) -> None: ...
     async def close(self) -> None: ...
 
@@ -85,6 +84,7 @@ class Encoder:
         self._inputs = Inputs(loaded.recipe.learner())
         self._classifier, self._rule = classifier, rule
         self._batcher = Batcher(self.decide, loaded.recipe.cascade.max_batch_size, worked)
+        self.unready = None
 
     def start(self) -> None:
         self._batcher.start()
@@ -101,33 +101,6 @@ class Encoder:
         assert isinstance(policy, Policy)
         rows = self._inputs.all(unpacked(text, self._columns) for text in texts)
         return policy.decide_batch(self._classifier.logits(rows, _ROWS_A_PASS))
-
-
-class Writer:
-    """A deployment of its own, whose engine batches by itself."""
-
-    def __init__(self, engine: TeacherByHandle, rule: Rule) -> None:
-        self._engine, self._rule = engine, rule
-
-    def start(self) -> None:
-        """Nothing: it runs as long as the application does."""
-
-    async def close(self) -> None:
-        """Nothing."""
-
-    async def submit(self, items: Sequence[str]) -> list[Decision | Escalation]:
-        """Raises StudentUnavailable."""
-        try:
-            said = await self._engine.labels(items)
-        except TeacherUnavailable as refusal:
-            raise StudentUnavailable(
-                "the student is away (starting, most likely); ask for the cascade, whose teacher "
-                "answers meanwhile, or again in some seconds.",
-                refusal.retry_after_s,
-            ) from refusal
-        policy = self._rule.policy
-        assert isinstance(policy, WrittenPolicy)
-        return policy.decide_batch([one if isinstance(one, Written) else None for one in said])
 
 
 def classifier(loaded: Loaded) -> Classifier | None:

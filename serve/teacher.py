@@ -1,5 +1,4 @@
-"""The teacher's deployment: one vLLM engine that answers texts as labeling answered its rows; and
-that of a student that writes.
+"""The teacher's deployment: one vLLM engine that answers texts as labeling answered its rows.
 
 The replica owns the engine, in an event loop of its own: starting one blocks for half a minute,
 and meanwhile the replica goes on answering that it cannot. Where the engine dies, the replica
@@ -19,7 +18,6 @@ import numpy as np
 from journeyman import models
 from journeyman.cascade.answering import Said, Unlabeled
 from journeyman.cascade.policy import Written
-from journeyman.certify import written
 from journeyman.columns import unpacked
 from journeyman.errors import ModelError
 from journeyman.labels.codec import Codec
@@ -30,8 +28,6 @@ from journeyman.student import writing
 from journeyman.teacher import tasks
 from journeyman.teacher.answers import ClassLabels, GeneratedLabels, RationaleLabels, RowError
 from journeyman.teacher.engine import Engine, EngineDied
-from serve import loading
-from serve.loading import Loaded
 
 T = TypeVar("T")
 
@@ -99,12 +95,26 @@ class Teacher:
         if self._failure and not self._engine.alive:
             raise RuntimeError(self._failure)
 
-    def __del__(self) -> None:
-        """Serve calls this when the replica stops."""
+    async def close(self) -> None:
+        """End the engine and its thread, and let the replica live on."""
+
+        async def end() -> None:
+            self._engine.close()
+
+        self._watching.cancel()
+        await self._in_engine_loop(end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def stop(self) -> None:
+        """End the engine, of a replica that stops."""
         if hasattr(self, "_watching"):
             self._watching.cancel()
         if hasattr(self, "_engine"):
             self._engine.close()
+
+    def __del__(self) -> None:
+        """Serve calls this when the replica stops."""
+        self.stop()
 
     async def _label(self, texts: Sequence[str]) -> list[Said]:
         return await asyncio.gather(*(self._label_one(text) for text in texts))
@@ -159,16 +169,3 @@ class Teacher:
     async def _in_engine_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         return await asyncio.wrap_future(future)
-
-
-class Student(Teacher):
-    """A student that writes, asked as it was for its certificate."""
-
-    whose = "student"
-
-    def __init__(self, loaded: Loaded) -> None:
-        """Starts the engine; raises ModelError, RecipeError, BundleMismatch."""
-        folder = loading.student_here(loaded)
-        asked = written.check(loaded.recipe)
-        settings = writing.written_by(loaded.recipe, folder, asked).teacher
-        super().__init__(settings, asked, loaded.bundle.columns, models.resolve(str(folder)))

@@ -16,7 +16,7 @@ def by_student(decisions: Sequence[Decision | Escalation]) -> list[bool]:
 
 def test_a_rule_that_is_held_answers_nothing_until_it_is_told(run: tiny.Run):
     loaded = loading.load(run.bundle_dir)
-    rule, changes = Rule(loaded.bundle), []
+    rule, changes = Rule(loaded), []
     student = Encoder(loaded, classifier(loaded), rule)
     rule.when_changed = lambda: changes.append(rule.policy.accept_above)
     accepts = (run.scores > run.bundle.accept_above).tolist()

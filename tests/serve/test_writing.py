@@ -11,13 +11,15 @@ from pathlib import Path
 import httpx
 import numpy as np
 import openai
+import pyarrow.parquet as pq
 import pytest
 
-from journeyman import models, recipe
+from journeyman import corpus, models, recipe
 from journeyman.certify import written
 from journeyman.certify.bundle import WrittenBundle, save
 from journeyman.errors import BundleMismatch, RecipeError
 from serve import loading
+from tests.conftest import journeyman
 from tests.serve import tiny
 from tests.serve.test_app import children
 
@@ -53,6 +55,17 @@ def settings_of(folder: Path, **cascade: object) -> recipe.Recipe:
     return recipe.parse(values)
 
 
+def a_bundle(
+    folder: Path, student: Path, settings: recipe.Recipe, threshold: float
+) -> WrittenBundle:
+    return tiny.a_written_bundle(
+        models.resolve(str(student)),
+        models.resolve(str(folder / "teacher")),
+        written.check(settings),
+        threshold,
+    )
+
+
 def greedy(folder: Path) -> dict[str, Answer]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,28 +93,28 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Written:
     settings = settings_of(folder)
     scores = np.sort([answer.logprobs.mean() for answer in by_student.values()])
     gap = int(np.argmax(np.diff(scores)[3:8])) + 3  # wide enough for either engine's rounding
-    bundle = tiny.a_written_bundle(
-        models.resolve(str(folder / "student")),
-        models.resolve(str(folder / "teacher")),
-        written.check(settings),
-        threshold=float(scores[gap : gap + 2].mean()),
-    )
-    save(bundle, folder / "bundle")
-    (folder / "bundle" / "recipe.json").write_text(json.dumps(settings.model_dump(mode="json")))
+    threshold = float(scores[gap : gap + 2].mean())
+    bundle = a_bundle(folder, folder / "student", settings, threshold)
+    write(bundle, settings, folder / "bundle")
     return Written(folder, bundle, by_student, by_teacher)
 
 
+def write(bundle: WrittenBundle, settings: recipe.Recipe, folder: Path) -> None:
+    save(bundle, folder)
+    (folder / "recipe.json").write_text(json.dumps(settings.model_dump(mode="json")))
+
+
 def test_what_a_student_that_writes_cannot_be_served_with_is_said(run: Written, tmp_path: Path):
-    (tmp_path / "bundle").mkdir()
-    save(run.bundle, tmp_path / "bundle")
-    kept = settings_of(run.folder, feedback={"to": str(tmp_path / "kept")})
-    (tmp_path / "bundle/recipe.json").write_text(json.dumps(kept.model_dump(mode="json")))
-    with pytest.raises(RecipeError, match=r"cascade\.feedback"):
-        loading.load(tmp_path / "bundle")
-    other = settings_of(run.folder).model_dump(mode="json")
-    other["labels"]["prompt"] = "Say less: {{ text }}"
-    (tmp_path / "bundle/recipe.json").write_text(json.dumps(other))
+    values = settings_of(run.folder).model_dump(mode="json", exclude_unset=True)
+    values["labels"]["prompt"] = "Say less: {{ text }}"
+    write(run.bundle, recipe.parse(values), tmp_path / "bundle")
     with pytest.raises(BundleMismatch, match="the recipe's prompt"):
+        loading.load(tmp_path / "bundle")
+    values["labels"]["prompt"] = "{{ title }}: {{ text }}"
+    values["corpus"]["columns"] = {"meta": ["title"]}
+    of_two = run.bundle.model_dump() | {"columns": ("text", "title")}
+    write(WrittenBundle.model_validate(of_two), recipe.parse(values), tmp_path / "bundle")
+    with pytest.raises(RecipeError, match=r"columns text, title"):
         loading.load(tmp_path / "bundle")
 
 
@@ -109,6 +122,21 @@ def test_what_a_student_that_writes_cannot_be_served_with_is_said(run: Written, 
 class Running:
     url: str
     client: httpx.Client
+
+    def figures(self) -> dict:
+        return self.client.get("/v1/figures").json()
+
+    def switch(self, bundle: Path, bundle_id: str, text: str) -> list[httpx.Response]:
+        """As ``serve deploy`` does it; what the text was answered with meanwhile."""
+        from ray import serve
+
+        serve.get_app_handle("cascade").reconfigure.remote({"bundle": str(bundle)}).result()
+        deadline, answers = time.monotonic() + 120, []
+        while (figures := self.figures())["bundle"] != bundle_id:
+            assert time.monotonic() < deadline and not figures["reload_failure"], figures
+            answers.append(self.ask(text))
+            time.sleep(0.1)
+        return answers
 
     def ask(self, text: str, model: str = "cascade", **more: object) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": text}], **more}
@@ -166,6 +194,70 @@ def test_a_text_too_long_for_the_models_is_refused_with_a_sentence(cascade: Runn
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+def test_audits_find_the_promise_broken_and_what_was_kept_is_a_corpus(
+    cascade: Running, run: Written, tmp_path: Path
+):
+    """A looser bundle of the same student takes over in place: of random models, which differ far
+    more often than promised."""
+    kept = tmp_path / "kept"
+    feedback = {"to": str(kept), "audit_rate": 0.5, "roll_s": 1}
+    third = sorted(answer.logprobs.mean() for answer in run.by_student.values())[2]
+    promise = tiny.a_promise(float(third) + 1e-6)
+    looser = WrittenBundle.model_validate(run.bundle.model_dump() | promise)
+    write(looser, settings_of(run.folder, feedback=feedback), run.folder / "looser")
+    cascade.switch(run.folder / "looser", looser.bundle_id, TEXTS[0])
+    deadline = time.monotonic() + 60
+    while cascade.figures()["watch"]["rung"] == 0:
+        assert time.monotonic() < deadline, cascade.figures()
+        for text in TEXTS:
+            assert cascade.ask(text).status_code == 200
+    status = journeyman("cascade", "status", cascade.url).stdout
+    assert "the promise is broken at any threshold: the teacher answers all" in status
+    fresh = [f"{text} {i}" for i, text in enumerate(TEXTS * 2)]
+    for text in fresh:
+        assert cascade.ask(text).json()["journeyman"]["answered_by"] == ["teacher"]
+    cascade.switch(run.folder / "bundle", run.bundle.bundle_id, TEXTS[0])
+
+    def rows() -> list[dict]:
+        tables = [pq.read_table(path).to_pylist() for path in kept.glob("*.parquet")]
+        return [row for table in tables for row in table]
+
+    while not {row["text"] for row in rows()} & set(fresh[-2:]):
+        assert time.monotonic() < deadline + 60, rows()
+        time.sleep(0.2)
+    by = {"student": run.by_student, "teacher": run.by_teacher}
+    known = [row for row in rows() if row["text"] in run.by_student]
+    assert {row["answered_by"] for row in known} == set(by)
+    for row in known:
+        assert row["label"] == by[row["answered_by"]][row["text"]].text
+        own = run.by_student[row["text"]].logprobs.mean()
+        assert row["confidence"] == pytest.approx(own, abs=5e-3)
+    assert {row["bundle"] for row in rows()} == {looser.bundle_id}
+    assert {(row["split"], row["propensity"]) for row in rows()} == {
+        ("train", 0.5),
+        ("certify", 0.5),
+    }
+
+    source = tmp_path / "own.jsonl"
+    source.write_text(json.dumps({"text": "mine"}))
+    values = settings_of(run.folder).model_dump(mode="json", exclude_unset=True)
+    values["corpus"] = {
+        "sources": [str(source)], "shares": {"train": 1.0}, "feedback": str(kept)
+    }  # fmt: skip
+    corpus.prepare(recipe.parse(values), tmp_path / "corpus")
+    prepared = {row["text"]: row["split"] for row in all_rows(tmp_path / "corpus")}
+    audited = {row["text"] for row in rows() if row["split"] == "certify"}
+    assert {text for text, split in prepared.items() if split != "train"} == audited
+    assert set(prepared) == {row["text"] for row in rows()} | {"mine"}
+
+
+def all_rows(folder: Path) -> list[dict]:
+    names = [shard["name"] for shard in corpus.read_manifest(folder)["shards"]]
+    return [row for name in names for row in corpus.read_shard(folder, name).to_pylist()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_while_the_students_engine_is_gone_the_teacher_answers(cascade: Running, run: Written):
     text = next(text for text in TEXTS if run.accepted(text))
     [student] = children("ServeReplica:cascade:Student")
@@ -181,3 +273,24 @@ def test_while_the_students_engine_is_gone_the_teacher_answers(cascade: Running,
         if answered_by[-1:] != [by]:
             answered_by.append(by)
         time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_bundle_of_another_student_takes_over_without_dropping_a_request(
+    cascade: Running, run: Written
+):
+    other = run.folder / "other"
+    tiny.write_teacher(other / "student", seed=2)
+    by_other = greedy(other / "student")
+    bundle = a_bundle(run.folder, other / "student", settings_of(run.folder), threshold=-1e3)
+    write(bundle, settings_of(run.folder), other / "bundle")
+    text = next(text for text in TEXTS if run.accepted(text))
+    answers = cascade.switch(other / "bundle", bundle.bundle_id, text)
+    assert len(answers) > 10 and {answer.status_code for answer in answers} == {200}
+    assert {answer.json()["journeyman"]["answered_by"][0] for answer in answers} == {"student"}
+    for text in TEXTS:
+        body = cascade.ask(text).json()
+        assert body["journeyman"]["answered_by"] == ["student"]
+        assert body["journeyman"]["bundle"] == bundle.bundle_id
+        assert body["choices"][0]["message"]["content"] == by_other[text].text

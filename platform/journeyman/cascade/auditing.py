@@ -13,7 +13,7 @@ from journeyman.cascade.answering import EscalationRule, Said, TeacherLabels, Un
 from journeyman.cascade.drift import Audit
 from journeyman.cascade.policy import Decision
 from journeyman.cascade.refusals import TeacherUnavailable
-from journeyman.cascade.watching import LOST
+from journeyman.cascade.watching import LOST, UNANSWERED
 
 _MOST_WAITING = 100_000  # texts: a night without a teacher, at one audit a second
 _LOOK_AGAIN_S = 0.2
@@ -40,17 +40,16 @@ class Auditor:
 
     def add(self, text: str, decision: Decision) -> None:
         """decision: what the request was answered with, or would have been."""
-        if decision.confidence is None:
-            return
         if decision.answered_by == "teacher":
             return self.escalated(decision)
         self.n_pending += 1
         self._push((text, decision))
 
-    def escalated(self, decision: Decision) -> None:
-        """One that the student did not answer, so that its outcome is known."""
-        if decision.confidence is not None:
-            self._push(Audit(score=decision.confidence, loss=0))
+    def escalated(self, decision: Decision | None) -> None:
+        """One that the student did not answer, so that its outcome is known; None: it has no answer
+        to it at all, or was away."""
+        score = None if decision is None else decision.confidence
+        self._push(UNANSWERED if score is None else Audit(score=score, loss=0))
 
     def outcomes(self) -> list[Audit]:
         """What has come out since this was last asked."""
@@ -104,5 +103,5 @@ class Auditor:
         assert decision.confidence is not None
         if isinstance(label, Unlabeled):  # nobody will ever know
             return Audit(score=decision.confidence, loss=1)
-        escalated = self._policy.escalated(label, decision)
-        return Audit(score=decision.confidence, loss=int(escalated.label != decision.label))
+        same = self._policy.same(decision.label, self._policy.escalated(label, decision).label)
+        return Audit(score=decision.confidence, loss=int(not same))

@@ -126,6 +126,10 @@ class Policy:
         assert isinstance(said, ClassLabels)
         return self.teacher_decision(said.class_logprobs, student)
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two answers are one."""
+        return one == other
+
     def teacher_decision(
         self, class_logprobs: npt.ArrayLike, student: Decision | None = None
     ) -> Decision:

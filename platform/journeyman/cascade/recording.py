@@ -79,7 +79,6 @@ class Recording:
         if not (audited and self._auditor):
             return
         if isinstance(decision, Escalation):
-            if decision.student is not None:
-                self._auditor.escalated(decision.student)
+            self._auditor.escalated(decision.student)
         else:
             self._auditor.add(text, decision)

@@ -23,6 +23,9 @@ LADDER = (0.75, 0.5, 0.25)
 # What an audit counts as whose outcome is lost: the student answered it, wrongly, on every rung.
 LOST = Audit(score=float(np.finfo(np.float64).max), loss=1)
 
+# And one of a text to which the student has no answer: no rung lets it give one.
+UNANSWERED = Audit(score=-np.inf, loss=0)
+
 
 def watch_of(bundle: Bundle) -> Watch | None:
     """The watch before its first audit; None where there is nothing to watch: the student answers

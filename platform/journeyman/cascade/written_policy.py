@@ -6,7 +6,7 @@ The same for these as ``policy`` is for classes. Knows nothing of engines, queue
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,14 +21,16 @@ _NO_CLASSES = np.empty(0)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WrittenPolicy:
-    """A bundle's rule. accept_above: the student answers strictly above; +inf escalates all."""
+    """A bundle's rule. accept_above: the student answers strictly above; +inf escalates all; same:
+    whether two answers are one, as it was for the certificate."""
 
     confidence: WrittenConfidence
     accept_above: float
+    same: Callable[[str, str], bool]
 
     @classmethod
-    def from_bundle(cls, bundle: WrittenBundle) -> WrittenPolicy:
-        return cls(confidence=bundle.confidence, accept_above=bundle.accept_above)
+    def from_bundle(cls, bundle: WrittenBundle, same: Callable[[str, str], bool]) -> WrittenPolicy:
+        return cls(confidence=bundle.confidence, accept_above=bundle.accept_above, same=same)
 
     def tightened(self, accept_above: float) -> WrittenPolicy:
         """The same rule with a stricter threshold; never with a looser one."""

@@ -239,8 +239,7 @@ def _answers(
     on_progress: Callable[[LabelProgress], None],
 ) -> Path:
     """The student's label dataset, which goes on where it was killed."""
-    words = recipe.certify.complete.words if recipe.certify.complete else None
-    splits = _splits(corpus_dir)
+    words, splits = words_given(recipe), _splits(corpus_dir)
     made_of = digest([corpus.read_manifest(corpus_dir)["digest"], student.weights_digest,
                       student.tokenizer_digest, asked.asked(),
                       *([] if words is None else [words]),
@@ -255,6 +254,12 @@ def _answers(
         round_corpus.write_splits(corpus_dir, prompts, splits, rows_per_shard, words)
     by_student = writing.written_by(recipe, student.path, asked)
     return _labeled(by_student, student, prompts, labels, on_progress)
+
+
+def words_given(recipe: Recipe) -> int | None:
+    """That are given of a held-out text; None: all, which requests to a cascade are, too."""
+    complete = recipe.certify.complete
+    return None if complete is None or recipe.corpus.feedback else complete.words
 
 
 def _written_on(
@@ -282,7 +287,7 @@ def read(recipe: Recipe, labels: str | Path, answers: Path, split: str) -> Writt
     written = {row["id"]: row for row in _of_split(answers, split)}
     codec = dataset.codec_of(dataset.finished_manifest(LabelStore(answers)))
     assert codec is not None  # of kind generate
-    same, right_by = _same(recipe), _against_gold(recipe)
+    same, right_by = comparison(recipe), _against_gold(recipe)
     said = "output" if isinstance(question(recipe), Generate) else "answer"
     ids, differs, right, gold, lengths, logprobs, agreements = [], [], [], [], [], [], []
     for row in _of_split(labels, split):
@@ -327,7 +332,7 @@ def _of_split(labels: str | Path, split: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _same(recipe: Recipe) -> Callable[[str, str], bool]:
+def comparison(recipe: Recipe) -> Callable[[str, str], bool]:
     """Whether two answers are one, by ``certify.match``."""
     labels, parsed = question(recipe), _parser(recipe)
     if parsed is None:

@@ -22,7 +22,7 @@ from journeyman.cli import (
     results,
     trying,
 )
-from journeyman.cli.arguments import add_recipe, command, load, positive
+from journeyman.cli.arguments import add_feedback, add_recipe, command, load, positive
 from journeyman.errors import JourneymanError, RecipeError
 from journeyman.progress import duration
 from journeyman.recipe import Recipe
@@ -104,12 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     run = command(commands, "run", "do every step of a recipe that is not done yet", _run)
     add_recipe(run)
     run.add_argument("--new", action="store_true", help=_NEW)
-    run.add_argument(
-        "--from-feedback",
-        metavar="FOLDER",
-        help="what a running cascade kept (cascade.feedback.to): train on its escalations too, and "
-        "certify on its audits, in a run of its own, NAME-feedback",
-    )
+    add_feedback(run, "train on its escalations too, and certify on its audits")
     for name, words in _STEPS.items():
         if name == "label":
             step = command(commands, name, words, _label, _LABEL, _LABEL_EXAMPLES)
@@ -184,10 +179,6 @@ def _run(options: argparse.Namespace) -> int:
     from journeyman import steps, summary
 
     loaded = load(options)
-    if options.from_feedback:
-        options.overrides += [f"corpus.feedback={json.dumps(options.from_feedback)}",
-                              f"name={loaded.name}-feedback"]  # fmt: skip
-        loaded = load(options)
     print(f"run       {steps.Run(loaded).where}", flush=True)
     done = steps.run(loaded, _print_result, new_labels=options.new)
     print()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +44,22 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_feedback(parser: argparse.ArgumentParser, words: str) -> None:
+    parser.add_argument(
+        "--from-feedback",
+        metavar="FOLDER",
+        help=f"what a running cascade kept (cascade.feedback.to): {words}, in a run of its own, "
+        "NAME-feedback",
+    )
+
+
 def load(options: argparse.Namespace) -> Recipe:
-    return recipe.load(options.recipe, options.overrides)
+    loaded = recipe.load(options.recipe, options.overrides)
+    folder = getattr(options, "from_feedback", None)
+    if folder is None:
+        return loaded
+    own = [f"corpus.feedback={json.dumps(folder)}", f"name={loaded.name}-feedback"]
+    return recipe.load(options.recipe, options.overrides + own)
 
 
 def positive(text: str) -> int:

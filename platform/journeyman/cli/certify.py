@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from journeyman.cli.arguments import add_recipe, command, load
+from journeyman.cli.arguments import add_feedback, add_recipe, command, load
 from journeyman.cli.text import table
 from journeyman.errors import RecipeError
 from journeyman.recipe import Recipe
@@ -42,6 +42,7 @@ def add_command(commands: Any, words: str, do: Callable[[argparse.Namespace], in
     parser = command(commands, "certify", words, certify, _WORDS, _EXAMPLES)
     add_recipe(parser)
     parser.set_defaults(step="certify")
+    add_feedback(parser, "certify the student that `journeyman run --from-feedback` trained")
     parser.add_argument("--plan", action="store_true", help="say how many certify rows are needed")
     for name, what in (
         ("expected", "what the threshold is expected to let through; default some shares of alpha"),

@@ -7,16 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from journeyman import recipe
 from journeyman.cascade import auditing
 from journeyman.cascade.answering import Unlabeled
 from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.drift import Audit
-from journeyman.cascade.policy import Decision, Policy
+from journeyman.cascade.policy import Decision, Policy, Written
 from journeyman.cascade.refusals import TeacherUnavailable
 from journeyman.cascade.watching import LOST
+from journeyman.cascade.written_policy import WrittenPolicy
+from journeyman.certify import written
 from journeyman.certify.calibration import Calibrator
 from journeyman.certify.confidence import Confidence
 from journeyman.certify.mixture import Mixture
+from journeyman.certify.sequence_scores import WrittenConfidence
 from journeyman.teacher.answers import ClassLabels
 
 POLICY = Policy(
@@ -88,12 +92,45 @@ def test_where_the_bundle_mixes_an_audit_compares_with_both_opinions():
     assert [a.loss for a in auditor.outcomes()] == [0]
 
 
+def test_written_answers_are_compared_as_they_were_for_the_certificate():
+    """Here by the number that they end with: the teacher ends with 42 whatever it is asked."""
+
+    class Writing(Teacher):
+        async def labels(self, texts: Sequence[str]) -> list[Written]:  # type: ignore[override]
+            return [wrote("six times seven is 42")] * len(texts)
+
+    labels = {"kind": "generate", "prompt": "{{ text }}", "max_tokens": 8}
+    certify = {"match": "parsed", "answer_pattern": r"(?P<answer>\d+)$"}
+    settings = {"name": "a", "corpus": {"sources": ["a.jsonl"]}, "teacher": {"model": "m"},
+                "student": {"model": "s", "kind": "causal"}, "labels": labels,
+                "certify": certify}  # fmt: skip
+    policy = WrittenPolicy(
+        confidence=WrittenConfidence(score="mean_logprob"),
+        accept_above=-1.0,
+        same=written.comparison(recipe.parse(settings)),
+    )
+    said = ["it is 42", "it is 43", "no number"]
+    auditor = Auditor(policy, Writing(), busy=lambda: False)
+    for decision in policy.decide_batch([wrote(text) for text in said]):
+        assert isinstance(decision, Decision)
+        auditor.add("how much?", decision)
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
+    assert [a.loss for a in auditor.outcomes()] == [0, 1, 1]
+
+
+def wrote(text: str) -> Written:
+    return Written(text=text, tokens=(), logprobs=np.array([-0.5, -0.1]), finish_reason="stop",
+                   n_prompt_tokens=3, n_output_tokens=2)  # fmt: skip
+
+
 def test_what_the_teacher_answered_is_no_loss_and_asks_nobody():
     teacher = Teacher()
     auditor = Auditor(POLICY, teacher, busy=lambda: False)
     auditor.add("n", answer("no", by="teacher", confidence=0.2))
-    auditor.add("n", answer("no", by="teacher", confidence=None))  # the teacher alone was asked
-    assert [(a.score, a.loss) for a in auditor.outcomes()] == [(0.2, 0)]
+    auditor.add("n", answer("no", by="teacher", confidence=None))  # the student has no answer
+    auditor.escalated(None)  # nor here, and the teacher was away
+    outcomes = [(a.score, a.loss) for a in auditor.outcomes()]
+    assert outcomes == [(0.2, 0), (-np.inf, 0), (-np.inf, 0)]
     assert teacher.asked == [] and auditor.n_pending == 0
 
 

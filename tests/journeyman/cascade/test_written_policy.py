@@ -11,7 +11,9 @@ from journeyman.certify.sequence_scores import WrittenConfidence
 from journeyman.certify.thresholds import ESCALATE_EVERYTHING
 from journeyman.teacher.answers import ClassLabels
 
-POLICY = WrittenPolicy(confidence=WrittenConfidence(score="mean_logprob"), accept_above=-1.0)
+POLICY = WrittenPolicy(
+    confidence=WrittenConfidence(score="mean_logprob"), accept_above=-1.0, same=str.__eq__
+)
 
 
 def wrote(text: str, *logprobs: float) -> Written:

@@ -1,0 +1,288 @@
+"""Students that write, several in one deployment, and what becomes of work nobody waits for. No
+engine, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from journeyman import recipe
+from journeyman.cascade.answering import Cascade
+from journeyman.cascade.policy import Written
+from journeyman.cascade.refusals import DeadlinePassed
+from journeyman.errors import BundleMismatch, ModelError
+from journeyman.models import Model
+from journeyman.recipe import Generate
+from serve import loading, teacher, writers
+from serve.asking import TeacherByHandle
+from serve.loading import Loaded
+from serve.students import Rule
+from serve.teacher import Teacher, Unavailable
+from serve.writers import Standing, Student, Writer
+from tests.serve import tiny
+
+ASKED = Generate(kind="generate", prompt="{{ text }}", max_tokens=8)
+
+
+def loaded(student: str, **settings: Any) -> Loaded:
+    """Of a bundle whose student has these weights."""
+
+    def model(name: str) -> Model:
+        return Model(reference=name, path=Path(name), weights_digest=name, tokenizer_digest="t",
+                     size_bytes=1)  # fmt: skip
+
+    values = {
+        "name": "a",
+        "corpus": {"sources": ["a.jsonl"]},
+        "teacher": {"model": "m"},
+        "student": {"model": "s", "kind": "causal"},
+        "labels": ASKED.model_dump(),
+    }
+    return Loaded(
+        bundle=tiny.a_written_bundle(model(student), model("teacher"), ASKED, threshold=-1.0),
+        recipe=recipe.parse(values | settings),
+        student=model(student),
+        teacher=model("teacher"),
+        where=student,
+    )
+
+
+def key(student: str) -> str:
+    return loading.student_key(loaded(student).bundle)
+
+
+def wrote(text: str) -> Written:
+    return Written(text=text, tokens=(), logprobs=np.array([-0.5]), finish_reason="stop",
+                   n_prompt_tokens=1, n_output_tokens=1)  # fmt: skip
+
+
+class Engines:
+    """Stand-ins, which say whose they are."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.closed: list[str] = []
+
+    def start(self, of: Loaded) -> Any:
+        name = of.where
+        self.started.append(name)
+        if name == "broken":
+            raise ModelError("broken: no room")
+
+        async def label(texts: Sequence[str]) -> list[Written]:
+            return [wrote(f"{name} says {text}") for text in texts]
+
+        async def unready() -> None:
+            return None
+
+        async def close() -> None:
+            self.closed.append(name)
+
+        return SimpleNamespace(label=label, unready=unready, close=close, stop=lambda: None)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
+def test_another_student_starts_beside_the_one_that_answers_which_ends_when_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    engines = Engines()
+
+    async def scenario() -> None:
+        student = Student(loaded("a"), engines.start)
+        assert await student.label(["x"], key("b")) == Unavailable(reason="the student is starting")
+        assert await student.keep(loaded("b")) == Standing(ready=False)
+        assert await student.keep(loaded("b")) == Standing(ready=False)  # on its way already
+        assert await student.unready(key("b")) and not await student.unready(key("a"))
+        await until(lambda: key("b") in student._engines)
+        assert await student.keep(loaded("b")) == Standing(ready=True)
+        for name in "ab":
+            [said] = await student.label(["x"], key(name))  # type: ignore[misc]
+            assert said.text == f"{name} says x"
+        assert engines.started == ["a", "b"]
+        monkeypatch.setattr(writers, "_KEPT_S", 0.05)
+        await asyncio.sleep(0.06)
+        await student.keep(loaded("b"))
+        assert engines.closed == ["a"]
+        assert await student.unready(key("a")) and not await student.unready(key("b"))
+
+    asyncio.run(scenario())
+
+
+def test_a_student_that_does_not_start_leaves_the_other_and_may_be_tried_again_later(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    engines = Engines()
+
+    async def scenario() -> None:
+        student = Student(loaded("a"), engines.start)
+        await student.keep(loaded("broken"))
+        await until(lambda: not student._starting)
+        told = await student.keep(loaded("broken"))
+        assert told == Standing(ready=False, failure="broken: no room")
+        assert engines.started == ["a", "broken"] and not await student.unready(key("a"))
+        monkeypatch.setattr(writers, "_KEPT_S", 0.0)
+        student._asked_at[key("a")] = float("inf")
+        await student.keep(loaded("broken"))
+        await until(lambda: engines.started == ["a", "broken", "broken"])
+
+    asyncio.run(scenario())
+
+
+class Replicas:
+    """A handle to some, whose ``keep`` says in turn what it is told to."""
+
+    def __init__(self, *turns: list[Standing]) -> None:
+        self.turns = list(turns)
+
+    def broadcast(self, method: str, of: Loaded) -> Any:
+        assert method == "keep"
+
+        async def results_async(timeout_s: float) -> list[Standing]:
+            turn = self.turns.pop(0)
+            if not turn:
+                raise TimeoutError
+            return turn
+
+        return SimpleNamespace(results_async=results_async)
+
+
+READY, STARTING = Standing(ready=True), Standing(ready=False)
+
+
+def test_a_bundle_waits_for_its_student_in_every_replica(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(writers, "_LOOK_EVERY_S", 0.0)
+    replicas = Replicas([STARTING, STARTING], [], [READY, STARTING], [READY, READY], [STARTING])
+    asyncio.run(writers.started(replicas, loaded("b")))  # type: ignore[arg-type]
+    assert replicas.turns == [[STARTING]]
+    failing = Replicas([STARTING, STARTING], [READY, Standing(ready=False, failure="no room")])
+    with pytest.raises(ModelError, match=r"does not start beside .*no room.*deploy it anew"):
+        asyncio.run(writers.started(failing, loaded("b")))  # type: ignore[arg-type]
+    never = loaded("b", teacher={"model": "m", "start_timeout_s": 0.01})
+    monkeypatch.setattr(writers, "_OTHER_WORK_S", 0.0)
+    with pytest.raises(ModelError, match="not started within"):
+        asyncio.run(writers.started(Replicas(*[[STARTING]] * 10**5), never))  # type: ignore[arg-type]
+
+
+def test_two_students_that_a_gpu_has_no_room_for_are_refused_before_one_is_started():
+    on_gpu = loaded("a", cascade={"student_gpus": 1})
+    with pytest.raises(BundleMismatch, match=r"add up to 1\.8.*0\.45"):
+        loading.check_fits(loaded("b"), on_gpu)
+    loading.check_fits(loaded("a"), on_gpu)  # another threshold, say
+    half = {"teacher": {"model": "m", "gpu_memory_utilization": 0.45}}
+    loading.check_fits(loaded("b", **half), loaded("a", cascade={"student_gpus": 1}, **half))
+    other = Generate(kind="generate", prompt="Briefly: {{ text }}", max_tokens=8)
+    unlike = loaded("b")
+    bundle = tiny.a_written_bundle(unlike.student, unlike.teacher, other, threshold=-1.0)
+    with pytest.raises(BundleMismatch, match=r"another teacher or prompt.*\(prompt_digest\)"):
+        loading.check_fits(
+            Loaded(bundle=bundle, recipe=unlike.recipe, student=unlike.student,
+                   teacher=unlike.teacher, where="b"), on_gpu)  # fmt: skip
+
+
+class Handle:
+    """A deployment that answers nobody, or only what it is sure of; notes what is cancelled."""
+
+    def __init__(self, says: Written | None = None) -> None:
+        self.says, self.asked, self.cancelled = says, 0, 0
+        self.label = SimpleNamespace(remote=self._remote)
+
+    def _remote(self, texts: list[str], *_: str) -> Any:
+        self.asked += 1
+        handle = self
+
+        class Response:
+            def __await__(self) -> Any:
+                return handle._answer(texts).__await__()
+
+            def cancel(self) -> None:
+                handle.cancelled += 1
+
+        return Response()
+
+    async def _answer(self, texts: list[str]) -> list[Written]:
+        if self.says is None:
+            await asyncio.Event().wait()
+        return [self.says for _ in texts if self.says]
+
+
+UNSURE = Written(text="perhaps", tokens=(), logprobs=np.array([-9.0]), finish_reason="stop",
+                 n_prompt_tokens=1, n_output_tokens=1)  # fmt: skip
+
+
+def cascade(student: Handle, teacher: Handle, timeout_s: float) -> Cascade:
+    of = loaded("a", cascade={"request_timeout_s": timeout_s})
+    rule = Rule(of)
+    writer = Writer(student, of, rule)  # type: ignore[arg-type]
+    asked = TeacherByHandle(teacher)  # type: ignore[arg-type]
+    writer._engine.unready = asked.unready = None
+    return Cascade(rule.policy, writer, asked, of.recipe.cascade)
+
+
+@pytest.mark.parametrize("speaks", [None, UNSURE], ids=["student", "teacher"])
+@pytest.mark.parametrize("why", ["deadline", "client"])
+def test_what_nobody_waits_for_is_cancelled_at_the_model_that_writes_it(
+    speaks: Written | None, why: str
+):
+    student, asked = Handle(speaks), Handle()
+
+    async def scenario() -> None:
+        answering = cascade(student, asked, 0.05 if why == "deadline" else 60)
+        request = asyncio.create_task(answering.answer(["x"]))
+        if why == "deadline":
+            with pytest.raises(DeadlinePassed):
+                await request
+        else:
+            await until(lambda: (asked if speaks else student).asked == 1)
+            request.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await request
+
+    asyncio.run(scenario())
+    assert (student.asked, student.cancelled) == (1, 0 if speaks else 1)
+    assert (asked.asked, asked.cancelled) == ((1, 1) if speaks else (0, 0))
+
+
+def test_a_call_that_is_cancelled_ends_in_the_engines_own_loop(monkeypatch: pytest.MonkeyPatch):
+    ended = []
+
+    class Engine:
+        alive = True
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+        async def start(self) -> None: ...
+        def close(self) -> None: ...
+
+    async def run(*_: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    monkeypatch.setattr(teacher, "Engine", Engine)
+    monkeypatch.setattr(teacher.models, "here", lambda model, _: model)
+    monkeypatch.setattr(teacher.tasks, "local", lambda *_: SimpleNamespace(run=run))
+
+    async def scenario() -> None:
+        of = loaded("a")
+        model = replace(of.teacher, vocab_size=10)
+        replica = Teacher(of.recipe.teacher, ASKED, ("text",), model)
+        call = asyncio.create_task(replica.label(["x", "y"]))
+        await asyncio.sleep(0.05)
+        call.cancel()
+        await until(lambda: ended == ["cancelled"] * 2)
+        await replica.close()
+
+    asyncio.run(scenario())

@@ -87,8 +87,9 @@ def worth_keeping(
 def unanswered(
     texts: Sequence[str], audited: Sequence[bool], audit_rate: float, bundle: str, now: float
 ) -> list[Seen]:
-    """Audits of a request that was refused: without them those of bad times would be missing, and
-    the sample were fair no more. Who would have answered is not known."""
+    """Audits of a request that was refused, or left by its client: without them those of bad times
+    and those with long answers would be missing, and the sample were fair no more. Who would have
+    answered is not known."""
     return [
         Seen(
             text=text,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Sequence
@@ -50,10 +51,12 @@ class Recording:
         try:
             answers = await self._cascade.answer(texts, asked)
         except (Overloaded, TeacherUnavailable, DeadlinePassed) as refusal:
-            now = time.time()
             for i, decision in enumerate(refusal.decided):
                 self._audit(audited[i], texts[i], decision)
-            self._journal.add(unanswered(texts, audited, self._audit_rate, self._bundle, now))
+            self._unanswered(texts, audited)
+            raise
+        except asyncio.CancelledError:  # the client went away, most likely from a long answer
+            self._unanswered(texts, audited)
             raise
         for i, text in enumerate(texts):
             decision = answers.decisions[i]
@@ -72,6 +75,10 @@ class Recording:
             )
         )
         return answers
+
+    def _unanswered(self, texts: Sequence[str], audited: Sequence[bool]) -> None:
+        now = time.time()
+        self._journal.add(unanswered(texts, audited, self._audit_rate, self._bundle, now))
 
     def _audit(self, audited: bool, text: str, decision: Decision | Escalation) -> None:
         """Of each audited text that was decided, answered or not: without those of bad times the

@@ -240,17 +240,20 @@ def test_the_watch_sees_requests_that_were_refused_or_answered_in_the_teachers_p
         assert asyncio.run(seen(degrades)) == (1, [1, 0])
 
 
-def test_audits_of_requests_that_were_refused_are_kept_too(tmp_path: Path):
+@pytest.mark.parametrize("why", [TeacherUnavailable("away"), asyncio.CancelledError()])
+def test_audits_of_requests_that_were_refused_or_left_are_kept_too(
+    why: BaseException, tmp_path: Path
+):
     class Refusing:
         async def answer(self, texts: list[str], asked: str = "cascade") -> Answers:
-            raise TeacherUnavailable("away")
+            raise why
 
     journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=10**6, roll_s=600)
     recording = Recording(Refusing(), journal, 0.5, "b", random.Random(0))
 
     async def ask() -> None:
         for _ in range(100):
-            with pytest.raises(TeacherUnavailable):
+            with pytest.raises(type(why)):
                 await recording.answer(["a", "b"])
 
     asyncio.run(ask())

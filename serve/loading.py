@@ -55,10 +55,11 @@ def load(where: str | Path) -> Loaded:
     settings = recipe_of(bundle_dir)
     labels = _asked(settings, bundle)
     student = models.resolve(str(_student_folder(bundle.student, bundle_dir, str(where))))
-    if settings.teacher.url or settings.ensemble:
+    if settings.teacher.gives_text_alone or settings.ensemble:
         raise RecipeError(
-            "serving runs the teacher on an engine of its own: a recipe with teacher.url or with "
-            "an ensemble can be labeled, trained on and certified, but not served yet."
+            "serving runs the teacher on an engine of its own: a recipe with teacher.url, with "
+            "teacher.column or with an ensemble can be labeled, trained on and certified, but not "
+            "served yet."
         )
     teacher = models.teacher(settings.teacher)
     fitting.check(bundle, student, teacher, labels)

@@ -133,6 +133,12 @@ RATIONALES = "labels={kind: rationales, prompt: '{{ text }}', samples: 3}"
 CONFIDENCE, AGREEMENT = "training.row_weight=confidence", "training.row_weight=agreement"
 
 
+def test_answers_in_a_column_are_refused_for_texts_that_a_cascade_kept():
+    written = ("corpus.columns.meta=[text_2]", "teacher.column=text_2", GENERATE)
+    words = sentence(*written, "corpus.feedback=kept")
+    assert "teacher.column: what a cascade kept has no such column" in words
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -163,6 +163,11 @@ class Recipe(Section):
                 "teacher.column holds one text a row: labels.kind must be generate, or rationales "
                 "with samples: 1 and without classes"
             )
+        if self.corpus.feedback:
+            raise ValueError(
+                "teacher.column: what a cascade kept has no such column; to label it, leave that "
+                "out and name the teacher in teacher.model"
+            )
         return self
 
     @model_validator(mode="after")

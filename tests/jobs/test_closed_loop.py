@@ -6,11 +6,14 @@ import time
 from pathlib import Path
 
 import httpx
+import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
-from journeyman import recipe, steps
+from journeyman import corpus, recipe, steps
+from journeyman.cascade.feedback import table
 from journeyman.certify import bundle as bundles
+from journeyman.labels import dataset
 from serve.running import running
 from tests.conftest import DEMO, ROOT, journeyman
 from tests.serve import tiny
@@ -121,3 +124,56 @@ def test_a_new_kind_of_request_is_escalated_then_learned_then_answered_by_the_st
         f"of the new; fresh texts {sum(before)}, then {sum(after)} of {len(fresh)}, of which "
         f"{differing} differ from the teacher"
     )
+
+
+@pytest.mark.slow  # labels, trains and certifies: two engines, one after the other
+@pytest.mark.timeout(900)
+def test_what_a_cascade_that_writes_kept_is_labeled_and_learned_and_certifies(tmp_path: Path):
+    tiny.write_teacher(tmp_path / "teacher")
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny.TEXTS[:8]))
+    facts = {
+        "escalated": True,
+        "propensity": 0.5,
+        "label": "what it said",
+        "answered_by": "teacher",
+        "confidence": -3.0,
+        "probabilities": [],
+        "bundle": "b",
+        "received_at": 1.0,
+    }
+    rows = [
+        {"text": f"{text} {i}", "split": "train" if i % 4 == 0 else "certify", **facts}
+        for i, text in enumerate(tiny.TEXTS * 2)
+    ]
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    pq.write_table(table(rows), kept / "20261126T100000-aa.parquet")
+    values = tiny.a_recipe(tmp_path).model_dump(mode="json", exclude_unset=True)
+    values |= {
+        "output": str(tmp_path / "runs"),
+        "corpus": {"sources": [str(own)], "shares": {"train": 1.0}},
+        "labels": {"kind": "generate", "prompt": "Say more: {{ text }}", "max_tokens": 4, "k": 4},
+        "student": {"model": str(tmp_path / "teacher"), "kind": "causal", "max_length": 64},
+        "training": {"workers": 1, "epochs": 1, "batch_size": 8},
+        "certify": {"alpha": 0.4},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    asked = [str(tmp_path / "recipe.yaml"), "--from-feedback", str(kept)]
+    ran = journeyman("run", *asked, timeout=600)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    run = tmp_path / "runs" / "tiny-feedback"
+    labels = dataset.read(run / "labels").to_pylist()
+    assert len(labels) == len(rows) + 8
+    shards = [shard["name"] for shard in corpus.read_manifest(run / "corpus")["shards"]]
+    split_of = {
+        row["text"]: row["split"]
+        for name in shards
+        for row in corpus.read_shard(run / "corpus", name).to_pylist()
+    }
+    audited = {row["text"] for row in rows if row["split"] == "certify"}
+    assert {text for text, split in split_of.items() if split != "train"} == audited
+    certified = journeyman("certify", *asked, timeout=300)
+    assert certified.returncode == 0, certified.stdout + certified.stderr
+    bundle = bundles.load_any(run / "bundle")
+    assert bundle.served.n == sum(row["split"] == "certify" for row in labels)

@@ -128,7 +128,7 @@ class Ingress:
         if encoder is not None:
             return Encoder(loaded, encoder, rule, self._worked)
         assert self._writers is not None, "students that write are a deployment"
-        return Writer(self._writers, loaded, rule)
+        return Writer(self._writers, loaded, rule, is_up=loaded is not self._spec.loaded)
 
     def _served(
         self, loaded: Loaded, encoder: Classifier | None, watch: Watch | _Unknown | None

@@ -132,9 +132,14 @@ class Student:
 class Writer:
     """A student behind the policy; its engine batches by itself."""
 
-    def __init__(self, handle: DeploymentHandle, loaded: Loaded, rule: Rule) -> None:
+    def __init__(
+        self, handle: DeploymentHandle, loaded: Loaded, rule: Rule, is_up: bool = False
+    ) -> None:
+        """is_up: as ``started`` has seen, so that no request need wait for a probe."""
         student = loading.student_key(loaded.bundle)
         self._engine = TeacherByHandle(handle, whose="student", which=(student,))
+        if is_up:
+            self._engine.unready = None
         self._handle, self._loaded, self._rule = handle, loaded, rule
         self._running: list[asyncio.Task[None]] = []
 

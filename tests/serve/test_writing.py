@@ -180,8 +180,9 @@ def test_the_official_client_streams_from_it(cascade: Running, run: Written):
         stream = client.chat.completions.create(
             model=name, messages=[{"role": "user", "content": TEXTS[0]}], stream=True
         )
-        said = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
-        assert said == own[TEXTS[0]].text
+        said = [c.choices[0].delta.content for c in stream if c.choices]
+        assert "".join(filter(None, said)) == own[TEXTS[0]].text
+        assert len([*filter(None, said)]) > 1 or name == "student"  # the teacher's, as it writes
 
 
 @pytest.mark.slow
@@ -222,7 +223,7 @@ def test_audits_find_the_promise_broken_and_what_was_kept_is_a_corpus(
         tables = [pq.read_table(path).to_pylist() for path in kept.glob("*.parquet")]
         return [row for table in tables for row in table]
 
-    while not {row["text"] for row in rows()} & set(fresh[-2:]):
+    while not set(fresh) <= {row["text"] for row in rows()}:  # each was escalated
         assert time.monotonic() < deadline + 60, rows()
         time.sleep(0.2)
     by = {"student": run.by_student, "teacher": run.by_teacher}

@@ -6,15 +6,15 @@ import asyncio
 import contextlib
 import contextvars
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from journeyman.cascade.answering import Said
+from journeyman.cascade.answering import Hear, Said
 from journeyman.cascade.refusals import TeacherAway, TeacherStarting, TeacherUnavailable
-from serve.teacher import Unavailable
+from serve.teacher import SoFar, Unavailable
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -57,20 +57,15 @@ class TeacherByHandle:
     def count(self, n_running: int) -> None:
         self.n_running = n_running
 
-    async def labels(self, texts: Sequence[str]) -> Sequence[Said]:
-        """Raises TeacherUnavailable."""
+    async def labels(self, texts: Sequence[str], hear: Hear | None = None) -> Sequence[Said]:
+        """Raises TeacherUnavailable. hear: told of the one text's answer as it grows."""
         if self.asleep:
             self._wake()
             raise TeacherStarting(_words(self._starting), self._started_in_s)
         if self.unready:
             raise TeacherAway(_words(self.unready), _BACK_IN_S)
-        response = self._handle.label.remote(list(texts), *self._which)
         try:
-            reply = await response
-        except asyncio.CancelledError:
-            # Serve cancels the call for a client that goes away, but not for a deadline of ours.
-            response.cancel()
-            raise
+            reply = await (self._written(texts, hear) if hear else self._labeled(texts))
         except RayTaskError as error:  # of this request alone, for all anyone knows
             raise _unavailable(f"the {self._whose} failed on this request") from error
         except (RayError, RayServeException) as error:
@@ -80,6 +75,24 @@ class TeacherByHandle:
             self._know(reply.reason)
             raise _unavailable(reply.reason)
         return reply
+
+    async def _labeled(self, texts: Sequence[str]) -> Sequence[Said] | Unavailable:
+        response = self._handle.label.remote(list(texts), *self._which)
+        with _cancelled(response):
+            reply: Sequence[Said] | Unavailable = await response
+            return reply
+
+    async def _written(self, texts: Sequence[str], hear: Hear) -> Sequence[Said] | Unavailable:
+        [text] = texts
+        response = self._handle.options(stream=True).speak.remote(text, *self._which)
+        said: Said | Unavailable = Unavailable(reason=self._gone)
+        with _cancelled(response):
+            async for part in response:
+                if isinstance(part, SoFar):
+                    hear(part.written)
+                else:
+                    said = part
+        return said if isinstance(said, Unavailable) else [said]
 
     async def watch(self) -> None:
         """Keep ``unready`` true, as long as the replica lives."""
@@ -115,6 +128,17 @@ class TeacherByHandle:
             self.unready = self.unready or f"the {self._whose} does not answer"
         except (RayError, RayServeException):
             self.unready = self._gone
+
+
+@contextlib.contextmanager
+def _cancelled(response: Any) -> Iterator[None]:
+    """With whom it is asked for: Serve cancels a call for a client that goes away, but not for a
+    deadline of ours."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
 
 
 def _unavailable(reason: str) -> TeacherUnavailable:

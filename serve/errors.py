@@ -86,6 +86,15 @@ def add_handlers(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> None:
         return response(500, "server_error", "internal_error", message)
 
 
+def body_of(refusal: Refusal) -> dict[str, Any]:
+    """Of an answer that is under way, and can have no status any more."""
+    _, kind, code, _ = _REFUSALS[type(refusal)]
+    said: dict[str, Any] = ErrorAnswer(
+        error=ErrorBody(message=str(refusal), type=kind, code=code)
+    ).model_dump()
+    return said
+
+
 def response(
     status: int, kind: str, code: str, message: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:

@@ -1,25 +1,25 @@
 """OpenAI's endpoints in front of a cascade: the answer to a message is its label, or what is
 written to it.
 
-Streams begin once the decision has been made, so no byte is ever taken back.
+Streams begin once it is decided who answers, so no byte is ever taken back.
 """
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
-from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
 
 from journeyman.cascade.answering import Answers, Asked
+from journeyman.cascade.policy import Decision
 from journeyman.cascade.refusals import ColumnsRefused
 from journeyman.certify.bundle import PolicyBundle, WrittenBundle
 from serve import errors
-from serve.live import Live
+from serve import openai_streams as streams
+from serve.live import Live, Served
 from serve.openai_answers import said
 from serve.openai_schema import (
     Chat,
@@ -33,6 +33,7 @@ from serve.openai_schema import (
     TextChoice,
     TokenUsage,
 )
+from serve.openai_streams import Growing
 from serve.schema import headers_of, probabilities_of, promise_of
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -47,16 +48,13 @@ def routes(live: Live) -> APIRouter:
     router = APIRouter()
     since = int(time.time())
 
-    async def ask(
-        texts: list[str], request: ChatRequest | CompletionRequest
-    ) -> tuple[PolicyBundle | WrittenBundle, Answers]:
+    def serving(texts: list[str]) -> Served:
         if live.bundle.columns != ("text",):
             raise ColumnsRefused(
                 f"this cascade classifies rows of {', '.join(live.bundle.columns)}, which a prompt "
                 "has no place for; ask /v1/classify."
             )
-        served = live.served(texts)
-        return served.bundle, await served.answering.answer(texts, request.model)
+        return live.served(texts)
 
     @router.get("/v1/models")
     async def models() -> ModelList:
@@ -66,35 +64,27 @@ def routes(live: Live) -> APIRouter:
     @router.post("/v1/chat/completions", responses=_RESPONSES)
     async def chat(request: ChatRequest, response: Response) -> Chat:
         """Answer a user's message, with its label where the cascade classifies."""
-        bundle, answers = await ask([request.messages[0].text], request)
-        answer = said(answers.decisions[0], bundle, request)
-        logprobs = answer.chat_logprobs(request.top_logprobs or 0) if request.logprobs else None
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        body = Chat(
-            id=f"chatcmpl-{uuid.uuid4().hex}",
-            created=int(time.time()),
-            model=request.model,
-            choices=[
-                ChatChoice(
-                    index=0,
-                    finish_reason=answer.finish_reason,
-                    logprobs=logprobs,
-                    message=message,
-                )
-            ],
-            usage=_usage(answers),
-            system_fingerprint=bundle.bundle_id,
-            journeyman=_note(answers, bundle, request.model, as_asked=answer.whole),
-        )
-        response.headers.update(headers_of(answers, bundle, request.model, as_asked=answer.whole))
+        texts = [request.messages[0].text]
+        served = serving(texts)
+        answering = served.answering.answer(texts, request.model)
+        if not request.stream or request.logprobs or isinstance(served.bundle, PolicyBundle):
+            answers = await answering
+        else:
+            growing = Growing(answering)
+            if begun := await growing.begun():
+                return _growing(growing, begun, served.bundle, request)  # type: ignore[return-value]
+            answers = await growing.whole
+        body, headers = _chat(answers, served.bundle, request)
         if request.stream:
-            return _streamed(_chat_chunks(body, _with_usage(request)), response)  # type: ignore[return-value]
+            return streams.whole(streams.chat_chunks(body, request), headers)  # type: ignore[return-value]
+        response.headers.update(headers)
         return body
 
     @router.post("/v1/completions", responses=_RESPONSES)
     async def completions(request: CompletionRequest, response: Response) -> Completion:
         """Answer one prompt or several, with their labels where the cascade classifies."""
-        bundle, answers = await ask(request.texts, request)
+        served = serving(request.texts)
+        bundle, answers = served.bundle, await served.answering.answer(request.texts, request.model)
         all_said = [said(decision, bundle, request) for decision in answers.decisions]
         whole = all(answer.whole for answer in all_said)
         body = Completion(
@@ -118,10 +108,49 @@ def routes(live: Live) -> APIRouter:
         )
         response.headers.update(headers_of(answers, bundle, request.model, as_asked=whole))
         if request.stream:
-            return _streamed(_text_chunks(body, _with_usage(request)), response)  # type: ignore[return-value]
+            return streams.whole(streams.text_chunks(body, request), response.headers)  # type: ignore[return-value]
         return body
 
     return router
+
+
+def _chat(
+    answers: Answers, bundle: PolicyBundle | WrittenBundle, request: ChatRequest
+) -> tuple[Chat, dict[str, str]]:
+    """The answer to a message, and its headers."""
+    answer = said(answers.decisions[0], bundle, request)
+    logprobs = answer.chat_logprobs(request.top_logprobs or 0) if request.logprobs else None
+    choice = ChatChoice(
+        index=0,
+        finish_reason=answer.finish_reason,
+        logprobs=logprobs,
+        message={"role": "assistant", "content": answer.text, "refusal": None},
+    )
+    body = Chat(
+        id=f"chatcmpl-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=request.model,
+        choices=[choice],
+        usage=_usage(answers),
+        system_fingerprint=bundle.bundle_id,
+        journeyman=_note(answers, bundle, request.model, as_asked=answer.whole),
+    )
+    return body, headers_of(answers, bundle, request.model, as_asked=answer.whole)
+
+
+def _growing(
+    growing: Growing, begun: Decision, bundle: PolicyBundle | WrittenBundle, request: ChatRequest
+) -> StreamingResponse:
+    """Its headers promise nothing where the answer may be cut, which its last chunk knows."""
+    never_cut = not request.stops and request.limit is None
+    headers = headers_of(Answers(decisions=(begun,)), bundle, request.model, as_asked=never_cut)
+    return streams.as_it_grows(
+        growing,
+        lambda decision: said(decision, bundle, request).text,
+        lambda answers: _chat(answers, bundle, request)[0],
+        request,
+        headers,
+    )
 
 
 def _note(
@@ -140,49 +169,3 @@ def _note(
 def _usage(answers: Answers) -> TokenUsage:
     read, written = answers.teacher_prompt_tokens, answers.teacher_output_tokens
     return TokenUsage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
-
-
-def _with_usage(request: ChatRequest | CompletionRequest) -> bool:
-    return bool(request.stream_options and request.stream_options.include_usage)
-
-
-def _streamed(chunks: list[dict[str, Any]], response: Response) -> StreamingResponse:
-    """Server-sent events, as OpenAI sends them, with the headers of the response they replace."""
-
-    async def events() -> AsyncIterator[str]:
-        for chunk in chunks:
-            yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-        yield "data: [DONE]\n\n"
-
-    return StreamingResponse(
-        events(), media_type="text/event-stream", headers=dict(response.headers)
-    )
-
-
-def _chat_chunks(chat: Chat, with_usage: bool) -> list[dict[str, Any]]:
-    said = chat.choices[0]
-    steps: list[dict[str, Any]] = [
-        {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None},
-        {"delta": {"content": said.message["content"]}, "logprobs": said.logprobs,
-         "finish_reason": None},
-        {"delta": {}, "logprobs": None, "finish_reason": said.finish_reason},
-    ]  # fmt: skip
-    choices = [[{"index": 0, **step}] for step in steps]
-    return _chunks(chat, "chat.completion.chunk", choices, with_usage)
-
-
-def _text_chunks(completion: Completion, with_usage: bool) -> list[dict[str, Any]]:
-    choices = [[choice.model_dump()] for choice in completion.choices]
-    return _chunks(completion, "text_completion", choices, with_usage)
-
-
-def _chunks(
-    body: Chat | Completion, kind: str, choices: list[list[dict[str, Any]]], with_usage: bool
-) -> list[dict[str, Any]]:
-    head = body.model_dump(include={"id", "created", "model", "system_fingerprint"})
-    head |= {"object": kind} | ({"usage": None} if with_usage else {})
-    chunks = [{**head, "choices": some} for some in choices]
-    chunks[-1]["journeyman"] = body.journeyman.model_dump()
-    if with_usage:
-        chunks.append({**head, "choices": [], "usage": body.usage.model_dump()})
-    return chunks

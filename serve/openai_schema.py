@@ -80,9 +80,13 @@ class _Common(Body):
 
     def cut(self, answer: str) -> str:
         """The answer up to the first stop string."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        ends = [answer.find(stop) for stop in stops if stop and stop in answer]
+        ends = [answer.find(stop) for stop in self.stops if stop in answer]
         return answer[: min(ends)] if ends else answer
+
+    @property
+    def stops(self) -> list[str]:
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [stop for stop in stops if stop]
 
     @property
     def limit(self) -> int | None:

@@ -8,8 +8,9 @@ starts another; where that fails, its health check does too, and Serve replaces 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from journeyman.recipe import Teacher as TeacherSettings
 from journeyman.student import writing
 from journeyman.teacher import tasks
 from journeyman.teacher.answers import ClassLabels, GeneratedLabels, RationaleLabels, RowError
-from journeyman.teacher.engine import Engine, EngineDied
+from journeyman.teacher.engine import Engine, EngineDied, hearing
 
 T = TypeVar("T")
 
@@ -41,8 +42,15 @@ class Unavailable:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoFar:
+    """An answer that is not whole yet: the beginning of its text, and of its tokens."""
+
+    written: Written
+
+
 class Teacher:
-    """Answers ``label`` and ``unready`` by handle."""
+    """Answers ``label``, ``speak`` and ``unready`` by handle."""
 
     whose = "teacher"  # in sentences
 
@@ -65,6 +73,7 @@ class Teacher:
         asyncio.run_coroutine_threadsafe(self._engine.start(), self._loop).result()
         if isinstance(labels, Generate):
             labels = labels.model_copy(update=writing.LIKELIEST)
+        self._labels = labels
         self._task = tasks.local(labels, self._engine)
         self._codec = Codec(name="topk_fp16", vocab_size=model.vocab_size, k=1)
         self._watching = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
@@ -79,6 +88,30 @@ class Teacher:
             return Unavailable(reason=self._restarting)
         except TimeoutError:
             return Unavailable(reason=f"the {self.whose}'s engine does not answer")
+
+    async def speak(self, text: str) -> AsyncIterator[SoFar | Said | Unavailable]:
+        """The teacher's answer as it grows, and at last the whole of it, as ``label`` gives it;
+        stops when the call is cancelled. Reasonings that vote are heard once they have voted."""
+        heard: asyncio.Queue[list[int] | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def hear(ids: list[int]) -> None:  # in the engine's loop
+            loop.call_soon_threadsafe(heard.put_nowait, ids)
+
+        listening = contextvars.copy_context()
+        if isinstance(self._labels, Generate):
+            listening.run(hearing.set, hear)
+        whole = loop.create_task(self.label([text]), context=listening)
+        whole.add_done_callback(lambda _: heard.put_nowait(None))
+        try:
+            tokens: tuple[str, ...] = ()
+            while (ids := await heard.get()) is not None:
+                tokens += self._tokens(ids[len(tokens) :])
+                yield SoFar(written=self._begun(ids, tokens))
+            reply = await whole
+            yield reply if isinstance(reply, Unavailable) else reply[0]
+        finally:
+            whole.cancel()
 
     async def unready(self) -> str | None:
         """Why the teacher cannot answer, None if it can."""
@@ -146,6 +179,20 @@ class Teacher:
             finish_reason="length" if labels.finish_reason == "length" else "stop",
             n_prompt_tokens=labels.n_prompt_tokens,
             n_output_tokens=labels.n_output_tokens,
+        )
+
+    def _begun(self, ids: list[int], tokens: tuple[str, ...]) -> Written:
+        """Without what may still become a character, or a string that ends the answer."""
+        assert isinstance(self._labels, Generate)
+        text = self._engine.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
+        held = max((len(stop) - 1 for stop in self._labels.stop), default=0)
+        return Written(
+            text=text[: max(0, len(text) - held)],
+            tokens=tokens,
+            logprobs=np.empty(0),
+            finish_reason="stop",
+            n_prompt_tokens=0,
+            n_output_tokens=len(ids),
         )
 
     def _tokens(self, ids: list[int]) -> tuple[str, ...]:

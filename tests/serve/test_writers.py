@@ -20,11 +20,13 @@ from journeyman.cascade.refusals import DeadlinePassed
 from journeyman.errors import BundleMismatch, ModelError
 from journeyman.models import Model
 from journeyman.recipe import Generate
+from journeyman.teacher.answers import GeneratedLabels
+from journeyman.teacher.engine import hearing
 from serve import loading, teacher, writers
 from serve.asking import TeacherByHandle
 from serve.loading import Loaded
 from serve.students import Rule
-from serve.teacher import Teacher, Unavailable
+from serve.teacher import SoFar, Teacher, Unavailable
 from serve.writers import Standing, Student, Writer
 from tests.serve import tiny
 
@@ -254,15 +256,61 @@ def test_what_nobody_waits_for_is_cancelled_at_the_model_that_writes_it(
     assert (asked.asked, asked.cancelled) == ((1, 1) if speaks else (0, 0))
 
 
-def test_a_call_that_is_cancelled_ends_in_the_engines_own_loop(monkeypatch: pytest.MonkeyPatch):
+class Engine:
+    """One that only its tasks ask."""
+
+    alive = True
+    tokenizer = SimpleNamespace(
+        all_special_ids=[0], decode=lambda ids, **_: "".join("_abcde"[i] for i in ids)
+    )
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    async def start(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def replica(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any], asked: Generate) -> Teacher:
+    """A teacher's, each of whose rows is answered by ``run`` in the engine's loop."""
+    monkeypatch.setattr(teacher, "Engine", Engine)
+    monkeypatch.setattr(teacher.models, "here", lambda model, _: model)
+    monkeypatch.setattr(teacher.tasks, "local", lambda *_: SimpleNamespace(run=run))
+    of = loaded("a")
+    model = replace(of.teacher, vocab_size=10)
+    return Teacher(of.recipe.teacher, asked, ("text",), model)
+
+
+def test_a_teacher_is_heard_as_it_writes_and_at_last_as_a_whole(monkeypatch: pytest.MonkeyPatch):
+    """A stop string of two characters: the last one heard may begin it."""
+
+    async def run(*_: Any) -> GeneratedLabels:
+        hear = hearing.get()
+        assert hear
+        for ids in ([1], [1, 2], [1, 2, 3]):
+            hear(ids)
+        return GeneratedLabels(
+            output="abcd", token_ids=np.array([1, 2, 3, 4, 0]), output_logprob=None,
+            recorded=None, n_prompt_tokens=2, n_output_tokens=5, finish_reason="stop",
+        )  # fmt: skip
+
+    async def scenario() -> list[Any]:
+        speaking = replica(monkeypatch, run, ASKED.model_copy(update={"stop": ("xy",)}))
+        said = [part async for part in speaking.speak("x")]
+        await speaking.close()
+        return said
+
+    *parts, whole = asyncio.run(scenario())
+    assert [(p.written.text, p.written.tokens) for p in parts] == [
+        ("", ("a",)), ("a", ("a", "b")), ("ab", ("a", "b", "c")),
+    ]  # fmt: skip
+    assert all(isinstance(part, SoFar) for part in parts)
+    assert (whole.text, whole.n_output_tokens) == ("abcd", 5)
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_a_call_that_is_cancelled_ends_in_the_engines_own_loop(
+    heard: bool, monkeypatch: pytest.MonkeyPatch
+):
     ended = []
-
-    class Engine:
-        alive = True
-
-        def __init__(self, *_: Any, **__: Any) -> None: ...
-        async def start(self) -> None: ...
-        def close(self) -> None: ...
 
     async def run(*_: Any) -> None:
         try:
@@ -271,18 +319,14 @@ def test_a_call_that_is_cancelled_ends_in_the_engines_own_loop(monkeypatch: pyte
             ended.append("cancelled")
             raise
 
-    monkeypatch.setattr(teacher, "Engine", Engine)
-    monkeypatch.setattr(teacher.models, "here", lambda model, _: model)
-    monkeypatch.setattr(teacher.tasks, "local", lambda *_: SimpleNamespace(run=run))
-
     async def scenario() -> None:
-        of = loaded("a")
-        model = replace(of.teacher, vocab_size=10)
-        replica = Teacher(of.recipe.teacher, ASKED, ("text",), model)
-        call = asyncio.create_task(replica.label(["x", "y"]))
+        writing = replica(monkeypatch, run, ASKED)
+        call = asyncio.create_task(
+            anext(writing.speak("x")) if heard else writing.label(["x"])  # type: ignore[arg-type]
+        )
         await asyncio.sleep(0.05)
         call.cancel()
-        await until(lambda: ended == ["cancelled"] * 2)
-        await replica.close()
+        await until(lambda: ended == ["cancelled"])
+        await writing.close()
 
     asyncio.run(scenario())

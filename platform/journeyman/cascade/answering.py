@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -42,6 +43,11 @@ class Unlabeled:
 
 
 Said = ClassLabels | Written | Unlabeled
+Hear = Callable[[Written], None]
+
+# Set for a request of one text whose answer is sent as it is written: told of the teacher's as far
+# as it is there. One that the teacher begins again, after it failed, is told from its beginning.
+listening: ContextVar[Callable[[Decision], None] | None] = ContextVar("listening", default=None)
 
 
 class StudentDecisions(Protocol):
@@ -68,6 +74,14 @@ class TeacherLabels(Protocol):
         ...
 
 
+class HeardLabels(TeacherLabels, Protocol):
+    """A teacher that can be heard as it writes."""
+
+    async def labels(self, texts: Sequence[str], hear: Hear | None = None) -> Sequence[Said]:
+        """hear: told of the answer to the one text as far as it is written."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
     """One decision for each text, in order, and what the teacher read and wrote for them.
@@ -88,7 +102,7 @@ class Cascade:
         self,
         policy: EscalationRule,
         student: StudentDecisions,
-        teacher: TeacherLabels,
+        teacher: HeardLabels,
         settings: Settings,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -146,7 +160,8 @@ class Cascade:
         """Fill in what the student did not answer; escalated: a text's index to what the student
         would have said, None where it was not asked."""
         with self.waiting.places(len(escalated)):
-            labels = await self._labels([texts[i] for i in escalated], deadline)
+            asked = [texts[i] for i in escalated]
+            labels = await self._labels(asked, deadline, self._hear([*escalated.values()]))
         decisions = dict(accepted)
         labeled = [label for label in labels if not isinstance(label, Unlabeled)]
         read = sum(label.n_prompt_tokens for label in labeled)
@@ -163,11 +178,20 @@ class Cascade:
             teacher_output_tokens=written,
         )
 
-    async def _labels(self, texts: Sequence[str], deadline: float) -> Sequence[Said]:
+    def _hear(self, students: Sequence[Decision | None]) -> Hear | None:
+        """Of the one text, if somebody listens."""
+        listener = listening.get()
+        if listener is None or len(students) != 1:
+            return None
+        return lambda written: listener(self._policy.escalated(written, students[0]))
+
+    async def _labels(
+        self, texts: Sequence[str], deadline: float, hear: Hear | None
+    ) -> Sequence[Said]:
         """The teacher's; where the recipe says so, asked again until the deadline."""
         while True:
             try:
-                return await self._ask(texts, deadline)
+                return await self._ask(texts, deadline, hear)
             except TeacherUnavailable as refusal:
                 pause_s = min(refusal.retry_after_s or _ASK_AGAIN_S, _ASK_AGAIN_S)
                 too_late = self._clock() + pause_s >= deadline
@@ -175,7 +199,9 @@ class Cascade:
                     raise
             await asyncio.sleep(pause_s)
 
-    async def _ask(self, texts: Sequence[str], deadline: float) -> Sequence[Said]:
+    async def _ask(
+        self, texts: Sequence[str], deadline: float, hear: Hear | None
+    ) -> Sequence[Said]:
         """Once, and tell the breaker how it went."""
         if not self.breaker.admit(self._clock()):
             wait_s = self.breaker.opens_in_s(self._clock()) or _ASK_AGAIN_S
@@ -187,7 +213,8 @@ class Cascade:
         began = self._clock()
         try:
             async with self._before(deadline), self._before_teachers_own():
-                labels = await self._teacher.labels(texts)
+                asked = self._teacher.labels
+                labels = await (asked(texts, hear) if hear else asked(texts))
             self._check(labels, len(texts))
         except (TeacherStarting, TeacherAway):
             self.breaker.abandoned()

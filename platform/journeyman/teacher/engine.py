@@ -13,7 +13,8 @@ import importlib.util
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,10 @@ _SMALLEST_BLOCK = 16  # tokens; the prefix cache holds whole blocks
 _CPU_BLOCK_TOKENS = 32  # vLLM's CPU attention takes multiples of 32; small blocks waste least
 _KEPT_BYTES = 1 << 30
 _PRELOADED = ("libiomp5.so", "libtcmalloc_minimal.so.4")  # both ask of vLLM; 17% on prefill
+
+
+# Told of all tokens so far as an answer grows, if the task that asks the engine sets it.
+hearing: ContextVar[Callable[[list[int]], None] | None] = ContextVar("hearing", default=None)
 
 
 class EngineDied(Exception):  # noqa: N818 - says what happened, is no mistake of the caller's
@@ -247,21 +252,24 @@ class Engine:
 
         if not self.alive:
             raise EngineDied
-        died = self._died
+        died, hear = self._died, hearing.get()
         # The engine's own queue is no part of a request's deadline.
         self._n_asked += 1
         turns = -(-self._n_asked // self.max_num_seqs)
         stream = self._llm.generate(
             tokens_input(list(token_ids)),
-            self._sampling(marks, params),
+            self._sampling(marks, params | {"output_kind": "CUMULATIVE" if hear else "FINAL_ONLY"}),
             f"r{next(self._request_ids)}",
             lora_request=self._lora_request,
         )
         try:
             async with asyncio.timeout(turns * self.settings.request_timeout_s) as deadline:
                 self._deadlines.add(deadline)
+                output = None
                 try:
-                    outputs = [output async for output in stream]
+                    async for output in stream:
+                        if hear and not output.finished:
+                            hear(list(output.outputs[0].token_ids))
                 finally:
                     self._deadlines.discard(deadline)
         except EngineDeadError as error:
@@ -275,9 +283,9 @@ class Engine:
             raise
         finally:
             self._n_asked -= 1
-        if not outputs or not outputs[-1].finished:
+        if output is None or not output.finished:
             raise EngineDied
-        return outputs[-1]
+        return output
 
     def _sampling(self, marks: dict[str, Any], params: dict[str, Any]) -> SamplingParams:
         """By default one greedy token. The last one is kept: most requests are alike, and vLLM
@@ -288,11 +296,11 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         settings = {"max_tokens": 1, "temperature": 0.0, "detokenize": False} | params
+        settings["output_kind"] = RequestOutputKind[settings["output_kind"]]
         sampling = SamplingParams(
             **settings,
             flat_logprobs=True,
             extra_args=marks,
-            output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
         self._last_sampling = (marks, params, sampling)

@@ -367,6 +367,13 @@ def test_where_labels_are_of_given_texts_both_write_on(tmp_path: Path, monkeypat
     assert bundle.max_tokens == 5
 
 
+def test_texts_that_a_cascade_kept_are_certified_whole_for_they_are_what_requests_bring():
+    asked = settings("logits", **COMPLETE)
+    assert written.words_given(asked) == 3
+    kept = asked.corpus.model_copy(update={"feedback": "kept"})
+    assert written.words_given(asked.model_copy(update={"corpus": kept})) is None
+
+
 @pytest.mark.parametrize(
     ("labels", "complete"),
     [

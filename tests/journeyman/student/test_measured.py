@@ -161,7 +161,12 @@ def test_a_card_calls_figures_what_they_are(
     )
     state = State(step=3, total_steps=3, seconds=1.0, n_rows=9, evaluations=(best,))
     origin = export.Provenance(
-        recipe=parse(values), parent=tiny_llama, inputs="i", labels_digest="l", world_size=1
+        recipe=parse(values),
+        parent=tiny_llama,
+        inputs="i",
+        labels_digest="l",
+        world_size=1,
+        hardware={},
     )
     (tmp_path / "model").mkdir()
     (tmp_path / "curve").write_text("")

@@ -27,7 +27,7 @@ _MOST = 1.25  # times the mean load, that one replica may have
 
 
 class ByBeginning(RequestRouter):
-    """A request router of Serve's, for ``Teacher.label``."""
+    """A request router of Serve's, for ``Teacher.label`` and ``Teacher.speak``."""
 
     def initialize_state(self, columns: Sequence[str], leading: str) -> None:
         """columns: of a text; leading: the one that comes first in the prompt."""
@@ -41,9 +41,10 @@ class ByBeginning(RequestRouter):
         """Ranks of replicas, the first that has room is asked."""
         if pending_request:
             pending_request.routing_context.should_backoff = True  # where none has room
-        if not pending_request or not pending_request.args:  # of how it is: by load
+        asked = pending_request.args[0] if pending_request and pending_request.args else None
+        if not asked:  # how it is: of any, by load
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
-        row = unpacked(pending_request.args[0][0], self._columns)
+        row = unpacked(asked if isinstance(asked, str) else asked[0], self._columns)
         load = self.replica_queue_len_cache.get
         replicas = {one.replica_id.unique_id: one for one in candidate_replicas}
         loads = {name: load(one.replica_id) or 0 for name, one in replicas.items()}

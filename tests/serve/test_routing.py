@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 
 from ray import serve
 
@@ -46,6 +47,9 @@ def test_serve_asks_by_what_comes_first_in_the_prompt(cascade: Running):
         def label(self, texts: list[str]) -> str:
             return serve.get_replica_context().replica_id.unique_id
 
+        def speak(self, text: str) -> Iterator[str]:
+            yield self.label([text])
+
         def unready(self) -> None:
             return None
 
@@ -60,6 +64,9 @@ def test_serve_asks_by_what_comes_first_in_the_prompt(cascade: Running):
         }
         assert all(len(replicas) == 1 for replicas in asked.values())
         assert len(set.union(*asked.values())) == 2
+        for passage, replicas in asked.items():
+            text = json.dumps({"passage": passage, "text": "a stream?"})
+            assert set(handle.options(stream=True).speak.remote(text)) == replicas
         assert handle.unready.remote().result() is None
     finally:
         serve.delete("routed")

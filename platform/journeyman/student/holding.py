@@ -13,7 +13,7 @@ import math
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from journeyman.student import models
+from journeyman.student import lora, models
 from journeyman.student.place import Place
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ class _Parts:
 
         # A sharded module can be neither copied nor saved: keep its form, without its weights.
         self._form = models.copied(module, lambda weight: weight.to("meta"))
+        self._adapted = any(map(lora.is_adapted, module.modules()))
         self._place = place
         mesh = init_device_mesh(place.device.type, (place.world_size,))
         for layer in _layers(module):
@@ -150,8 +151,8 @@ class _Parts:
         forms = dict(self._form.named_parameters())
         copies: dict[int, Any] = {}
         for name, part in self.module.named_parameters():
-            if not part.requires_grad:
-                continue
+            if self._adapted and not part.requires_grad:
+                continue  # of the model below low-rank matrices, which checkpoints leave out
             whole = self._whole(part.detach())
             if whole is not None:
                 form = forms[name]

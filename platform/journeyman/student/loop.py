@@ -91,7 +91,7 @@ def train(
         hardware=hardware(),
     )
     checkpoints.fetch_curve()
-    with _plain(checkpoints.model(result.best.step), load) as best_model:
+    with _plain(checkpoints.model(result.best.step), load, work.local) as best_model:
         export.write(out_dir, best_model, checkpoints.curve, result.best, state, origin)
     Mirror(local=out_dir, url=store and f"{store}/{out_dir.name}").push()
     clear_work(out_dir, inputs, store)
@@ -125,14 +125,16 @@ def clear_work(out_dir: Path, inputs: str, store: str | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _plain(model_dir: Path, load: Load) -> Iterator[Path]:
-    """A checkpoint's model as a Hugging Face folder; low-rank matrices are merged for it."""
+def _plain(model_dir: Path, load: Load, work: Path) -> Iterator[Path]:
+    """A checkpoint's model as a Hugging Face folder; low-rank matrices are merged for it, in a
+    folder below ``work``: one killed there leaves no file in a checkpoint, which would be damaged
+    by it."""
     if not (model_dir / LORA).exists():
         yield model_dir
         return
     import torch
 
-    with scratch_folder(model_dir.with_name("merged")) as merged:
+    with scratch_folder(work / "merged") as merged:
         load(model_dir, torch.device("cpu")).export(merged)
         yield merged
 

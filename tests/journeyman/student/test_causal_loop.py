@@ -105,7 +105,7 @@ def one_step(of: Causal) -> float:
 
 
 def test_a_checkpoint_of_low_rank_matrices_holds_them_alone_and_is_merged_for_export(
-    tiny_llama: Model, tmp_path: Path
+    ray_cluster: None, tiny_llama: Model, tmp_path: Path
 ) -> None:
     pytest.importorskip("peft")
     write_token_rows(tmp_path / "rows", n_train=8, n_calibrate=2)
@@ -124,9 +124,20 @@ def test_a_checkpoint_of_low_rank_matrices_holds_them_alone_and_is_merged_for_ex
     found = Evaluation(epoch=1, step=1, agreement=1.0, kl=0.1, n_rows=2, perplexity=1.1)
     ended = State(step=1, total_steps=1, seconds=1.0, n_rows=8, evaluations=(found,))
     work.save(ended, lambda folder: first.write(first.module, folder / "model"), n_bytes=1)
+
+    def merging(folder: Path | None, _: torch.device) -> Causal:
+        ours = learner(tiny_llama, folder, tmp_path / "rows", lora={"rank": 4})
+        export = ours.export
+
+        def exported(folder: Path) -> None:
+            export(folder)
+            assert work.latest() == ended  # whoever is killed here finds it whole
+
+        ours.export = exported  # type: ignore[method-assign]
+        return ours
+
     loop.train(
-        make_causal_recipe({"lora": {"rank": 4}}),
-        lambda folder, _: learner(tiny_llama, folder, tmp_path / "rows", lora={"rank": 4}),
+        make_causal_recipe({"lora": {"rank": 4}}), merging,
         tiny_llama, tmp_path / "student", inputs="lora", labels_digest="labels",
     )  # fmt: skip
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()

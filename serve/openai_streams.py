@@ -79,7 +79,7 @@ def as_it_grows(
             body = finished(answers)
             body.id, body.created = (head or body).id, (head or body).created
             text = body.choices[0].message["content"]
-            if not text.startswith(sent):
+            if not text.startswith(sent) or (sent and answers.void):  # or it is another's
                 raise TeacherUnavailable("the answer broke off in its middle; ask again.")
         except Refusal as refusal:
             yield _event(errors.body_of(refusal))

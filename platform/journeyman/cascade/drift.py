@@ -79,10 +79,10 @@ class Watch:
 
     def audited(self, audit: Audit) -> Watch:
         """The state after one more audit."""
-        if not (np.isfinite(audit.score) and -1 <= audit.loss <= 1):
+        if not (audit.score < np.inf and -1 <= audit.loss <= 1):
             raise DataError(
-                f"An audit has score {audit.score} and loss {audit.loss}; expected a finite score "
-                "and a loss of -1, 0 or 1."
+                f"An audit has score {audit.score} and loss {audit.loss}; expected a score, "
+                "-inf of what the student cannot answer, and a loss of -1, 0 or 1."
             )
         answered = audit.score > self.thresholds
         losses = np.where(answered, audit.loss, 0)

@@ -164,7 +164,11 @@ def certify(
     answers = _answers(recipe, asked, corpus_dir, student, folder, on_progress)
     if isinstance(recipe.labels, Logits):
         labels = _written_on(recipe, teacher, folder, on_progress)
-    parts = {name: read(recipe, labels, answers, name) for name in _splits(corpus_dir)}
+    parts = {
+        name: read(recipe, labels, answers, name)
+        for name in _splits(corpus_dir)
+        if name in SPLITS or _of_split(labels, name)  # of test rows all may be in quarantine
+    }
     settings, certified = recipe.certify, parts["certify"]
     ledger = spend_rows(settings, certified.ids, student, out_dir)
     confidence, scored = _design(settings, parts["calibrate"], certified.outcomes)

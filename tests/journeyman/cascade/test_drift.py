@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from journeyman.cascade.drift import Audit, Watch, population_stability, start_watch
+from journeyman.cascade.watching import UNANSWERED
 from journeyman.errors import DataError, RecipeError
 
 
@@ -165,5 +166,14 @@ def test_ladders_and_audits_that_mean_nothing_are_refused():
             start_watch("system_agreement", 0.1, thresholds)
     with pytest.raises(RecipeError, match="more than 1"):
         start_watch("system_agreement", 0.1, [0.5], audits_per_false_alarm=1)
-    with pytest.raises(DataError, match="a finite score"):
+    with pytest.raises(DataError, match="expected a score"):
         start_watch("system_agreement", 0.1, [0.5]).audited(Audit(score=math.nan, loss=0))
+
+
+def test_what_the_student_has_no_answer_to_is_an_audit_that_every_rung_escalates():
+    watch = start_watch("system_agreement", 0.1, (float("-inf"), 0.5))
+    for _ in range(400):
+        watch = watch.audited(UNANSWERED)
+    assert watch.rung == 0
+    wrong = watch.audited(Audit(score=0.9, loss=1))
+    assert (wrong.log_detectors > watch.audited(UNANSWERED).log_detectors).all()

@@ -105,7 +105,7 @@ class Teacher:
         whole.add_done_callback(lambda _: heard.put_nowait(None))
         try:
             tokens: tuple[str, ...] = ()
-            while (ids := await _newest(heard)) is not None:
+            while (ids := await heard.get()) is not None:
                 tokens += self._tokens(ids[len(tokens) :])
                 yield SoFar(written=self._begun(ids, tokens))
             reply = await whole
@@ -216,15 +216,3 @@ class Teacher:
     async def _in_engine_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         return await asyncio.wrap_future(future)
-
-
-async def _newest(heard: asyncio.Queue[list[int] | None]) -> list[int] | None:
-    """The longest part of an answer that waits there, each holding those before; None: no more."""
-    ids = await heard.get()
-    while ids is not None and not heard.empty():
-        following = heard.get_nowait()
-        if following is None:
-            heard.put_nowait(None)
-            break
-        ids = following
-    return ids

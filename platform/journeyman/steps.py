@@ -345,15 +345,13 @@ class Run(RunFolder):
     def _report(self) -> tuple[dict[str, Any], bool]:
         from journeyman import summary
         from journeyman.report import page
+        from journeyman.report import written as written_page
+        from journeyman.summary import written
 
-        if self.recipe.labels.kind != "classes":
-            raise RecipeError(
-                f"labels.kind is {self.recipe.labels.kind}, and pages are of classifiers so far; "
-                f"the student's card is {self.path('train') / 'README.md'}, and journeyman compare "
-                f"{self.where} --plot FILE draws it."
-            )
-        data = summary.report_data(self)
-        path = page.write(data, self.path("report"))
+        if self.recipe.learner().kind == "causal":
+            path = written_page.write(written.written_data(self), self.path("report"))
+        else:
+            path = page.write(summary.report_data(self), self.path("report"))
         return {"page": str(path)}, True
 
 
@@ -366,10 +364,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def names(recipe: Recipe) -> tuple[str, ...]:
-    """The steps of a recipe: cascades are of classifiers, and labeling alone needs no student."""
+    """The steps of a recipe. Labeling alone needs no student, and one that writes is certified when
+    it is asked for: both models write on the held-out rows then."""
     if recipe.student is None:
         return NAMES[: NAMES.index("train")]
-    return NAMES if recipe.labels.kind == "classes" else NAMES[: NAMES.index("certify")]
+    if recipe.learner().kind == "causal":
+        return ("prepare", "label", "train", "report")
+    return NAMES
 
 
 Reporter = Callable[[StepResult], None]

@@ -177,19 +177,23 @@ def _recipe_commands(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from journeyman import steps, summary
+    from journeyman.summary import written
 
     loaded = load(options)
     print(f"run       {steps.Run(loaded).where}", flush=True)
     done = steps.run(loaded, _print_result, new_labels=options.new)
     print()
     run = steps.Run(loaded)
-    if "report" not in steps.names(loaded):
-        print(summary.table(summary.without_cascade(run)))
-        made = "train" if loaded.student else "label"
-        print(f"\n{made:<9} {run.path(made) if loaded.student else run.labels}")
+    if loaded.student is None:
+        print(summary.table(summary.costs(run)))
+        print(f"\nlabel     {run.labels}")
         return 0
-    print(summary.table(summary.report_data(run).summary))
-    print(f"\nreport    {done[-1].manifest['page']}")
+    writes = loaded.student.kind == "causal"
+    data = written.written_data(run) if writes else summary.report_data(run)
+    print(summary.table(data.summary))
+    if writes:
+        print(f"\ntrain     {run.path('train')}")
+    print(f"{'' if writes else chr(10)}report    {done[-1].manifest['page']}")
     return 0
 
 

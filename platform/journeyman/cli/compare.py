@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ _EXAMPLES = """\
 examples:
   journeyman compare runs/small runs/large
   journeyman compare runs/* --plot students.svg      size against agreement
-  journeyman compare runs/* --report                 the same on the pages of classifiers
+  journeyman compare runs/* --report                 the same on the runs' pages
 """
 
 
@@ -40,8 +39,7 @@ def add_command(commands: Any) -> None:
     compare.add_argument(
         "--report",
         action="store_true",
-        help="keep the comparison in the folders of classifiers' runs: journeyman report draws it "
-        "on their pages",
+        help="keep the comparison in the runs' folders: journeyman report draws it on their pages",
     )
 
 
@@ -64,20 +62,10 @@ def _compare(options: argparse.Namespace) -> int:
         files.write_bytes(options.plot, plots.size_agreement(students).encode())
         print(f"\nplot      {options.plot}")
     if options.report:
-        _keep(students, folders)
-    return 0
-
-
-def _keep(students: Sequence[ComparedStudent], folders: Sequence[Path]) -> None:
-    from journeyman.report import comparison
-
-    paged = [folder for one, folder in zip(students, folders, strict=True) if one.has_page]
-    for folder in paged:
-        comparison.keep(students, folder)
-    if paged:
+        for folder in folders:
+            comparison.keep(students, folder)
         print("\nkept; journeyman report R draws it on the page of each run")
-    if writing := ", ".join(one.name for one in students if not one.has_page):
-        print(f"\nno page of {writing}: students that write have none; --plot FILE draws them too")
+    return 0
 
 
 def _cells(student: ComparedStudent) -> tuple[str, ...]:

@@ -41,11 +41,6 @@ class ComparedStudent:
     n_held_out: int | None = None  # calibrate rows
     hardware: Mapping[str, Any] | None = None  # as ``cluster.hardware`` has it
 
-    @property
-    def has_page(self) -> bool:
-        """Whether ``journeyman report`` writes one for its run: students that write have none."""
-        return self.perplexity is None
-
 
 def read(run: Path) -> ComparedStudent:
     """The student in a run's folder, or in the folder itself; raises DataError if there is none."""

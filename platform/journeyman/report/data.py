@@ -108,38 +108,24 @@ class SummaryRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReportData:
-    """Everything on the page.
+class TrainedData:
+    """What the page of any student has.
 
     Attributes:
         name: the run's name.
         created: when, as it is to be printed.
         recipe_yaml: the recipe as it ran, defaults filled in.
-        labels: c label names, in the order of the probability columns.
-        label_histogram: split to label to rows, by gold, over the corpus; empty without gold.
-        teacher_histogram: label to rows, by the teacher's most probable label, over all splits.
         summary: the lines of the opening table.
         training: records of training.jsonl, in order: `kind: steps` with `step` and `loss`, and
             `kind: evaluation` with `step` and what `student.learner.Measured` has.
-        bundle: the policy bundle that the run certified.
-        test: the rows that nothing was fitted, chosen or certified on.
-        positive: the label that the job is about finding, if any.
-        rank_by: the column whose values make lists of candidates, if any.
         compared: students of several runs, this one's among them; empty if none were compared.
     """
 
     name: str
     created: str
     recipe_yaml: str
-    labels: tuple[str, ...]
-    label_histogram: Mapping[str, Mapping[str, int]]
-    teacher_histogram: Mapping[str, int]
     summary: Sequence[SummaryRow]
     training: Sequence[TrainingRecord]
-    bundle: PolicyBundle
-    test: TestRows
-    positive: str | None = None
-    rank_by: str | None = None
     compared: Sequence[ComparedStudent] = ()
 
     @property
@@ -151,6 +137,29 @@ class ReportData:
     def evaluations(self) -> list[TrainingRecord]:
         """The training records of evaluations on calibrate rows."""
         return [record for record in self.training if record.get("kind") == "evaluation"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportData(TrainedData):
+    """Everything on the page of a classifier.
+
+    Attributes:
+        labels: c label names, in the order of the probability columns.
+        label_histogram: split to label to rows, by gold, over the corpus; empty without gold.
+        teacher_histogram: label to rows, by the teacher's most probable label, over all splits.
+        bundle: the policy bundle that the run certified.
+        test: the rows that nothing was fitted, chosen or certified on.
+        positive: the label that the job is about finding, if any.
+        rank_by: the column whose values make lists of candidates, if any.
+    """
+
+    labels: tuple[str, ...]
+    label_histogram: Mapping[str, Mapping[str, int]]
+    teacher_histogram: Mapping[str, int]
+    bundle: PolicyBundle
+    test: TestRows
+    positive: str | None = None
+    rank_by: str | None = None
 
     def __post_init__(self) -> None:
         if self.bundle.label_names != self.labels:

@@ -140,8 +140,8 @@ def _example(rows: TestRows, labels: Sequence[str], i: int) -> Example:
 
     return Example(
         id=rows.ids[i],
-        text=_cut(rows.texts[i]),
-        columns=tuple((name, _cut(str(value))) for name, value in _meta(rows, i).items()),
+        text=cut(rows.texts[i]),
+        columns=tuple((name, cut(str(value))) for name, value in _meta(rows, i).items()),
         gold=None if gold < 0 else labels[gold],
         teacher=answer(rows.teacher[i]),
         student=answer(rows.student[i]),
@@ -154,6 +154,7 @@ def _meta(rows: TestRows, i: int) -> Mapping[str, Any]:
     return rows.metas[i] if rows.metas else {}
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """Its beginning, where it is long."""
     rest = len(text) - _LONGEST_TEXT
     return text if rest <= 0 else f"{text[:_LONGEST_TEXT]}… ({rest:,} more characters)"

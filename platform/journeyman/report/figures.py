@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from journeyman.certify.bundle import Bundle
 from journeyman.certify.curve import CostQualityCurve, cost_quality_curve
 from journeyman.probabilities import expected_calibration_error
 from journeyman.report import plots
-from journeyman.report.data import IntArray, ReportData, TestRows
+from journeyman.report.data import IntArray, ReportData, TestRows, TrainedData
 from journeyman.report.verdict import promised_words
 
 _MOST_LABELS = 40
@@ -52,8 +54,8 @@ def all_labels(data: ReportData) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*data.labels, *found, *data.teacher_histogram)))
 
 
-def training(data: ReportData) -> Figure | None:
-    """Training curves; None without records."""
+def training(data: TrainedData, of: Literal["row", "token"] = "row") -> Figure | None:
+    """Training curves; None without records. of: what a loss is the mean of."""
     if not data.steps:
         return None
     caption = (
@@ -64,17 +66,22 @@ def training(data: ReportData) -> Figure | None:
         caption += (
             " The squares, and the curves below, are the student on "
             f"{data.evaluations[-1]['n_rows']:,} calibrate rows at each evaluation: where "
-            "agreement falls and the divergence (KL) from the teacher rises while the loss "
-            "still falls, it learns by heart."
+            f"agreement falls and {_divergence(data)} rises while the loss still falls, it learns "
+            "by heart."
         )
     return Figure(
         name="training",
-        svg=plots.training_curves(data.steps, data.evaluations),
+        svg=plots.training_curves(data.steps, data.evaluations, of),
         caption=caption,
     )
 
 
-def comparison(data: ReportData) -> Figure | None:
+def _divergence(data: TrainedData) -> str:
+    known = data.evaluations[-1].get("kl") is not None
+    return "the divergence (KL) from the teacher" if known else "the cross-entropy"
+
+
+def comparison(data: TrainedData) -> Figure | None:
     """Size against agreement of the students compared; None if none were."""
     if not data.compared:
         return None
@@ -124,10 +131,11 @@ def test_curves(rows: TestRows) -> tuple[CostQualityCurve, CostQualityCurve | No
     )
 
 
-def cost_quality(data: ReportData) -> Figure:
-    """Cost-quality curve with the chosen threshold."""
-    guarantee = data.bundle.served
-    curve, gold_curve = test_curves(data.test)
+def cost_quality(
+    bundle: Bundle, curve: CostQualityCurve, gold_curve: CostQualityCurve | None
+) -> Figure:
+    """Cost-quality curves of the test rows, and of those with gold, with the chosen threshold."""
+    guarantee = bundle.served
     below = (
         ""
         if gold_curve is None
@@ -142,7 +150,7 @@ def cost_quality(data: ReportData) -> Figure:
     )
     return Figure(
         name="cost-quality",
-        svg=plots.cost_quality(curve, gold_curve, data.bundle.curve, guarantee),
+        svg=plots.cost_quality(curve, gold_curve, bundle.curve, guarantee),
         caption="From left to right the student answers more and the teacher is paid for less. "
         f"Above, how often the answer differs from the teacher's.{below} {threshold}; the promise "
         f"is that {promised_words(guarantee)}. Test split, {curve.table.n:,} rows; the grey curve "

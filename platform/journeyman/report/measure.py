@@ -11,7 +11,7 @@ from scipy.special import bdtrc
 
 from journeyman.certify import paired
 from journeyman.certify.certificate import GuaranteeKind
-from journeyman.report.data import TestRows
+from journeyman.report.data import BoolArray, TestRows
 
 # Realised risk is doubted only here: by the draw of rows alone, an honest promise is exceeded on
 # `test` in more than one run of ten.
@@ -153,9 +153,18 @@ def _against_gold(rows: TestRows) -> AgainstGold | None:
     teacher_right = (rows.teacher_answer == rows.gold)[known]
     student_right = (rows.student_answer == rows.gold)[known]
     escalated_right = (rows.escalated_answer == rows.gold)[known]
-    accepted = rows.accepted[known]
+    return against_gold(student_right, teacher_right, escalated_right, rows.accepted[known])
+
+
+def against_gold(
+    student_right: BoolArray,
+    teacher_right: BoolArray,
+    escalated_right: BoolArray,
+    accepted: BoolArray,
+) -> AgainstGold:
+    """bool[n] each, of the rows with gold."""
     return AgainstGold(
-        n=int(known.sum()),
+        n=len(accepted),
         teacher=int(teacher_right.sum()),
         student=int(student_right.sum()),
         cascade=int((student_right & accepted).sum() + (escalated_right & ~accepted).sum()),

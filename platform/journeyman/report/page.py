@@ -34,7 +34,11 @@ _TEMPLATES = jinja2.Environment(
 
 def write(data: ReportData, directory: Path) -> Path:
     """Write the report's folder, whole or not at all; returns the path of `index.html`."""
-    html, drawn = render(data)
+    return put(*render(data), directory)
+
+
+def put(html: str, drawn: Sequence[Figure], directory: Path) -> Path:
+    """Write a page and its figures, whole or not at all; returns the path of `index.html`."""
     with files.replaced_directory(directory) as fresh:
         (fresh / "figures").mkdir()
         for figure in drawn:
@@ -45,14 +49,16 @@ def write(data: ReportData, directory: Path) -> Path:
 
 def render(data: ReportData) -> tuple[str, list[Figure]]:
     """The page's HTML and its figures, in the order in which they stand on it."""
-    cost_quality, labels = figures.cost_quality(data), figures.labels(data)
+    curve, gold_curve = figures.test_curves(data.test)
+    cost_quality = figures.cost_quality(data.bundle, curve, gold_curve)
+    labels = figures.labels(data)
     training, reliability = figures.training(data), figures.reliability(data)
     confusions, comparison = figures.confusions(data), figures.comparison(data)
-    html = _TEMPLATES.get_template("page.html.j2").render(
+    html = template("page.html.j2").render(
         data=data,
         bundle=data.bundle,
-        summary=_grouped(data.summary),
-        inline=_inline,
+        summary=grouped(data.summary),
+        inline=inline,
         **_words_and_tables(data),
         figures={
             "cost_quality": cost_quality,
@@ -106,10 +112,16 @@ def _rankings(data: ReportData) -> tuple[Ranking, ...]:
     return rankings(data.test, data.test.column(data.rank_by), data.labels.index(data.positive))
 
 
-def _grouped(summary: Sequence[SummaryRow]) -> list[tuple[str, list[SummaryRow]]]:
+def template(name: str) -> jinja2.Template:
+    """One of this folder's."""
+    return _TEMPLATES.get_template(name)
+
+
+def grouped(summary: Sequence[SummaryRow]) -> list[tuple[str, list[SummaryRow]]]:
+    """Lines of one group together."""
     return [(group, list(rows)) for group, rows in groupby(summary, key=lambda row: row.group)]
 
 
-def _inline(figure: Figure) -> Markup:
+def inline(figure: Figure) -> Markup:
     """The figure's SVG with its colours as CSS variables, so that it follows light and dark."""
     return Markup(style.with_variables(figure.svg))  # matplotlib has escaped the labels in it

@@ -74,20 +74,24 @@ def label_histogram(
         return style.to_svg(fig, "labels", "Share of rows of each label, by gold and by teacher")
 
 
-def training_curves(steps: Sequence[TrainingRecord], evaluations: Sequence[TrainingRecord]) -> str:
+def training_curves(
+    steps: Sequence[TrainingRecord], evaluations: Sequence[TrainingRecord], of: str = "row"
+) -> str:
     """Loss by optimizer step; below, what the evaluations on the way saw.
 
     Args:
         steps: `step` and `loss`, the mean over the steps since the record before.
-        evaluations: `step`, `agreement`, `kl` (nats) and, with gold, `gold_accuracy`.
+        evaluations: `step`, `agreement`, `kl` or `cross_entropy` (nats), with gold
+            `gold_accuracy`, and of texts `exact_match`.
+        of: what a loss is the mean of.
     """
     with style.figure("training", 5.0 if evaluations else 2.8) as fig:
         if evaluations:
             top, bottom = fig.subplots(2, 1, sharex=True)
-            _evaluation_panel(bottom, evaluations)
+            _evaluation_panel(bottom, evaluations, of)
         else:
             top = bottom = fig.add_subplot()
-        _loss_panel(top, steps, evaluations)
+        _loss_panel(top, steps, evaluations, of)
         bottom.set_xlabel("optimizer step")
         bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         return style.to_svg(fig, "training", "Training loss and evaluations by optimizer step")
@@ -252,7 +256,10 @@ def confusion(counts: IntArray, labels: Sequence[str], against: str) -> str:
 
 
 def _loss_panel(
-    axes: Axes, steps: Sequence[TrainingRecord], evaluations: Sequence[TrainingRecord]
+    axes: Axes,
+    steps: Sequence[TrainingRecord],
+    evaluations: Sequence[TrainingRecord],
+    of: str,
 ) -> None:
     at, loss = _series(steps, "loss")
     keep = _thinned(len(at))
@@ -264,30 +271,26 @@ def _loss_panel(
     middle = at[window // 2 : window // 2 + len(smooth)]
     keep = _thinned(len(smooth))
     axes.plot(middle[keep], smooth[keep], color=style.STUDENT, label="the same, smoothed")
-    at, divergence = _series(evaluations, "kl")
-    if len(at):
-        axes.plot(
-            at,
-            divergence,
-            color=style.PROMISE,
-            marker="s",
-            markersize=4,
-            label="KL from teacher, calibrate rows",
-        )
+    for key, name in (("kl", "KL from teacher"), ("cross_entropy", "cross-entropy")):
+        at, divergence = _series(evaluations, key)
+        if len(at):
+            label = f"{name}, calibrate rows"
+            axes.plot(at, divergence, color=style.PROMISE, marker="s", markersize=4, label=label)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("nats a row")
+    axes.set_ylabel(f"nats a {of}")
     _legend_above(axes)
 
 
-def _evaluation_panel(axes: Axes, evaluations: Sequence[TrainingRecord]) -> None:
+def _evaluation_panel(axes: Axes, evaluations: Sequence[TrainingRecord], of: str) -> None:
     for key, name, color, marker in (
-        ("agreement", "same as teacher", style.TEACHER, "o"),
+        ("agreement", "same as teacher" if of == "row" else "agreement", style.TEACHER, "o"),
         ("gold_accuracy", "right by gold", style.SYSTEM, "s"),
+        ("exact_match", "rows written to the letter", style.STUDENT, "s"),
     ):
         at, values = _series(evaluations, key)
         if len(at):
             axes.plot(at, values, color=color, marker=marker, markersize=4.5, label=name)
-    axes.set_ylabel("share of rows")
+    axes.set_ylabel(f"share of {of}s")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _legend_above(axes)
 

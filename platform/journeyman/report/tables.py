@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from journeyman.certify.bundle import Guarantee, PolicyBundle
+from journeyman.certify.bundle import Bundle, Guarantee, PolicyBundle
 from journeyman.certify.certificate import clopper_pearson_upper
 from journeyman.certify.curve import CostQualityCurve
 from journeyman.certify.metrics import brier, negative_log_likelihood
@@ -70,7 +71,7 @@ def accuracies(measured: Measured, *, mixed: bool = False) -> Table | None:
 
 
 def guarantees(
-    bundle: PolicyBundle, curve: CostQualityCurve, gold_curve: CostQualityCurve | None
+    bundle: Bundle, curve: CostQualityCurve, gold_curve: CostQualityCurve | None
 ) -> Table:
     """Every certificate in the bundle, and what came of it on the test rows of the curves."""
     served = [g.kind for g in bundle.guarantees].index(bundle.served_guarantee)
@@ -180,11 +181,15 @@ def label_counts(
     )
 
 
-def evaluations(records: Sequence[TrainingRecord]) -> Table | None:
+def evaluations(
+    records: Sequence[TrainingRecord], of: Literal["rows", "tokens"] = "rows"
+) -> Table | None:
     """The evaluations on the way, one row each, the best marked; None if there were none."""
     if not records:
         return None
     further = {
+        "kl": ("KL, nats", ".3f"),
+        "cross_entropy": ("cross-entropy, nats", ".3f"),
         "gold_accuracy": ("right by gold", ".1%"),
         "calibration_error": ("calibration error", ".3f"),
         "gold_calibration_error": ("the same by gold", ".3f"),
@@ -192,14 +197,19 @@ def evaluations(records: Sequence[TrainingRecord]) -> Table | None:
         "exact_match": ("written to the letter", ".1%"),
     }
     further = {key: words for key, words in further.items() if records[-1].get(key) is not None}
-    best = max(range(len(records)), key=lambda i: (records[i]["agreement"], -records[i]["kl"]))
+
+    def order(i: int) -> tuple[float, float]:
+        loss = records[i].get("kl", records[i].get("cross_entropy"))
+        return records[i]["agreement"], -(loss or 0.0)
+
+    best = max(range(len(records)), key=order)
     return Table(
-        caption="The student during training, on calibrate rows; highest agreement marked.",
+        caption=f"The student during training, on calibrate rows; means over {of}, highest "
+        "agreement marked.",
         columns=(
             "epoch",
             "step",
-            "same as teacher",
-            "KL, nats",
+            "agreement",
             *(name for name, _ in further.values()),
         ),
         rows=tuple(
@@ -207,7 +217,6 @@ def evaluations(records: Sequence[TrainingRecord]) -> Table | None:
                 f"{record['epoch']:,}",
                 f"{record['step']:,}",
                 f"{record['agreement']:.1%}",
-                f"{record['kl']:.3f}",
                 *(format(record[key], form) for key, (_, form) in further.items()),
             )
             for record in records
@@ -222,7 +231,7 @@ def students(compared: Sequence[ComparedStudent]) -> Table | None:
         return None
     return Table(
         caption="Students side by side, each on its calibrate rows.",
-        columns=("run", "MB", "same as teacher", "right by gold", "KL, nats", "rows/s"),
+        columns=("run", "MB", "agreement", "right by gold", "KL, nats", "perplexity", "rows/s"),
         rows=tuple(
             (
                 student.name,
@@ -230,6 +239,7 @@ def students(compared: Sequence[ComparedStudent]) -> Table | None:
                 f"{student.agreement:.1%}",
                 NOTHING if student.gold_accuracy is None else f"{student.gold_accuracy:.1%}",
                 NOTHING if student.kl is None else f"{student.kl:.3f}",
+                NOTHING if student.perplexity is None else f"{student.perplexity:,.1f}",
                 NOTHING if student.rows_per_s is None else f"{student.rows_per_s:,.0f}",
             )
             for student in compared

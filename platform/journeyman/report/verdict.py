@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from journeyman.certify.bundle import Guarantee, PolicyBundle
+from journeyman.certify.bundle import Bundle, Guarantee, PolicyBundle
 from journeyman.report.measure import (
     BROKEN,
     AgainstGold,
@@ -32,7 +32,7 @@ class Verdict:
     warning: tuple[str, str] | None
 
 
-def verdict(measured: Measured, bundle: PolicyBundle) -> Verdict:
+def verdict(measured: Measured, bundle: Bundle) -> Verdict:
     """Put the test rows and the certificate into words."""
     guarantee = bundle.served
     return Verdict(
@@ -150,8 +150,8 @@ def _who_answers(measured: Measured, guarantee: Guarantee) -> str:
     )
 
 
-def _both(bundle: PolicyBundle) -> list[str]:
-    if bundle.mixture is None:
+def _both(bundle: Bundle) -> list[str]:
+    if not isinstance(bundle, PolicyBundle) or bundle.mixture is None:
         return []
     return [
         "An escalated request is answered with two opinions: the student's weighs "
@@ -184,7 +184,7 @@ def _promise(guarantee: Guarantee) -> str:
     )
 
 
-def _others(bundle: PolicyBundle) -> list[str]:
+def _others(bundle: Bundle) -> list[str]:
     """What the guarantees that are not served would let the student answer."""
     words = []
     for other in bundle.guarantees:
@@ -195,7 +195,7 @@ def _others(bundle: PolicyBundle) -> list[str]:
                 else "everything would be escalated"
             )
             words.append(f"Certified beside it: {promised_words(other)}; then {answers}.")
-    if bundle.class_guarantees is not None:
+    if isinstance(bundle, PolicyBundle) and bundle.class_guarantees is not None:
         n_feasible = sum(g.feasible for g in bundle.class_guarantees)
         words.append(
             f"It holds for each of the student's answers by itself: {n_feasible} of "
@@ -228,8 +228,8 @@ def _realised(measured: Measured, guarantee: Guarantee) -> str:
     )
 
 
-def _realised_of_each(measured: Measured, bundle: PolicyBundle) -> list[str]:
-    if bundle.class_guarantees is None:
+def _realised_of_each(measured: Measured, bundle: Bundle) -> list[str]:
+    if not isinstance(bundle, PolicyBundle) or bundle.class_guarantees is None:
         return []
     seen = realised_of_each(measured, bundle)
     if not seen:

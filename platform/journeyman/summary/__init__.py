@@ -26,8 +26,6 @@ from journeyman.report.measure import Measured, measure
 from journeyman.report.ranking import rankings
 from journeyman.report.verdict import beside_teacher, percent, realised_of_each, share
 from journeyman.run_folder import RunFolder
-from journeyman.student.checkpoints import Evaluation
-from journeyman.student.learner import AGREES_WITH, LOSS
 
 
 def report_data(run: RunFolder) -> ReportData:
@@ -37,20 +35,27 @@ def report_data(run: RunFolder) -> ReportData:
     test = _test_rows(rows.split("test"), run.path("certify"), bundle)
     answers = Counter(rows.labels[i] for i in rows.logprobs.argmax(axis=1))
     return ReportData(
-        name=run.recipe.name,
-        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        recipe_yaml=yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False),
+        **page_facts(run),
         labels=rows.labels,
         label_histogram=corpus.read_manifest(run.corpus)["labels"],
         teacher_histogram={label: answers[label] for label in rows.labels},
         summary=summary(run, test, bundle),
         positive=run.recipe.report.positive,
         rank_by=run.recipe.report.rank_by,
-        training=files.read_json_lines(run.path("train") / "training.jsonl"),
         bundle=bundle,
         test=test,
-        compared=comparison.kept(run.directory),
     )
+
+
+def page_facts(run: RunFolder) -> dict[str, Any]:
+    """What the page of any student has."""
+    return {
+        "name": run.recipe.name,
+        "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "recipe_yaml": yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False),
+        "training": files.read_json_lines(run.path("train") / "training.jsonl"),
+        "compared": comparison.kept(run.directory),
+    }
 
 
 def summary(run: RunFolder, test: TestRows, bundle: PolicyBundle) -> list[SummaryRow]:
@@ -62,32 +67,9 @@ def summary(run: RunFolder, test: TestRows, bundle: PolicyBundle) -> list[Summar
         *_ranking(test, bundle.label_names, run.recipe.report),
         *_promise(measured, bundle),
         *_speed(run),
-        *_sizes(run),
-        *_costs(run),
+        *sizes(run),
+        *costs(run),
     ]
-
-
-def without_cascade(run: RunFolder) -> list[SummaryRow]:
-    """The closing table of a run that ends with its labels, or with a student that writes."""
-    if run.recipe.student is None:
-        return _costs(run)
-    return [*_learned(run), *_sizes(run), *_costs(run)]
-
-
-def _learned(run: RunFolder) -> list[SummaryRow]:
-    student = files.read_json(run.path("train") / "journeyman.json")
-    best = Evaluation(**student["best"])
-    agrees = f"with {AGREES_WITH[best.against]}, token by token"
-    rows = [
-        ("agreement", f"{best.agreement:.3f}", agrees),
-        (LOSS[best.against], f"{best.loss:.3f} nats", "a token"),
-        ("perplexity", f"{best.perplexity:,.1f}", "of the text's own tokens"),
-    ]
-    if run.recipe.labels.kind != "logits":
-        exact = f"{best.exact_match:.3f}"
-        rows.append(("exact", exact, "answers that it writes to the letter, greedily"))
-    group = f"student, {best.n_rows:,} calibrate rows"
-    return [SummaryRow(group=group, name=n, value=v, note=note) for n, v, note in rows]
 
 
 def _test_rows(rows: ClassRows, bundle_dir: Path, bundle: PolicyBundle) -> TestRows:
@@ -209,7 +191,8 @@ def _speed(run: RunFolder) -> list[SummaryRow]:
     return [SummaryRow(group="speed", name=n, value=v, note=note) for n, v, note in rows]
 
 
-def _sizes(run: RunFolder) -> list[SummaryRow]:
+def sizes(run: RunFolder) -> list[SummaryRow]:
+    """Bytes of the weights."""
     student = sum(f.stat().st_size for f in run.path("train").glob("*.safetensors"))
     teacher = run.teacher.size_bytes
     if not teacher:  # behind a URL, or in a column
@@ -221,7 +204,8 @@ def _sizes(run: RunFolder) -> list[SummaryRow]:
     ]
 
 
-def _costs(run: RunFolder) -> list[SummaryRow]:
+def costs(run: RunFolder) -> list[SummaryRow]:
+    """What each step took; of a run that ends with its labels, too."""
     prepared = corpus.read_manifest(run.corpus)
     labels = LabelStore(run.labels).manifest()
     totals = labels["totals"]
@@ -235,11 +219,12 @@ def _costs(run: RunFolder) -> list[SummaryRow]:
     if run.recipe.student is not None:
         student = files.read_json(run.path("train") / "journeyman.json")
         rows.append(("train", student["seconds"], _training_note(student)))
-    if run.recipe.labels.kind == "classes":
-        rows += [
-            ("certify", _seconds(run, "certify"), f"{prepared['splits']['certify']:,} rows"),
-            ("serve and measure", _seconds(run, "measure"), ""),
-        ]
+    certified = run.path("certify") / "manifest.json"
+    if certified.is_file() and run.recipe.student is not None:
+        note = f"{prepared['splits']['certify']:,} rows"
+        rows.append(("certify", files.read_json(certified)["seconds"], note))
+    if run.recipe.labels.kind == "classes" and run.recipe.student is not None:
+        rows.append(("serve and measure", _seconds(run, "measure"), ""))
     return [
         SummaryRow(group="what it took", name=n, value=f"{s:,.1f} s", note=note)
         for n, s, note in rows

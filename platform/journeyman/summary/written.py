@@ -1,0 +1,131 @@
+"""What a finished run of a student that writes shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from journeyman import corpus, files, models
+from journeyman.certify import bundle as bundles
+from journeyman.certify import written
+from journeyman.certify.bundle import WrittenBundle
+from journeyman.labels import dataset
+from journeyman.labels.store import LabelStore
+from journeyman.recipe import Generate, Logits
+from journeyman.report.data import SummaryRow
+from journeyman.report.verdict import percent, share
+from journeyman.report.written import WrittenData, WrittenTest
+from journeyman.run_folder import RunFolder
+from journeyman.student.checkpoints import Evaluation
+from journeyman.student.learner import AGREES_WITH, LOSS
+from journeyman.summary import costs, page_facts, sizes
+
+
+def written_data(run: RunFolder) -> WrittenData:
+    """Everything on the page of a student that writes, read from the run's folders."""
+    bundle, test = _bundle(run), None
+    if bundle is not None and _has_test(run):
+        test = _test(run, bundle)
+    best = _best(run)
+    return WrittenData(
+        **page_facts(run),
+        summary=[*_learned(best, run), *_promise(bundle, test), *sizes(run), *costs(run)],
+        learned=f"The student's first choice is {AGREES_WITH[best.against]} at "
+        f"{best.agreement:.1%} of the tokens of {best.n_rows:,} calibrate rows; "
+        f"{LOSS[best.against]} is {best.loss:.3f} nats a token.",
+        bundle=bundle,
+        test=test,
+    )
+
+
+def _best(run: RunFolder) -> Evaluation:
+    return Evaluation(**files.read_json(run.path("train") / "journeyman.json")["best"])
+
+
+def _learned(best: Evaluation, run: RunFolder) -> list[SummaryRow]:
+    agrees = f"with {AGREES_WITH[best.against]}, token by token"
+    rows = [
+        ("agreement", f"{best.agreement:.3f}", agrees),
+        (LOSS[best.against], f"{best.loss:.3f} nats", "a token"),
+        ("perplexity", f"{best.perplexity:,.1f}", "of the text's own tokens"),
+    ]
+    if run.recipe.labels.kind != "logits":
+        exact = f"{best.exact_match:.3f}"
+        rows.append(("exact", exact, "answers that it writes to the letter, greedily"))
+    group = f"student, {best.n_rows:,} calibrate rows"
+    return [SummaryRow(group=group, name=n, value=v, note=note) for n, v, note in rows]
+
+
+def _promise(bundle: WrittenBundle | None, test: WrittenTest | None) -> list[SummaryRow]:
+    if bundle is None:
+        return []
+    served, confidence = bundle.served, percent(1 - bundle.served.delta)
+    kind = served.kind.replace("_", " ")
+    rows = [("promised", f"at most {percent(served.alpha)}", f"{kind}, confidence {confidence}")]
+    if test is not None:
+        seen = test.measured
+        rows.append(("answered by the student", share(seen.n_accepted, seen.n), "test rows"))
+        rows.append(
+            ("of those, otherwise than the teacher",
+             share(seen.n_accepted_differs, seen.n_accepted), "")
+        )  # fmt: skip
+    if not served.feasible:
+        rows.append(("escalates everything", "yes", served.reason))
+    return [SummaryRow(group="the promise", name=n, value=v, note=note) for n, v, note in rows]
+
+
+def _bundle(run: RunFolder) -> WrittenBundle | None:
+    """None where there is none of this student, and of this recipe."""
+    folder = run.path("certify")
+    if not (folder / bundles.BUNDLE_FILE).is_file():
+        return None
+    labels = dataset.finished_manifest(LabelStore(run.labels))
+    student = models.resolve(str(run.path("train")))
+    inputs = written.inputs_digest(run.recipe, labels, student)
+    if files.read_json(folder / "manifest.json").get("inputs") != inputs:
+        return None
+    bundle = bundles.load_any(folder)
+    assert isinstance(bundle, WrittenBundle)  # by its inputs
+    return bundle
+
+
+def _has_test(run: RunFolder) -> bool:
+    return bool(corpus.read_manifest(run.corpus)["splits"].get("test"))
+
+
+def _test(run: RunFolder, bundle: WrittenBundle) -> WrittenTest:
+    answers = run.directory / "answers"
+    by_teacher = answers / "teacher" if isinstance(run.recipe.labels, Logits) else run.labels
+    rows = written.read(run.recipe, by_teacher, answers / "labels", "test")
+    column = "output" if isinstance(written.question(run.recipe), Generate) else "answer"
+    teacher, gold = _column(by_teacher, column), _column(by_teacher, "gold")
+    student, texts = _column(answers / "labels", "output"), _texts(answers / "prompts")
+    confidence = rows.scores(bundle.confidence)
+    return WrittenTest(
+        ids=rows.ids,
+        texts=[texts[i] for i in rows.ids],
+        gold=[gold[i] for i in rows.ids],
+        teacher=[teacher[i] for i in rows.ids],
+        student=[student.get(i) or None for i in rows.ids],
+        differs=rows.outcomes.differs,
+        right=rows.right,
+        confidence=confidence,
+        accepted=np.asarray(confidence > bundle.accept_above),
+    )
+
+
+def _column(labels: str | Path, name: str) -> dict[str, Any]:
+    """Of a finished dataset, by id."""
+    table = dataset.read(labels)
+    return dict(zip(table["id"].to_pylist(), table[name].to_pylist(), strict=True))
+
+
+def _texts(corpus_dir: Path) -> dict[str, str]:
+    """By id."""
+    texts: dict[str, str] = {}
+    for shard in corpus.read_manifest(corpus_dir)["shards"]:
+        table = corpus.read_shard(corpus_dir, shard["name"])
+        texts.update(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
+    return texts

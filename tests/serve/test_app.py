@@ -2,13 +2,12 @@
 
 import asyncio
 import html
-import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -242,7 +241,12 @@ def test_the_page_asks_the_cascade_and_shows_who_answered_and_why(cascade: Runni
 # The last one: the engine needs its time to come back.
 def test_a_killed_teacher_comes_back_and_meanwhile_the_student_answers(cascade: Running):
     [engine] = teachers_engines()
-    os.kill(engine.pid, signal.SIGKILL)
+    engine.suspend()
+    with ThreadPoolExecutor() as pool:
+        asked = [pool.submit(cascade.classify, text) for text in cascade.run.escalated[:3]]
+        time.sleep(0.5)
+        engine.kill()
+        assert [request.result().status_code for request in asked] == [503, 503, 503]
     refused = until(lambda: cascade.classify(cascade.run.escalated[0]), 503, timeout_s=10)
     assert refused.json()["error"]["code"] == "teacher_unavailable"
     assert "starting again" in refused.json()["error"]["message"]

@@ -113,6 +113,7 @@ class Engine:
             if self.alive:
                 return
             self.close()
+            await self._let_requests_end()
             _set_environment(self.settings, draws=bool(self.draws))
             from vllm import AsyncEngineArgs
             from vllm.usage.usage_lib import UsageContext
@@ -137,6 +138,14 @@ class Engine:
                     "its own log, in the replica's log file, says more. Look at teacher.dtype, "
                     "max_model_len, gpu_memory_utilization or cpu_kv_cache_gib, and engine_args."
                 ) from error
+
+    async def _let_requests_end(self) -> None:
+        """Starting blocks the loop for half a minute: who asked the engine that died hears of it
+        before, and who asks just now."""
+        for _ in range(10):
+            await asyncio.sleep(_WATCH_INTERVAL_S / 10)
+            if not self._n_asked:
+                break
 
     def close(self) -> None:
         if self._llm is not None:

@@ -230,12 +230,14 @@ def _jobs(finished: Sequence[Finished]) -> str:
                     f"{one.precision:.3f}" if one.said else _NOTHING,
                     f"{one.recall:.3f}",
                     f"{one.balanced_accuracy:.3f}",
+                    _NOTHING if one.at_median is None else f"{one.at_median:.3f}",
                     _NOTHING if one.auc is None else f"{one.auc:.3f}",
                     f"{ranking.mrr:.3f}" if ranking else _NOTHING,
                     f"{ranking.recall_at_1:.3f}" if ranking else _NOTHING,
                 )
             )
-    heads = ("recipe", "label", "who answers", "precision", "recall", "balanced accuracy", "AUC",
+    heads = ("recipe", "label", "who answers", "precision", "recall", "balanced accuracy",
+             "at the median", "AUC",
              "MRR", "recall at 1")  # fmt: skip
     return _table(heads, rows)
 

@@ -23,6 +23,8 @@ class Detection:
         auc: P(a row of the label is given a higher probability of it than another row); whatever
             share of rows is answered so. None for the cascade, which has no probabilities of its
             own, and where gold is of one kind.
+        at_median: balanced accuracy where the half of the rows with the higher probability is
+            answered so, and the other half not: as the AUC, whatever prior the model believes in.
     """
 
     who: str
@@ -31,6 +33,7 @@ class Detection:
     there: int
     balanced_accuracy: float
     auc: float | None
+    at_median: float | None
 
     @property
     def precision(self) -> float:
@@ -52,6 +55,14 @@ def detections(rows: TestRows, positive: int) -> tuple[Detection, ...]:
     answers = {"teacher": rows.teacher_answer, "student": rows.student_answer, "cascade": cascade}
     probabilities = {"teacher": rows.teacher, "student": rows.student}
     is_there = (rows.gold == positive) & known
+
+    def at_median(who: str) -> float | None:
+        if who not in probabilities:
+            return None
+        of_label = probabilities[who][known, positive]
+        above = of_label > np.median(of_label)
+        return balanced_accuracy(above.astype(np.int64), is_there[known].astype(np.int64))
+
     return tuple(
         Detection(
             who=who,
@@ -62,6 +73,7 @@ def detections(rows: TestRows, positive: int) -> tuple[Detection, ...]:
             auc=area_under_roc(probabilities[who][known, positive], is_there[known])
             if who in probabilities
             else None,
+            at_median=at_median(who),
         )
         for who, answer in answers.items()
     )

@@ -20,8 +20,9 @@ def detection(found: Sequence[Detection], positive: str | None) -> Table | None:
     return Table(
         caption=f"Finding {positive}, which {found[0].there:,} test rows are by gold; exact 95% "
         "intervals. Balanced accuracy is the mean over labels of the share answered right. AUC is "
-        "how often a row of the label is given a higher probability of it than another row, which "
-        "does not depend on how many rows are answered so.",
+        "how often a row of the label is given a higher probability of it than another row; at the "
+        "median, balanced accuracy where the half of the rows with the higher probability is "
+        "answered so: neither depends on how many rows really are.",
         columns=(
             "who answers",
             "precision",
@@ -29,6 +30,7 @@ def detection(found: Sequence[Detection], positive: str | None) -> Table | None:
             "recall",
             "interval",
             "balanced accuracy",
+            "at the median",
             "AUC",
         ),
         rows=tuple(
@@ -37,6 +39,7 @@ def detection(found: Sequence[Detection], positive: str | None) -> Table | None:
                 *rate_and_interval(one.found, one.said),
                 *rate_and_interval(one.found, one.there),
                 f"{one.balanced_accuracy:.1%}",
+                NOTHING if one.at_median is None else f"{one.at_median:.1%}",
                 NOTHING if one.auc is None else f"{one.auc:.3f}",
             )
             for one in found

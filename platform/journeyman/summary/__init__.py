@@ -119,6 +119,7 @@ def _detection(test: TestRows, labels: Sequence[str], positive: str | None) -> l
             name=f"{found.who} precision, recall",
             value=f"{f'{found.precision:.3f}' if found.said else 'none said'}, {found.recall:.3f}",
             note=f"balanced accuracy {found.balanced_accuracy:.3f}"
+            + (f", at the median {found.at_median:.3f}" if found.at_median is not None else "")
             + (f", AUC {found.auc:.3f}" if found.auc is not None else ""),
         )
         for found in detections(test, list(labels).index(positive))

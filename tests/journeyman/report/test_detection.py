@@ -51,7 +51,16 @@ def test_auc_is_the_share_of_pairs_in_the_right_order():
         pairs = [(p[i], p[j]) for i in np.flatnonzero(rows.gold == SPAM)
                  for j in np.flatnonzero(rows.gold == HAM)]  # fmt: skip
         np.testing.assert_allclose(one.auc, np.mean([(a > b) + (a == b) / 2 for a, b in pairs]))
-    assert cascade.auc is None
+    assert cascade.auc is None and cascade.at_median is None
+
+
+def test_at_the_median_half_of_the_rows_are_said_to_be_of_the_label():
+    spam = np.array([0.4, 0.3, 0.1, 0.35, 0.2, 0.05, 0.99])  # the last has no gold
+    rows = replace(made_rows(), teacher=np.stack([1 - spam, spam], axis=1))
+    teacher, *_ = detections(rows, SPAM)
+    # Above 0.25 are rows 0, 1 (spam) and 3 (ham), though all six are ham at 0.5.
+    np.testing.assert_allclose(teacher.at_median, (2 / 3 + 2 / 3) / 2)
+    assert teacher.said == 0
 
 
 def test_the_page_shows_them_where_the_recipe_names_a_label():

@@ -43,6 +43,8 @@ def test_run_ends_with_a_student_that_learned(run: tuple[Path, str]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "student")
     assert model.config.num_hidden_layers == 3
     assert not (folder / "bundle").exists()
+    page = (folder / "report" / "index.html").read_text()
+    assert f"{last['agreement']:.1%}" in page and "Nothing is promised of it yet" in page
 
 
 def test_it_is_skipped_when_nothing_has_changed(run: tuple[Path, str]) -> None:
@@ -75,6 +77,11 @@ def test_it_is_certified_for_writing_on_and_what_came_of_it_is_shown(
     listed = journeyman("results", str(folder))
     assert listed.returncode == 0 and "- `logits`: system agreement at 20%" in listed.stdout
     assert "realised on test" in listed.stdout and "of 12)" in listed.stdout
+    written = journeyman("report", str(RECIPE), *overrides)
+    assert written.returncode == 0, written.stderr
+    page = (folder / "report" / "index.html").read_text()
+    assert '<section id="promise">' in page and "Rows to read" in page
+    assert f"({manifest['test']['n_accepted']} of 12)" in page
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,7 @@ def test_filters_change_what_readers_see_and_ask_the_teacher_nothing(small_run: 
     assert dataset.read(labels).equals(before)
 
 
+@pytest.mark.slow  # an engine of its own
 def test_an_estimate_prices_a_run_and_writes_nothing(ray_cluster: None, tmp_path: Path):
     run = steps.Run(small_recipe(tmp_path, "teacher.price={per_million_prompt_tokens: 5}"))
     run.execute("prepare")

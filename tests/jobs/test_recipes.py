@@ -1,7 +1,7 @@
 """Slices of the shipped recipes: real data, the real teacher, a real training.
 
-Two of them share the session's engine (a third, of ``routing``, is the fixture ``small_run``);
-whole runs of the command are marked slow.
+``routing`` is the fixture ``small_run``, ``policy`` shares the session's engine; the others, and
+whole runs of the command, are marked slow.
 """
 
 import asyncio
@@ -136,6 +136,7 @@ def test_policy_has_the_prior_that_its_recipe_knows(replica: Replica, tmp_path: 
     assert (answers == rows.gold).mean() > 0.7  # .90 of 1,000 train rows
 
 
+@pytest.mark.slow
 def test_retrieval_ends_with_a_bundle_for_its_columns(retrieval):
     settings, run = retrieval
     bundle = bundles.load(run.path("certify"))
@@ -147,6 +148,7 @@ def test_retrieval_ends_with_a_bundle_for_its_columns(retrieval):
     assert logits.shape == (len(rows.split("test")), 2) and student.labels == rows.labels
 
 
+@pytest.mark.slow
 def test_no_group_is_in_two_splits(retrieval):
     settings, run = retrieval
     column = settings.corpus.columns.group

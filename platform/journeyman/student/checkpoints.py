@@ -25,7 +25,7 @@ import shutil
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,19 @@ class State:
         """A classifier's highest agreement, of equal ones the lowest KL; of a causal student, whose
         agreement on its first choice says little of what it writes, the lowest KL, or the lowest
         cross-entropy in its place."""
-        return max(self.evaluations, key=Evaluation.rank, default=None)
+        return max(comparable(self.evaluations), key=Evaluation.rank, default=None)
+
+
+def comparable(evaluations: Sequence[Evaluation]) -> Sequence[Evaluation]:
+    """Those whose loss is of the newest one's kind.
+
+    A run that was begun before draws were measured by cross-entropy has a KL estimated from them in
+    its first evaluations, which is lower by the entropy of the draws. What a text's cross-entropy
+    was called KL then is the same.
+    """
+    if not evaluations or evaluations[-1].against != "draws":
+        return evaluations
+    return [one for one in evaluations if one.against == "draws"]
 
 
 class Checkpoints:

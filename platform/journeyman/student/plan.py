@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from journeyman.recipe import Training
-from journeyman.student.checkpoints import Evaluation
+from journeyman.student.checkpoints import Evaluation, comparable
 
 _CURVE_RECORDS = 1000  # at most about so many in a run
 
@@ -57,5 +57,5 @@ class Plan:
         """
         if self.patience is None or evaluations[-1].step >= self.total_steps:
             return False
-        ranks = [e.rank() for e in evaluations]
+        ranks = [e.rank() for e in comparable(evaluations)]
         return len(ranks) - 1 - ranks.index(max(ranks)) >= self.patience

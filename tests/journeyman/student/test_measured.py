@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from journeyman.labels.codec import Codec
 from journeyman.models import Model
-from journeyman.recipe import Recipe, parse
+from journeyman.recipe import Recipe, Training, parse
 from journeyman.student import export, token_dataset
 from journeyman.student.causal_learner import Causal
 from journeyman.student.checkpoints import Evaluation, State
@@ -21,6 +22,7 @@ from journeyman.student.formats import held_out
 from journeyman.student.formats.held_out import HeldOutTokens
 from journeyman.student.learner import Measured
 from journeyman.student.live import TrainProgress
+from journeyman.student.plan import Plan
 from journeyman.student.token_dataset import TokenRow
 
 from .conftest import VOCABULARY, make_causal_recipe
@@ -187,6 +189,22 @@ def test_the_best_is_the_lowest_loss_also_of_a_run_that_called_it_kl() -> None:
         evaluations=(older, newer, at(3, cross_entropy=1.9)),
     )  # fmt: skip
     assert state.best == newer
+
+
+def test_a_run_that_estimated_kl_from_draws_picks_among_what_it_measures_since() -> None:
+    """The estimate is lower than the cross-entropy that came in its place, whatever was learned."""
+
+    def at(step: int, **figures: Any) -> Evaluation:
+        return Evaluation(epoch=1, step=step, agreement=0.5, n_rows=9, perplexity=9.0, **figures)
+
+    older = [at(1, kl=0.3), at(2, kl=0.4)]
+    newer = [at(i, cross_entropy=x, against="draws") for i, x in ((3, 1.9), (4, 1.8), (5, 1.85))]
+    begun = State(step=2, total_steps=9, seconds=1.0, n_rows=9, evaluations=tuple(older))
+    assert begun.best == older[0]
+    assert dataclasses.replace(begun, evaluations=(*older, *newer)).best == newer[1]
+    plan = Plan.of(Training(patience=2, epochs=1), 9)
+    assert not plan.gives_up([*older, *newer])
+    assert plan.gives_up([*older, *newer, at(6, cross_entropy=1.9, against="draws")])
 
 
 def test_the_live_line_says_what_the_student_agrees_with() -> None:

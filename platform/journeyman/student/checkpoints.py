@@ -8,7 +8,7 @@ last, and who may write is looked up every few seconds instead of each time.
     WORK/attempt                 who may write: the newest start of this run, and of its workers
     WORK/training.jsonl          the curve, one record a line
     WORK/live.json               where the run stands, for the driver
-    WORK/trackers/               what trackers have been told
+    WORK/trackers/               what trackers have been told (``told``)
     WORK/checkpoints/step-N/     state.json, model/ (a Hugging Face folder), optimizer.pt
                                  state.json names each file and its bytes
     ../step-N/model/lora.pt      low-rank matrices, where they are all that is trained
@@ -25,7 +25,7 @@ import shutil
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,9 @@ from journeyman import files
 from journeyman.errors import ClusterError, DataError
 from journeyman.folder import Folder
 from journeyman.mirror import Mirror, alone
+from journeyman.student import told
 from journeyman.student.learner import Measured
+from journeyman.student.told import Told
 
 LORA = "lora.pt"  # in the place of weights: those that it adds to do not change
 _STATE, _OWNER, _LIVE, _CURVE = "state.json", "attempt", "live.json", "training.jsonl"
@@ -108,7 +110,6 @@ class Checkpoints:
         self._attempt = attempt
         self._folder = self._work / "checkpoints"
         self._owned_at = self._said_at = self._asked_at = -math.inf
-        self._put_sizes: dict[Path, int] = {}  # of files in the store, when they were put
 
     @classmethod
     def claim(cls, work: Path | Mirror) -> Checkpoints:
@@ -250,44 +251,27 @@ class Checkpoints:
             if step not in steps and step <= max(steps):
                 self._all.delete(item.name)
 
-    def keep_told(self) -> None:
-        """Have all nodes know what trackers were told, behind what TensorBoard has of it, which
-        lies in the run's folder."""
-        if self._store is None:
-            return
-        run = self._work.parent
-        self._put_new(
-            run, (run / "tensorboard").rglob("*.tfevents.*"), self._store.rpartition("/")[0]
-        )
-        self._put_new(self._work, (self._work / "trackers").glob("*"), self._store)
-
-    def _put_new(self, below: Path, paths: Iterable[Path], url: str) -> None:
-        """Those of files that only grow which have grown."""
-        for path in paths:
-            size = path.stat().st_size
-            if self._put_sizes.get(path) != size:
-                Folder(url).put_file(str(path.relative_to(below)), path)
-                self._put_sizes[path] = size
-
     def fetch_curve(self) -> None:
-        """Have the curve on this node, and what trackers know of it."""
+        """Have the curve on this node."""
         if self._store:
-            for name in [_CURVE, *(item.name for item in self._all.walk("trackers"))]:
-                with contextlib.suppress(FileNotFoundError):
-                    files.write_bytes(self._work / name, self._all.get(name))
+            with contextlib.suppress(FileNotFoundError):
+                files.write_bytes(self.curve, self._all.get(_CURVE))
+
+    def told(self) -> Told | None:
+        """What keeps in the store what trackers are told; None where a disk does."""
+        return Told(self._work, self._store) if self._store else None
 
     def leave(self, finished: bool) -> None:
-        """Rank 0 writes no more on this node: what else lies on it alone goes into the store."""
-        if self._store is None:
-            return
-        self.keep_told()
-        if finished:
+        """Rank 0 writes no more on this node."""
+        if self._store and finished:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def start_curve(self, step: int) -> None:
-        """Begin the curve, or cut it back to ``step``: later records are made again."""
+        """Begin the curve, or cut it back to ``step``: later records are made again. Have what
+        trackers were told on this node, too."""
         if self._store:
             self._forget_later(step)
+            told.fetch(self._work, self._store)
         self.fetch_curve()
         self._all.delete(_LIVE)
         kept = [json.dumps(r) + "\n" for r in read_curve(self.curve) if r["step"] <= step]
@@ -295,7 +279,6 @@ class Checkpoints:
 
     def _forget_later(self, step: int) -> None:
         """What a training of the same inputs left on this node that is over, or was lost."""
-        shutil.rmtree(self._work / "trackers", ignore_errors=True)
         for folder in self._folder.glob("step-*"):
             if folder > self.path(step):
                 shutil.rmtree(folder, ignore_errors=True)

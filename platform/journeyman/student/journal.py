@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from journeyman.logs import Log
+from journeyman.student import told
 from journeyman.student.checkpoint_writer import CheckpointWriter
 from journeyman.student.checkpoints import Evaluation, read_curve
 from journeyman.student.gauges import Gauges
@@ -51,14 +52,15 @@ class Journal:
         self._log.info("training", step=lesson.state.step, of=lesson.state.total_steps,
                        workers=n_workers)  # fmt: skip
         self._gauges = Gauges(task.name)
+        self._told = task.checkpoints.told() if task.training.trackers else None
         self._trackers = Trackers(
             task.training.trackers,
             task.name,
             task.checkpoints.work.parent,
             task.training.model_dump(mode="json"),
-            task.checkpoints.work / "trackers",
+            task.checkpoints.work / told.FOLDER,
             read_curve(task.checkpoints.curve),
-            task.checkpoints.keep_told,
+            self._told.changed if self._told else lambda: None,
         )
 
     def after_step(
@@ -132,6 +134,8 @@ class Journal:
         self._writer.settle()
         self._trackers.close(self.state.finished)
         self._gauges.close()
+        if self._told:
+            self._told.close()
         self._checkpoints.leave(self.state.finished)
 
     def _due(self) -> bool:

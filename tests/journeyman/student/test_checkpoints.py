@@ -231,7 +231,9 @@ def test_event_files_follow_the_run(store: tuple[ObjectServer, str], tmp_path: P
     events = tmp_path / "run" / "tensorboard" / "title" / "events.out.tfevents.1.host"
     events.parent.mkdir(parents=True)
     events.write_bytes(b"events")
-    checkpoints.leave(finished=True)
+    told = checkpoints.told()
+    assert told is not None
+    told.close()
     key = f"{url.removeprefix('s3://')}/tensorboard/title/{events.name}"
     assert server.objects[key] == b"events"
 

@@ -9,6 +9,7 @@ import json
 import pickle
 import struct
 import sys
+import threading
 import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from journeyman.errors import RecipeError
+from journeyman.errors import ClusterError, RecipeError
 from journeyman.folder import Folder
 from journeyman.mirror import Mirror
 from journeyman.models import Model
@@ -28,6 +29,7 @@ from journeyman.student.checkpoints import Checkpoints
 from journeyman.student.learner import Learner, Measured
 from journeyman.student.lesson import Load
 from journeyman.student.live import TrainProgress
+from journeyman.student.told import Told
 from journeyman.student.trackers import Tracked, Trackers
 from tests.conftest import scraped
 from tests.journeyman.labels.object_server import serving
@@ -100,40 +102,90 @@ def test_tensorboard_has_each_step_once(tmp_path: Path) -> None:
     assert other == {"train/loss": [(7, 9.0)]}
 
 
-def test_of_a_run_in_a_store_another_node_tells_each_step_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed before its first checkpoint."""
-    pytest.importorskip("tensorboard")
-    server: list[tuple[str, int]] = []  # what it was told, of which run
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What a tracker's server was told, of which run."""
+    said: list[tuple[str, int]] = []
 
     class Client:
         def __init__(self, tracked: Tracked) -> None:
             self._id = tracked.id
 
         def log(self, step: int, values: Mapping[str, float]) -> None:
-            server.extend((self._id, step) for name in values if name == "train/loss")
+            said.extend((self._id, step) for name in values if name == "train/loss")
 
         def close(self, finished: bool) -> None: ...
 
     name = "journeyman.student.trackers.wandb"
     monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(start=Client))
+    return said
+
+
+def started(run: Mirror) -> tuple[Trackers, Told]:
+    """As rank 0 begins on a node, with no checkpoint of the run."""
+    work = run.below(".student-work")
+    held = Checkpoints.claim(work)
+    held.start_curve(0)
+    assert work.url
+    kept = Told(work.local, work.url, every_s=0.01)
+    names, memory = ["tensorboard", "wandb"], work.local / "trackers"
+    return Trackers(names, "tiny", run.local, {}, memory, [], kept.changed), kept
+
+
+def test_of_a_run_in_a_store_another_node_tells_each_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: list[tuple[str, int]]
+) -> None:
+    """Killed before its first checkpoint."""
+    pytest.importorskip("tensorboard")
     with serving(monkeypatch) as (_, url):
         for node, steps in (("one", [1, 2, 3]), ("other", [1, 2, 3, 4, 5])):
-            work = Mirror(local=tmp_path / node, url=url).below(".student-work")
-            held = Checkpoints.claim(work)
-            held.start_curve(0)
-            told = Trackers(["tensorboard", "wandb"], "tiny", work.local.parent, {},
-                            work.local / "trackers", [], held.keep_told)  # fmt: skip
+            told, kept = started(Mirror(local=tmp_path / node, url=url))
             for record in records(steps):
                 told.record(record)
-        told.close(finished=True)
-        held.leave(finished=True)
+            if node == "other":
+                told.close(finished=True)
+            kept.close()
         run = Folder(url)
         for item in run.walk("tensorboard"):
             run.get_file(item.name, tmp_path / "all" / item.name, item.size)
     assert tensorboard_runs(tmp_path / "all") == [EXPECTED]
     assert server == [(server[0][0], step) for step in range(1, 6)]
+
+
+def test_a_store_that_fails_neither_holds_up_a_step_nor_costs_a_tracker(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    server: list[tuple[str, int]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And where the run goes on on the same node, nothing is told twice that the store missed."""
+    run, put, fails = Mirror(local=tmp_path / "run"), Folder.put, threading.Event()
+
+    def unsteady(folder: Folder, name: str, content: bytes) -> None:
+        if fails.is_set() and "attempt" not in name:
+            raise ClusterError("memory://: cannot be written; mend that.")
+        put(folder, name, content)
+
+    monkeypatch.setattr(Folder, "put", unsteady)
+    with serving(monkeypatch) as (_, url):
+        run = Mirror(local=tmp_path / "run", url=url)
+        told, kept = started(run)
+        told.record(records([1])[0])
+        while not (has := Folder(url).has(".student-work/trackers/told-wandb")):
+            time.sleep(0.005)
+        fails.set()
+        for record in records([2, 3]):
+            told.record(record)
+        kept.close()  # the process is killed
+        assert has and "mend that. Until then TensorBoard's newest" in capsys.readouterr().err
+        fails.clear()
+        again, kept = started(run)
+        for record in records([1, 2, 3, 4]):
+            again.record(record)
+        kept.close()
+        listed = Folder(url).get(".student-work/trackers/told-wandb").decode().split("\n")
+    assert server == [(server[0][0], step) for step in range(1, 5)]
+    assert {f"steps {step}" for step in range(1, 5)} < set(listed)
 
 
 def test_mlflow_has_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

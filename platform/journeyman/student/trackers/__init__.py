@@ -83,12 +83,12 @@ class Trackers:
         settings: Mapping[str, Any],
         memory: Path,
         records: Sequence[Mapping[str, Any]],
-        keep: Callable[[], None] = lambda: None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         """memory: a folder that lives as long as the run is unfinished; records: the curve so far,
-        of which each tracker is told what it does not know; keep: called behind each change of
+        of which each tracker is told what it does not know; changed: called behind each change of
         memory."""
-        self._memory, self._keep = memory, keep
+        self._memory, self._changed = memory, changed
         self._open: dict[str, Tracker] = {}
         self._told: dict[str, set[str]] = {}
         if not names:
@@ -105,6 +105,7 @@ class Trackers:
         path = self._memory / "id"
         if not path.exists():
             files.write_bytes(path, uuid.uuid4().hex.encode())
+            self._changed()
         return path.read_text()
 
     def _start(self, name: str, tracked: Tracked) -> None:
@@ -131,7 +132,7 @@ class Trackers:
         self._told[name].add(key)
         with (self._memory / f"told-{name}").open("a") as file:
             file.write(f"{key}\n")
-        self._keep()
+        self._changed()
 
     def close(self, finished: bool) -> None:
         for name, tracker in list(self._open.items()):

@@ -173,7 +173,14 @@ def here(elsewhere: Model, resolve_again: Callable[[], Model], cache: Path | Non
 
 
 def _locate(reference: str, revision: str | None) -> Path:
-    return _on_disk(reference) or Path(_from_hub(reference, revision))
+    found = _on_disk(reference)
+    if found and revision:
+        raise ModelError(
+            f"{reference}: revision {revision} is of a repository on the hub, and this "
+            "is a file or folder here, which is taken as it is; leave teacher.revision or "
+            "student.revision out."
+        )
+    return found or Path(_from_hub(reference, revision))
 
 
 def _on_disk(reference: str) -> Path | None:

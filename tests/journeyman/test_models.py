@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,13 @@ def test_a_hub_model_that_cannot_be_fetched_says_how_to(monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"hf download nobody/nothing"):
         models.resolve("nobody/nothing")
+
+
+@pytest.mark.parametrize("find", [models.resolve, models.look])
+def test_a_revision_of_a_folder_is_refused(folder: Path, find: Callable[..., object]):
+    with pytest.raises(ModelError, match="revision v2 is of a repository on the hub, and"):
+        find(str(folder), "v2")
+    find(str(folder))
 
 
 def test_a_folder_without_weights_or_config_is_refused(folder: Path):

@@ -236,6 +236,7 @@ def test_a_setting_that_nothing_reads_is_refused_and_its_default_is_not(
     for overrides in unread:
         words = sentence(*overrides, f"training.{setting}")
         assert f"{DEMO.name}: training.{name} would change nothing: it goes with " in words
+        assert words.endswith("trained with it is trained anew then).")
         assert "\n" not in words
         recipe.load(DEMO, [*overrides, f"training.{name}={default}"])
     for overrides in read:

@@ -60,6 +60,9 @@ _DISTRIBUTIONS = (
     "neither behind a URL nor a column"
 )
 _IN_THE_LOSS = f"{_DISTRIBUTIONS}, and training.cross_entropy below 1"
+# Of a run that was trained before this was refused its inputs' digest is all that is kept, and the
+# setting is in it.
+LEAVE_OUT = "leave it out (a finished student that was trained with it is trained anew then)"
 # When each is read, and what it goes with, in words.
 _READ: dict[str, tuple[Callable[[_Lesson], bool], str]] = {
     "head_learning_rate": _CLASSES,
@@ -114,6 +117,6 @@ def names(recipe: Recipe, *, as_text: bool = False) -> tuple[str, ...]:
 def sentences(recipe: Recipe) -> list[str]:
     """What to say of each."""
     return [
-        f"training.{name} would change nothing: it goes with {_READ[name][1]}; leave it out."
+        f"training.{name} would change nothing: it goes with {_READ[name][1]}; {LEAVE_OUT}."
         for name in names(recipe)
     ]

@@ -47,23 +47,26 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def check_vocabulary(recipe: Recipe, parent: Model, teacher: Model) -> str:
-    """Why the student's tokens are not the teacher's; empty where they are, or need not be.
-
-    Raises RecipeError where the recipe asks for what is only possible with the same ones.
-    """
+def _other_tokens(recipe: Recipe, parent: Model, teacher: Model) -> str:
+    """Why the student's tokens are not the teacher's; empty where they are, or need not be."""
     from journeyman.student import vocabulary
 
-    training, model = recipe.training, recipe.learner().model
     if recipe.learner().kind != "causal" or not isinstance(recipe.labels, Logits | Generate):
         return ""
-    other = "the teacher is behind a URL or in a column, which gives no tokens"
-    if not recipe.teacher.gives_text_alone:
-        other = vocabulary.other_vocabulary(parent.path, teacher.path)
+    if recipe.teacher.gives_text_alone:
+        return "the teacher is behind a URL or in a column, which gives no tokens"
+    return vocabulary.other_vocabulary(parent.path, teacher.path)
+
+
+def check_vocabulary(recipe: Recipe, parent: Model, teacher: Model) -> None:
+    """Raises RecipeError where the recipe asks for what is only possible with a student whose
+    tokens are the teacher's, and they are not."""
+    training, model = recipe.training, recipe.learner().model
+    other = _other_tokens(recipe, parent, teacher)
     if training.on_policy:
         _check_same_prompts(recipe, parent, teacher, other)
     if not other or training.divergence == "uld":
-        return other
+        return
     if isinstance(recipe.labels, Logits):
         raise RecipeError(
             f"student.model: {model} has another vocabulary than the teacher ({other}), so that it "
@@ -82,9 +85,8 @@ def check_vocabulary(recipe: Recipe, parent: Model, teacher: Model) -> str:
         raise RecipeError(
             f"student.model: {model} has another vocabulary than the teacher ({other}), so that it "
             "learns the answers as text, by cross-entropy alone, and "
-            f"training.{min(by_text)} would change nothing; leave it out."
+            f"training.{min(by_text)} would change nothing; {unread.LEAVE_OUT}."
         )
-    return other
 
 
 def _check_same_prompts(recipe: Recipe, parent: Model, teacher: Model, other: str) -> None:
@@ -177,6 +179,8 @@ def _causal(
 ) -> Load:
     """Rows are written here, once, for all workers."""
     rows.pull()
+    if not _are_written(rows.local):  # else it was known before them, and may be trained by now
+        check_vocabulary(recipe, parent, teacher)
     write_rows(recipe, labels, corpus_dir, parent, teacher, rows.local)
     rows.push()
     return causal_load(recipe, parent, rows)
@@ -191,16 +195,19 @@ def write_rows(
     rows_dir: Path,
     splits: Sequence[str] = ("train", "calibrate"),
 ) -> None:
-    """A label dataset as tokens that the recipe's student learns, unless they are there."""
+    """A label dataset as tokens that the recipe's student learns, unless they are there.
+
+    Whether it could learn them is asked by ``check_vocabulary``, before: here it may have.
+    """
     from journeyman.student import token_rows
     from journeyman.student.models import load_tokenizer
 
-    other = check_vocabulary(recipe, parent, teacher)
+    if _are_written(rows_dir, splits):
+        return
+    other = _other_tokens(recipe, parent, teacher)
     aligns = recipe.training.divergence == "uld"
     as_text = not isinstance(recipe.labels, Logits | Generate) or (bool(other) and not aligns)
     own_tokens = as_text or aligns
-    if all((rows_dir / split).exists() for split in splits):
-        return
     _check_labels(labels, recipe, None if as_text else teacher)
     tokenizer = load_tokenizer(parent.path if own_tokens else teacher.path)
     tokenizer.save_pretrained(rows_dir / token_rows.TOKENIZER)  # the student's from now on
@@ -220,6 +227,10 @@ def write_rows(
     _say_what_is_missing(
         counts, sum(counts[split] for split in splits), recipe.learner().max_length
     )
+
+
+def _are_written(rows_dir: Path, splits: Sequence[str] = ("train", "calibrate")) -> bool:
+    return all((rows_dir / split).exists() for split in splits)
 
 
 def _say_what_is_missing(counts: Mapping[str, int], n_rows: int, max_length: int) -> None:

@@ -7,7 +7,7 @@ exported folder needs nothing of ours.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,15 @@ _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_
 
 
 def build(
-    folder: Path, student: Student, seed: int, sample_texts: Sequence[str] = ()
+    folder: Path,
+    student: Student,
+    seed: int,
+    keep: Callable[[PreTrainedModel], Sequence[int]] | None = None,
 ) -> PreTrainedModel:
     """The student before its first step, float32; with ``lora`` a ``peft`` model around it.
 
-    seed: of random weights; sample_texts: what ``layer_choice: similarity`` measures layers on, a
-    few dozen will do. Raises ModelError.
+    seed: of random weights; keep: says which layers stay of a model that is pruned, default
+    ``pruning.chosen`` without texts. Raises ModelError.
     """
     import torch
 
@@ -38,7 +41,8 @@ def build(
         return _fresh(folder, student, seed)
     model = load(folder)
     if student.start == "pruned":
-        model = pruning.pruned(model, folder, student, sample_texts)
+        kept = keep(model) if keep else pruning.chosen(model, folder, student)
+        model = pruning.of_layers(model, kept, folder)
     if student.lora:
         torch.manual_seed(seed)
         model = lora.adapted(model, student, folder)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from journeyman import files
 from journeyman.errors import DataError
 from journeyman.recipe import Student, Training
 from journeyman.student import (
@@ -20,6 +21,7 @@ from journeyman.student import (
     lora,
     models,
     projection,
+    pruning,
     row_weights,
     token_dataset,
     token_rows,
@@ -30,6 +32,7 @@ from journeyman.student.flops import Work
 from journeyman.student.learner import Measured
 from journeyman.student.token_dataset import TokenBatch, TokenDataset
 
+_LAYERS = "layers.json"  # beside low-rank matrices: which of the model's they are of
 _LARGEST_EXPONENT = 700.0  # of a float64
 _EVALUATION_BATCH = 16
 _SAMPLE_ROWS = 64  # that layers are compared on
@@ -58,6 +61,7 @@ class Causal:
             self._tokenizer = models.load_tokenizer(
                 rows_dir / token_rows.TOKENIZER, self._tokenizer.model_max_length
             )
+        self._kept: list[int] = []  # numbers of the layers that stay of a model that is pruned
         model = self._model(folder, model_dir, student, training.seed)
         models.check_positions(model.config, student.max_length, model_dir)
         if training.activation_checkpointing:
@@ -86,15 +90,23 @@ class Causal:
     def _model(self, folder: Path | None, model_dir: Path, student: Student, seed: int) -> Any:
         if folder and not student.lora:
             return causal.load(folder)
-        texts: list[str] = []
-        if student.layer_choice == "similarity":
-            some = self._rows.batch(np.arange(min(_SAMPLE_ROWS, len(self._rows)))).rows
-            ends = some.starts[1:-1]
-            texts = [self._tokenizer.decode(ids) for ids in np.split(some.ids, ends)]
-        model = causal.build(model_dir, student, seed, texts)
+
+        def keep(model: Any) -> list[int]:
+            if folder and (folder / _LAYERS).exists():
+                self._kept = files.read_json(folder / _LAYERS)["kept"]
+            else:
+                texts = self._sample_texts() if student.layer_choice == "similarity" else ()
+                self._kept = pruning.chosen(model, model_dir, student, texts)
+            return self._kept
+
+        model = causal.build(model_dir, student, seed, keep)
         if folder:
             lora.restore(model, torch.load(folder / LORA))
         return model
+
+    def _sample_texts(self) -> list[str]:
+        some = self._rows.batch(np.arange(min(_SAMPLE_ROWS, len(self._rows)))).rows
+        return [self._tokenizer.decode(ids) for ids in np.split(some.ids, some.starts[1:-1])]
 
     def _work(self) -> Work | None:
         backbone, head, _ = causal.backbone_and_head(self.module.model)
@@ -200,6 +212,8 @@ class Causal:
             return
         folder.mkdir(parents=True)
         torch.save(matrices, folder / LORA)
+        if self._kept:  # measured again, they might be others than the matrices are of
+            files.write_json(folder / _LAYERS, {"kept": self._kept})
 
     def export(self, folder: Path) -> None:
         self._write_plain(lora.merged(self.module.model), folder)

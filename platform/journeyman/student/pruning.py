@@ -19,18 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def pruned(
-    model: PreTrainedModel, folder: Path, student: Student, sample_texts: Sequence[str]
-) -> PreTrainedModel:
-    """The model of as many layers as ``student`` asks for; raises ModelError.
-
-    sample_texts: what ``layer_choice: similarity`` measures layers on.
-    """
-    return _of_layers(model, _kept(model, folder, student, sample_texts), folder)
-
-
-def _of_layers(model: PreTrainedModel, kept: Sequence[int], folder: Path) -> PreTrainedModel:
-    """A model of the kept layers, and of all else as it was; it shares the weights' memory.
+def of_layers(model: PreTrainedModel, kept: Sequence[int], folder: Path) -> PreTrainedModel:
+    """A model of the kept layers, and of all else as it was; it shares the weights' memory. Raises
+    ModelError.
 
     ``transformers`` makes it from the mended config, so that it is what the saved folder will
     be: what depends on a layer's number, such as its place in the cache of keys and values, too.
@@ -62,10 +53,13 @@ def _of_layers(model: PreTrainedModel, kept: Sequence[int], folder: Path) -> Pre
     return pruned
 
 
-def _kept(
-    model: PreTrainedModel, folder: Path, student: Student, sample_texts: Sequence[str]
+def chosen(
+    model: PreTrainedModel, folder: Path, student: Student, sample_texts: Sequence[str] = ()
 ) -> list[int]:
-    """Numbers of the layers that stay."""
+    """Numbers of as many layers as ``student`` asks for, those that stay; raises ModelError.
+
+    sample_texts: what ``layer_choice: similarity`` measures layers on, a few dozen will do.
+    """
     _, layers = _layers(model, folder)
     wanted = student.layers
     assert wanted is not None  # the recipe sees to it

@@ -144,7 +144,9 @@ def test_by_similarity_a_layer_that_does_nothing_goes_first(llama: Path, tmp_pat
     np.testing.assert_allclose(influence[4], 0, atol=1e-6)
     np.testing.assert_allclose(influence[:4], _influence_by_outputs(idle, tmp_path), atol=1e-5)
     settings = student(start="pruned", layers=4, layer_choice="similarity")
-    pruned = causal.build(tmp_path, settings, seed=0, sample_texts=TEXTS).eval()
+    pruned = causal.build(
+        tmp_path, settings, 0, lambda model: pruning.chosen(model, tmp_path, settings, TEXTS)
+    ).eval()
     for one, other in zip(pruned.model.layers, idle.model.layers, strict=False):
         assert one.mlp.up_proj.weight.equal(other.mlp.up_proj.weight)
     with torch.no_grad():
@@ -166,7 +168,9 @@ def _influence_by_outputs(model: torch.nn.Module, folder: Path) -> np.ndarray:
 def test_similarity_without_texts_is_refused(llama: Path) -> None:
     settings = student(start="pruned", layers=4, layer_choice="similarity")
     with pytest.raises(ModelError, match="measures layers on sample texts, and there are none"):
-        causal.build(llama, settings, seed=0, sample_texts=["", " "])
+        causal.build(
+            llama, settings, 0, lambda model: pruning.chosen(model, llama, settings, ["", " "])
+        )
 
 
 @pytest.mark.parametrize("kind", ["llama", "untied", "gpt2"])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from journeyman.errors import DataError
 from journeyman.models import Model
-from journeyman.student import loop, models, projection
+from journeyman.student import loop, models, projection, pruning
 from journeyman.student.causal_learner import Causal
 from journeyman.student.checkpoints import Checkpoints, Evaluation, State
 
@@ -183,3 +183,26 @@ def test_layers_are_chosen_on_the_train_rows(tiny_llama: Model, tmp_path: Path) 
     settings = {"start": "pruned", "layers": 1, "layer_choice": "similarity"}
     pruned = learner(tiny_llama, None, tmp_path / "rows", **settings)
     assert pruned.module.model.config.num_hidden_layers == 1
+
+
+def test_low_rank_matrices_go_on_with_the_layers_that_they_are_of(
+    tiny_llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a measurement would choose by now."""
+    pytest.importorskip("peft")
+    write_token_rows(tmp_path / "rows", n_train=8, n_calibrate=2)
+    settings = {"start": "pruned", "layers": 1, "layer_choice": "similarity", "lora": {"rank": 4}}
+    rows, whole = tmp_path / "rows", AutoModelForCausalLM.from_pretrained(tiny_llama.path)
+    for chosen in (0, 1):
+        monkeypatch.setattr(pruning, "chosen", lambda *_, chosen=chosen: [chosen])
+        first = learner(tiny_llama, None, rows, **settings)
+        first.write(models.copy_on_cpu(first.module), tmp_path / f"saved-{chosen}")
+    for chosen in (0, 1):
+        again = learner(tiny_llama, tmp_path / f"saved-{chosen}", rows, **settings)
+        again.write(models.copy_on_cpu(again.module), tmp_path / f"again-{chosen}")
+        learner(tiny_llama, tmp_path / f"again-{chosen}", rows, **settings).export(
+            tmp_path / f"plain-{chosen}"
+        )
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / f"plain-{chosen}")
+        (layer,), expected = plain.model.layers, whole.model.layers[chosen]
+        torch.testing.assert_close(layer.mlp.up_proj.weight, expected.mlp.up_proj.weight)

@@ -69,8 +69,6 @@ class Causal:
         self._device, self._precision = device, training.precision
         self.module = _Projected(model, objective(training))
         self._n_outputs = len(causal.backbone_and_head(model)[1])
-        if training.compile:  # the projection is part of the loss, which is our own code
-            acceleration.compile_in_place(causal.backbone_and_head(model)[0], device)
         self.work = self._work()
         rows, self._examples = self._rows, self._rows.examples
         begins = self._examples[:-1]
@@ -86,6 +84,11 @@ class Causal:
         else:
             self.sizes = self.n_learned
             self._weights = row_weights.normalised(rows.weights, rows.n_learned)
+
+    def compile(self) -> None:
+        """Without the projection, which is part of the loss: that is our own code."""
+        backbone, _, _ = causal.backbone_and_head(self.module.model)
+        acceleration.compile_in_place(backbone, self._device)
 
     def _model(self, folder: Path | None, model_dir: Path, student: Student, seed: int) -> Any:
         if folder and not student.lora:

@@ -38,7 +38,7 @@ class Classifying:
     ) -> None:
         """folder: a checkpoint's weights, else those of model_dir. Raises DataError, ModelError."""
         rows = read_rows()
-        self._training = training
+        self._training, self._device = training, device
         self._train, self._held_out = _split(rows, "train"), _split(rows, "calibrate")
         self._tokenizer = models.load_tokenizer(model_dir, student.max_length)
         if student.text_pair is not None:
@@ -57,8 +57,6 @@ class Classifying:
             self.module.config.pad_token_id = self._pad_id  # states, and must tell it from padding
         if training.activation_checkpointing:
             models.checkpoint_activations(self.module)
-        if training.compile:
-            acceleration.compile_in_place(self.module, device)
         self.work = flops.of_layers(self.module.base_model, self.module.config)
         self.row_ids = self._train.ids
         self.lengths = self._tokens.lengths
@@ -90,6 +88,9 @@ class Classifying:
         else:
             found = np.array([wanted.get(label, 1.0) for label in labels])
         return torch.tensor(found, dtype=torch.float32, device=device)
+
+    def compile(self) -> None:
+        acceleration.compile_in_place(self.module, self._device)
 
     @property
     def _pad_id(self) -> int:

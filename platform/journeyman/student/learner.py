@@ -96,6 +96,9 @@ class Learner(Protocol):
     def sizes(self) -> np.ndarray:
         """int64[n]: what each train row counts in a mean, 1 or the tokens that are learned."""
 
+    def compile(self) -> None:
+        """Have torch.compile make code of what is trained; raises ModelError where it cannot."""
+
     def groups(self, training: Training) -> list[dict[str, Any]]:
         """AdamW's parameter groups."""
 

@@ -65,7 +65,10 @@ class Lesson:
 def load(task: Task, state: State | None, device: torch.device) -> Learner:
     """Rows, tokens and the model as its checkpoint has it; raises DataError or ModelError."""
     folder = task.checkpoints.model(state.step) if state else None
-    return task.load(folder, device)
+    learner = task.load(folder, device)
+    if task.training.compile:  # here: for an export, on the driver, there is nothing to speed up
+        learner.compile()
+    return learner
 
 
 def prepare(task: Task, state: State | None, learner: Learner, place: Place) -> Lesson:

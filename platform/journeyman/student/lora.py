@@ -6,6 +6,7 @@ Knows what they are added to, and how they come out of it; not what trains them.
 from __future__ import annotations
 
 import importlib
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def check() -> None:
+    """Raises ModelError where ``peft`` is not installed."""
+    try:
+        # By name: an optional package, which type checkers may not find.
+        importlib.import_module("peft")
+    except ImportError as error:
+        raise ModelError(
+            f"student.lora needs the package peft ({first_line(error)}) on {platform.node()}, as "
+            "on every node that trains and where the run is started, which merges the matrices at "
+            "the end; pip install 'journeyman[lora]'."
+        ) from error
+
+
 def adapted(model: PreTrainedModel, student: Student, folder: Path) -> Any:
     """The model with matrices of ``student.lora`` in it; raises ModelError."""
     lora = student.lora
     assert lora is not None
-    try:
-        # By name: an optional package, which type checkers may not find.
-        peft = importlib.import_module("peft")
-    except ImportError as error:
-        raise ModelError(
-            f"student.lora needs the package peft ({first_line(error)}); "
-            "pip install 'journeyman[lora]'."
-        ) from error
+    check()
+    peft = importlib.import_module("peft")
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,

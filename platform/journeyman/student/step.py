@@ -122,9 +122,11 @@ def train(
     that out_dir's parent is a copy of, where that is no disk that all nodes share. Ray is up.
     Raises RecipeError, DataError, ModelError or ClusterError.
     """
-    from journeyman.student import loop
+    from journeyman.student import loop, lora
 
     check(recipe)
+    if recipe.learner().lora:  # for the end, on this machine; workers ask on theirs
+        lora.check()
     if recipe.learner().kind == "classifier":
         load = _classifying(recipe, labels, corpus_dir, parent)
     else:

@@ -13,10 +13,11 @@ from torch._dynamo.utils import counters
 from journeyman.errors import ModelError
 from journeyman.models import Model
 from journeyman.recipe import Recipe
-from journeyman.student import models
+from journeyman.student import lesson, models
 from journeyman.student.causal_learner import Causal
 from journeyman.student.classifying import Classifying
-from journeyman.student.lesson import Load
+from journeyman.student.learner import Learner
+from journeyman.student.lesson import Load, Task
 
 from .conftest import make_causal_recipe, make_recipe, make_rows, write_token_rows
 
@@ -41,9 +42,15 @@ def loads(kind: str, encoder: Model, llama: Model, rows_dir: Path, **training: o
     return partial(Causal, student=recipe.learner(), training=recipe.training, **own)
 
 
+def begun(load: Load) -> Learner:
+    """As a worker does."""
+    given = load.keywords["training"]
+    return lesson.load(Task(training=given, checkpoints=None, load=load), None, CPU)
+
+
 def learned(load: Load) -> tuple[list[float], dict[str, torch.Tensor], float]:
     """Losses of the batches, the gradients of their sum by name, and KL on held-out rows."""
-    learner = load(None, CPU)
+    learner = begun(load)
     for module in learner.module.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -121,7 +128,7 @@ def test_a_compiled_student_learns_the_same(
     assert compiled[1].keys() == plain[1].keys()
     for name, gradient in plain[1].items():
         torch.testing.assert_close(compiled[1][name], gradient, rtol=1e-3, atol=1e-5)
-    learner = make(compile=True)(None, CPU)
+    learner = begun(make(compile=True))
     learner.write(models.copy_on_cpu(learner.module), tmp_path / "model")
     again = make()(tmp_path / "model", CPU)
     for name, value in learner.module.state_dict().items():
@@ -137,4 +144,6 @@ def test_where_nothing_can_be_compiled_a_sentence_says_so(
     monkeypatch.setattr(torch, "compile", broken)
     load = loads("causal", tiny_encoder, tiny_llama, rows_dir, compile=True)
     with pytest.raises(ModelError, match=r"training.compile: .* no working C\+\+ compiler found"):
-        load(None, CPU)
+        begun(load)
+    # What is loaded for an export is not compiled: the driver may have no compiler.
+    load(None, CPU)

@@ -26,10 +26,10 @@ from transformers import (
 
 from journeyman.errors import ModelError
 from journeyman.recipe import Student
-from journeyman.student import causal, lora, pruning, vocabulary
+from journeyman.student import causal, lora, pruning, step, vocabulary
 from journeyman.student.models import load_tokenizer
 
-from .conftest import VOCABULARY, make_tiny_llama
+from .conftest import VOCABULARY, make_causal_recipe, make_tiny_llama
 
 
 def student(**settings: object) -> Student:
@@ -290,6 +290,12 @@ def test_low_rank_matrices_that_cannot_be_get_a_sentence(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ModelError, match=r"needs the package peft .* pip install .*lora"):
         causal.build(llama, student(lora={}), seed=0)
+    asked = make_causal_recipe({"lora": {}})
+    with pytest.raises(ModelError, match="where the run is started, which merges"):  # before rows
+        step.train(
+            asked, llama / "no", llama / "no", None, None, llama / "student", inputs="i",
+            labels_digest="l", on_progress=lambda _: None,
+        )  # fmt: skip
 
 
 def test_norms_are_not_decayed(llama: Path) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError, RayTaskError
@@ -14,7 +14,10 @@ from ray.serve.exceptions import RayServeException
 
 from journeyman.cascade.answering import Hear, Said
 from journeyman.cascade.refusals import TeacherAway, TeacherStarting, TeacherUnavailable
-from serve.teacher import SoFar, Unavailable
+from journeyman.teacher.progress import Spent
+from serve.accounts import Account, account
+from serve.growth import More, Whole
+from serve.teacher import Unavailable
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -22,6 +25,11 @@ if TYPE_CHECKING:
 _PROBE_INTERVAL_S = 1.0
 _PROBE_TIMEOUT_S = 5.0  # of a busy machine
 _BACK_IN_S = 5.0  # no better is known of an engine that starts
+# What was done for calls that were given up is asked for every second, until every replica has long
+# heard that the last of them is.
+_COME_EVERY_S = 1.0
+_HEARD_WITHIN_S = 5.0
+_COME_TIMEOUT_S = 10.0
 
 
 class TeacherByHandle:
@@ -38,9 +46,14 @@ class TeacherByHandle:
         may_sleep: bool = False,
         whose: str = "teacher",
         which: tuple[str, ...] = (),
+        bill: Callable[[Account, Spent], None] | None = None,
     ) -> None:
-        """whose: its name in sentences; which: of several models behind the handle."""
+        """whose: its name in sentences; which: of several models behind the handle; bill: told
+        what was done for requests that were given up, None where nobody pays."""
         self._handle, self._which = handle, which
+        self._bill = bill
+        self._given_up_at = 0.0  # the last call
+        self._coming: asyncio.Task[None] | None = None
         self._may_sleep = may_sleep
         self._waking: asyncio.Task[None] | None = None
         self._started_in_s = _BACK_IN_S  # how long it took the last time
@@ -77,22 +90,59 @@ class TeacherByHandle:
         return reply
 
     async def _labeled(self, texts: Sequence[str]) -> Sequence[Said] | Unavailable:
-        response = self._handle.label.remote(list(texts), *self._which)
-        with _cancelled(response):
+        response = self._handle.label.remote(list(texts), *self._named)
+        with self._cancelled(response):
             reply: Sequence[Said] | Unavailable = await response
             return reply
 
     async def _written(self, texts: Sequence[str], hear: Hear) -> Sequence[Said] | Unavailable:
         [text] = texts
-        response = self._handle.options(stream=True).speak.remote(text, *self._which)
+        response = self._handle.options(stream=True).speak.remote(text, *self._named)
         said: Said | Unavailable = Unavailable(reason=self._gone)
-        with _cancelled(response):
+        so_far = Whole()
+        with self._cancelled(response):
             async for part in response:
-                if isinstance(part, SoFar):
-                    hear(part.written)
+                if isinstance(part, More):
+                    hear(so_far.add(part))
                 else:
                     said = part
         return said if isinstance(said, Unavailable) else [said]
+
+    @property
+    def _named(self) -> tuple[Any, ...]:
+        """Behind the texts of a call."""
+        return self._which or (account.get(),)
+
+    @contextlib.contextmanager
+    def _cancelled(self, response: Any) -> Iterator[None]:
+        """With whom it is asked for: Serve cancels a call for a client that goes away, but not for
+        a deadline of ours."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            response.cancel()
+            if self._bill and (whose := account.get()):
+                self._come_for_given_up(whose.ingress, self._bill)
+            raise
+
+    def _come_for_given_up(self, ingress: str, bill: Callable[[Account, Spent], None]) -> None:
+        self._given_up_at = time.monotonic()
+        if self._coming is None or self._coming.done():
+            # Serve ends the tasks of a request with it: in a context of its own this one lives on.
+            self._coming = contextvars.Context().run(
+                asyncio.get_running_loop().create_task, self._came(ingress, bill)
+            )
+
+    async def _came(self, ingress: str, bill: Callable[[Account, Spent], None]) -> None:
+        asked_at = self._given_up_at
+        while asked_at < self._given_up_at + _HEARD_WITHIN_S:
+            await asyncio.sleep(_COME_EVERY_S)
+            asked_at = time.monotonic()
+            with contextlib.suppress(RayError, RayServeException, TimeoutError):
+                asked = self._handle.broadcast("given_up", ingress)
+                for found in await asked.results_async(timeout_s=_COME_TIMEOUT_S):
+                    for whose, spent in found.items():
+                        bill(whose, spent)
 
     async def watch(self) -> None:
         """Keep ``unready`` true, as long as the replica lives."""
@@ -128,17 +178,6 @@ class TeacherByHandle:
             self.unready = self.unready or f"the {self._whose} does not answer"
         except (RayError, RayServeException):
             self.unready = self._gone
-
-
-@contextlib.contextmanager
-def _cancelled(response: Any) -> Iterator[None]:
-    """With whom it is asked for: Serve cancels a call for a client that goes away, but not for a
-    deadline of ours."""
-    try:
-        yield
-    except asyncio.CancelledError:
-        response.cancel()
-        raise
 
 
 def _unavailable(reason: str) -> TeacherUnavailable:

@@ -27,7 +27,9 @@ from journeyman.errors import ClusterError
 from journeyman.folder import Folder
 from journeyman.recipe import Feedback, digest
 from journeyman.student.models import Classifier
+from journeyman.teacher.progress import Spent
 from serve import loading, writers
+from serve.accounts import Account
 from serve.agreement import Agreed, Member
 from serve.asking import TeacherByHandle
 from serve.billing import settle
@@ -68,7 +70,8 @@ class Ingress:
         self._replica = uuid.uuid4().hex
         self._busy_s, self._reported_at = 0.0, time.monotonic()
         may_sleep = spec.loaded.recipe.cascade.teacher_replicas.min == 0
-        self._teacher = TeacherByHandle(teacher, may_sleep)
+        self._teacher = TeacherByHandle(teacher, may_sleep, bill=self._bill)
+        self._measured: dict[str, Measured] = {}  # by bundle
         self._writers = student
         limits = {k.sha256: k.dollars_per_day for k in spec.keys if k.dollars_per_day is not None}
         self._purse = Purse(limits)
@@ -124,6 +127,11 @@ class Ingress:
         self._teacher.count(agreed.n_teachers)
         self._keyring.share(agreed.n_replicas)
 
+    def _bill(self, account: Account, spent: Spent) -> None:
+        """For a request that was given up, by a bundle that may have left meanwhile."""
+        if measured := self._measured.get(account.bundle):
+            measured.given_up(account.key, spent)
+
     def _student(self, loaded: Loaded, encoder: Classifier | None, rule: Rule) -> Student:
         if encoder is not None:
             return Encoder(loaded, encoder, rule, self._worked)
@@ -170,8 +178,14 @@ class Ingress:
         )
         health = Health(member, self._purse, Stability(bundle.curve, bundle.served.n), journal)
         measured = Measured(
-            answering, cascade, bundle.bundle_id, loaded.recipe.teacher.price, health
+            answering,
+            cascade,
+            bundle.bundle_id,
+            loaded.recipe.teacher.price,
+            health,
+            self._replica,
         )
+        self._measured[bundle.bundle_id] = measured
         student.start()
         loop = asyncio.get_running_loop()
         running = [loop.create_task(work) for work in (measured.watch(), member.run())]
@@ -184,6 +198,8 @@ class Ingress:
         async def close() -> None:
             for task in running:
                 task.cancel()
+            if self._measured.get(bundle.bundle_id) is measured:
+                del self._measured[bundle.bundle_id]
             await member.leave()
             await student.close()
             if journal:

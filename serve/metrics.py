@@ -21,7 +21,9 @@ from journeyman.cascade.refusals import Refusal
 from journeyman.cascade.stability import Stability
 from journeyman.certify.thresholds import written_threshold
 from journeyman.recipe import Price
+from journeyman.teacher.progress import Spent
 from serve import tracing
+from serve.accounts import Account, account
 from serve.agreement import Member
 
 _WINDOW_S = 60.0
@@ -62,14 +64,22 @@ class Measured:
     """Answers as ``inner`` does, and counts."""
 
     def __init__(
-        self, inner: Answering, cascade: Cascade, bundle: str, price: Price, health: Health
+        self,
+        inner: Answering,
+        cascade: Cascade,
+        bundle: str,
+        price: Price,
+        health: Health,
+        ingress: str = "",
     ) -> None:
-        """cascade: whose queue and breaker are watched; price: of the teacher's tokens."""
+        """cascade: whose queue and breaker are watched; price: of the teacher's tokens; ingress:
+        the replica that this is in."""
         from ray.util import metrics
 
         self._inner, self._cascade, self._price = inner, cascade, price
         self._health = health
         self._tags = {"bundle": bundle}
+        self._ingress = ingress
         self._recent: deque[tuple[float, Counter[str]]] = deque()
         self._minute: Counter[str] = Counter()  # their sum
         self._totals: Counter[str] = Counter()
@@ -107,6 +117,8 @@ class Measured:
     async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers:
         """Raises Refusal."""
         started = time.perf_counter()
+        key = paying.get()
+        account.set(Account(ingress=self._ingress, bundle=self._tags["bundle"], key=key))
         try:
             with tracing.answering(self._tags["bundle"], len(texts), asked) as span:
                 answers = await self._inner.answer(texts, asked)
@@ -114,10 +126,15 @@ class Measured:
         except Refusal as refusal:
             self._refused.inc(tags=self._tags | {"reason": type(refusal).__name__})
             self._count(Counter(refused=1))
-            self._paid(refusal.teacher_prompt_tokens, refusal.teacher_output_tokens)
+            self._paid(refusal.teacher_prompt_tokens, refusal.teacher_output_tokens, key)
             raise
         self._answered(answers, asked, time.perf_counter() - started)
+        self._paid(answers.teacher_prompt_tokens, answers.teacher_output_tokens, key)
         return answers
+
+    def given_up(self, key: str | None, spent: Spent) -> None:
+        """What the teacher did for a request that ended before its answer; key: whose it was."""
+        self._paid(spent.n_prompt_tokens, spent.n_output_tokens, key)
 
     def shadowed(self, decisions: Sequence[Decision | Escalation]) -> None:
         """Texts that another bundle answered: who would have, by this one."""
@@ -158,15 +175,14 @@ class Measured:
             self._texts.inc(n, tags=self._tags | {"answered_by": who})
         slowest = "teacher" if by["teacher"] else "student"
         self._seconds.observe(seconds, tags=self._tags | {"answered_by": slowest})
-        self._paid(answers.teacher_prompt_tokens, answers.teacher_output_tokens)
         if asked == "cascade":
             self._count(by)
             self._health.stability.add(
                 d.confidence for d in answers.decisions if d.confidence is not None
             )
 
-    def _paid(self, read: int, written: int) -> None:
-        """The teacher's tokens, by the key whose request it was."""
+    def _paid(self, read: int, written: int, key: str | None) -> None:
+        """The teacher's tokens; key: whose request it was."""
         tokens = (read, written)
         for direction, n in zip(("read", "written"), tokens, strict=True):
             if n:
@@ -177,7 +193,7 @@ class Measured:
             + tokens[1] * price.per_million_output_tokens
         ):
             self._dollars.inc(dollars / 1e6, tags=self._tags)
-            self._health.purse.pay(paying.get(), dollars / 1e6)
+            self._health.purse.pay(key, dollars / 1e6)
 
     def _count(self, more: Counter[str]) -> None:
         self._totals.update(more)

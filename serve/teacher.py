@@ -28,7 +28,10 @@ from journeyman.recipe import Teacher as TeacherSettings
 from journeyman.student import writing
 from journeyman.teacher import tasks
 from journeyman.teacher.answers import ClassLabels, GeneratedLabels, RationaleLabels, RowError
-from journeyman.teacher.engine import Engine, EngineDied, hearing
+from journeyman.teacher.engine import Engine, EngineDied
+from journeyman.teacher.progress import Begun, Spent, hearing, spending
+from serve.accounts import Account, GivenUp
+from serve.growth import More, gained
 
 T = TypeVar("T")
 
@@ -42,15 +45,8 @@ class Unavailable:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SoFar:
-    """An answer that is not whole yet: the beginning of its text, and of its tokens."""
-
-    written: Written
-
-
 class Teacher:
-    """Answers ``label``, ``speak`` and ``unready`` by handle."""
+    """Answers ``label``, ``speak``, ``given_up`` and ``unready`` by handle."""
 
     whose = "teacher"  # in sentences
 
@@ -70,6 +66,7 @@ class Teacher:
         found = models.here(model, lambda: models.teacher(settings))
         self._engine = Engine(settings, found, node_labels=node_labels)
         self._failure: str | None = None  # why the engine did not start again
+        self._given_up = GivenUp()
         asyncio.run_coroutine_threadsafe(self._engine.start(), self._loop).result()
         if isinstance(labels, Generate):
             labels = labels.model_copy(update=writing.LIKELIEST)
@@ -78,40 +75,51 @@ class Teacher:
         self._codec = Codec(name="topk_fp16", vocab_size=model.vocab_size, k=1)
         self._watching = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
 
-    async def label(self, texts: Sequence[str]) -> list[Said] | Unavailable:
-        """The teacher's answers, one for each text; stops when the call is cancelled."""
+    async def label(
+        self, texts: Sequence[str], account: Account | None = None
+    ) -> list[Said] | Unavailable:
+        """The teacher's answers, one for each text; stops when the call is cancelled, and then
+        keeps under this account what was read and written until then."""
         if reason := await self.unready():
             return Unavailable(reason=reason)
         try:
-            return await self._in_engine_loop(self._label(texts))
+            return await self._in_engine_loop(self._label(texts, account))
         except EngineDied:
             return Unavailable(reason=self._restarting)
         except TimeoutError:
             return Unavailable(reason=f"the {self.whose}'s engine does not answer")
 
-    async def speak(self, text: str) -> AsyncIterator[SoFar | Said | Unavailable]:
-        """The teacher's answer as it grows, and at last the whole of it, as ``label`` gives it;
-        stops when the call is cancelled. Reasonings that vote are heard once they have voted."""
-        heard: asyncio.Queue[list[int] | None] = asyncio.Queue()
+    async def speak(
+        self, text: str, account: Account | None = None
+    ) -> AsyncIterator[More | Said | Unavailable]:
+        """What the teacher's answer gains as it grows, and at last the whole of it, as ``label``
+        gives it; stops when the call is cancelled. Reasonings that vote are heard once they have
+        voted."""
+        heard: asyncio.Queue[Begun | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def hear(ids: list[int]) -> None:  # in the engine's loop
-            loop.call_soon_threadsafe(heard.put_nowait, ids)
+        def hear(begun: Begun) -> None:  # in the engine's loop
+            loop.call_soon_threadsafe(heard.put_nowait, begun)
 
         listening = contextvars.copy_context()
         if isinstance(self._labels, Generate):
             listening.run(hearing.set, hear)
-        whole = loop.create_task(self.label([text]), context=listening)
+        whole = loop.create_task(self.label([text], account), context=listening)
         whole.add_done_callback(lambda _: heard.put_nowait(None))
         try:
-            tokens: tuple[str, ...] = ()
-            while (ids := await heard.get()) is not None:
-                tokens += self._tokens(ids[len(tokens) :])
-                yield SoFar(written=self._begun(ids, tokens))
+            so_far, n_tokens = "", 0
+            while (begun := await heard.get()) is not None:
+                tokens = self._tokens(begun.token_ids[n_tokens:])
+                yield gained(so_far, begun.text, tokens)
+                so_far, n_tokens = begun.text, n_tokens + len(tokens)
             reply = await whole
             yield reply if isinstance(reply, Unavailable) else reply[0]
         finally:
             whole.cancel()
+
+    async def given_up(self, ingress: str) -> dict[Account, Spent]:
+        """What was done for its requests that ended before their answer, since it last asked."""
+        return self._given_up.take(ingress)
 
     async def unready(self) -> str | None:
         """Why the teacher cannot answer, None if it can."""
@@ -149,8 +157,13 @@ class Teacher:
         """Serve calls this when the replica stops."""
         self.stop()
 
-    async def _label(self, texts: Sequence[str]) -> list[Said]:
-        return await asyncio.gather(*(self._label_one(text) for text in texts))
+    async def _label(self, texts: Sequence[str], account: Account | None) -> list[Said]:
+        spending.set(spent := Spent())  # of this call, whose task this is
+        try:
+            return await asyncio.gather(*(self._label_one(text) for text in texts))
+        except asyncio.CancelledError:
+            self._given_up.add(account, spent)
+            raise
 
     async def _label_one(self, text: str) -> Said:
         try:
@@ -179,20 +192,6 @@ class Teacher:
             finish_reason="length" if labels.finish_reason == "length" else "stop",
             n_prompt_tokens=labels.n_prompt_tokens,
             n_output_tokens=labels.n_output_tokens,
-        )
-
-    def _begun(self, ids: list[int], tokens: tuple[str, ...]) -> Written:
-        """Without what may still become a character, or a string that ends the answer."""
-        assert isinstance(self._labels, Generate)
-        text = self._engine.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
-        held = max((len(stop) - 1 for stop in self._labels.stop), default=0)
-        return Written(
-            text=text[: max(0, len(text) - held)],
-            tokens=tokens,
-            logprobs=np.empty(0),
-            finish_reason="stop",
-            n_prompt_tokens=0,
-            n_output_tokens=len(ids),
         )
 
     def _tokens(self, ids: list[int]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from journeyman.cascade.answering import Answers, Cascade, Hear
 from journeyman.cascade.policy import Decision, Escalation, Written
@@ -20,8 +23,9 @@ from journeyman.cascade.written_policy import WrittenPolicy
 from journeyman.certify.sequence_scores import WrittenConfidence
 from journeyman.recipe import Cascade as Settings
 from serve.asking import TeacherByHandle
+from serve.growth import More, Whole, gained
 from serve.http import api
-from serve.teacher import SoFar, Unavailable
+from serve.teacher import Unavailable
 from tests.serve import tiny
 from tests.serve.test_openai_written import BUNDLE, TOKENS
 
@@ -207,7 +211,9 @@ def test_a_teacher_that_fails_in_the_middle_ends_the_stream_with_an_error(policy
 
 
 def test_a_teacher_behind_a_handle_is_heard():
-    parts: list[Any] = [SoFar(written=wrote(TOKENS[:2])), wrote(TOKENS)]
+    parts: list[Any] = [
+        gained("", "The", TOKENS[:1]), gained("The", "The sky", TOKENS[1:2]), wrote(TOKENS)
+    ]  # fmt: skip
 
     class Response:
         def __aiter__(self) -> AsyncIterator[Any]:
@@ -222,10 +228,30 @@ def test_a_teacher_behind_a_handle_is_heard():
     teacher.unready = None
     heard: list[str] = []
     [whole] = asyncio.run(teacher.labels(["x"], lambda written: heard.append(written.text)))
-    assert heard == ["The sky"] and isinstance(whole, Written) and whole.text == "The sky is blue."
-    parts[1] = Unavailable(reason="the teacher's engine died and is starting again")
+    assert heard == ["The", "The sky"]
+    assert isinstance(whole, Written) and whole.text == "The sky is blue."
+    parts[2] = Unavailable(reason="the teacher's engine died and is starting again")
     with pytest.raises(TeacherUnavailable, match="engine died"):
         asyncio.run(teacher.labels(["x"], heard.append))  # type: ignore[arg-type]
+
+
+@given(st.lists(st.text(alphabet="ab \ufffd", max_size=6)))
+def test_parts_of_a_growing_answer_make_every_step_of_it_again(texts: list[str]):
+    """Also where a step changes what the one before ended with."""
+    whole, so_far = Whole(), ""
+    for n, text in enumerate(texts):
+        part = gained(so_far, text, (str(n),))
+        written = whole.add(part)
+        assert (written.text, written.tokens) == (text, tuple(map(str, range(n + 1))))
+        so_far = text
+
+
+def test_what_is_sent_of_an_answer_is_as_long_as_the_answer():
+    steps = ["word " * n for n in range(200)]
+    parts: list[More] = [
+        gained(a, b, ()) for a, b in itertools.pairwise(steps)
+    ]  # fmt: skip
+    assert sum(len(part.text) for part in parts) == len(steps[-1])
 
 
 def test_what_nobody_listens_to_is_not_heard():

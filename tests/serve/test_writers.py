@@ -4,6 +4,7 @@ engine, no Ray."""
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,14 @@ from journeyman.errors import BundleMismatch, ModelError
 from journeyman.models import Model
 from journeyman.recipe import Generate
 from journeyman.teacher.answers import GeneratedLabels
-from journeyman.teacher.engine import hearing
-from serve import loading, teacher, writers
+from journeyman.teacher.progress import Begun, Spent, hearing, spending
+from serve import asking, loading, teacher, writers
+from serve.accounts import Account, account
 from serve.asking import TeacherByHandle
+from serve.growth import Whole
 from serve.loading import Loaded
 from serve.students import Rule
-from serve.teacher import SoFar, Teacher, Unavailable
+from serve.teacher import Teacher, Unavailable
 from serve.writers import Standing, Student, Writer
 from tests.serve import tiny
 
@@ -280,13 +283,13 @@ def replica(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any], asked: Gen
 
 
 def test_a_teacher_is_heard_as_it_writes_and_at_last_as_a_whole(monkeypatch: pytest.MonkeyPatch):
-    """A stop string of two characters: the last one heard may begin it."""
+    """By the engine's own text, which may hold back what its tokens say."""
 
     async def run(*_: Any) -> GeneratedLabels:
         hear = hearing.get()
         assert hear
-        for ids in ([1], [1, 2], [1, 2, 3]):
-            hear(ids)
+        for text, ids in (("", [1]), ("a", [1, 2]), ("ab", [1, 2, 3])):
+            hear(Begun(text=text, token_ids=ids))
         return GeneratedLabels(
             output="abcd", token_ids=np.array([1, 2, 3, 4, 0]), output_logprob=None,
             recorded=None, n_prompt_tokens=2, n_output_tokens=5, finish_reason="stop",
@@ -299,10 +302,10 @@ def test_a_teacher_is_heard_as_it_writes_and_at_last_as_a_whole(monkeypatch: pyt
         return said
 
     *parts, whole = asyncio.run(scenario())
-    assert [(p.written.text, p.written.tokens) for p in parts] == [
+    so_far = Whole()
+    assert [(w.text, w.tokens) for w in map(so_far.add, parts)] == [
         ("", ("a",)), ("a", ("a", "b")), ("ab", ("a", "b", "c")),
     ]  # fmt: skip
-    assert all(isinstance(part, SoFar) for part in parts)
     assert (whole.text, whole.n_output_tokens) == ("abcd", 5)
 
 
@@ -330,3 +333,70 @@ def test_a_call_that_is_cancelled_ends_in_the_engines_own_loop(
         await writing.close()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_what_was_done_for_a_client_that_left_is_billed_to_its_key(
+    heard: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """From the engine that counts, over the replica's account, to the ingress that asked."""
+    monkeypatch.setattr(asking, "_COME_EVERY_S", 0.01)
+    monkeypatch.setattr(asking, "_HEARD_WITHIN_S", 0.1)
+    whose = Account(ingress="i", bundle="b", key="k")
+    bills: list[tuple[Account, Spent]] = []
+
+    async def run(*_: Any) -> None:
+        spent = spending.get()
+        assert spent
+        spent.add(Spent(n_prompt_tokens=7, n_output_tokens=3))
+        await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        writing = replica(monkeypatch, run, ASKED)
+        teacher = TeacherByHandle(InProcess(writing), bill=lambda a, s: bills.append((a, s)))  # type: ignore[arg-type]
+        teacher.unready = None
+        account.set(whose)
+        hear = (lambda _: None) if heard else None
+        call = asyncio.create_task(teacher.labels(["x"], hear))
+        audit = asyncio.Task(teacher.labels(["x"]), context=contextvars.Context())
+        await asyncio.sleep(0.05)
+        call.cancel()
+        audit.cancel()  # nobody pays for it
+        await until(lambda: bool(bills))
+        await asyncio.sleep(0.15)
+        await writing.close()
+
+    asyncio.run(scenario())
+    assert bills == [(whose, Spent(n_prompt_tokens=7, n_output_tokens=3))]
+
+
+class InProcess:
+    """A handle to one replica in this process; cancels as Serve does."""
+
+    def __init__(self, replica: Teacher) -> None:
+        self._replica = replica
+        self.label = SimpleNamespace(remote=lambda *a: Call(replica.label(*a)))
+        self.speak = SimpleNamespace(remote=lambda *a: Call(anext(replica.speak(*a))))
+
+    def options(self, stream: bool) -> InProcess:
+        return self
+
+    def broadcast(self, method: str, *arguments: Any) -> Any:
+        async def results_async(timeout_s: float) -> list[Any]:
+            return [await getattr(self._replica, method)(*arguments)]
+
+        return SimpleNamespace(results_async=results_async)
+
+
+class Call:
+    def __init__(self, work: Any) -> None:
+        self._task = asyncio.ensure_future(work)
+
+    def __await__(self) -> Any:
+        return asyncio.shield(self._task).__await__()
+
+    async def __aiter__(self) -> Any:
+        yield await asyncio.shield(self._task)
+
+    def cancel(self) -> None:
+        self._task.cancel()

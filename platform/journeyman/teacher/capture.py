@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from journeyman.teacher.answers import Recorded
+from journeyman.teacher.progress import counting
 from journeyman.teacher.worker import START, WRITTEN_FOR
 
 if TYPE_CHECKING:
@@ -36,14 +37,16 @@ def install() -> bool:
         return True  # installed before
 
     class ArrayLogprobs(stock):  # type: ignore[misc, valid-type]
-        """Keeps each step's arrays in a list."""
+        """Keeps each step's arrays in a list, and counts its tokens."""
+
+        counting = None
 
         @classmethod
         def from_new_request(cls, tokenizer: Any, request: Any) -> Any:
             params = request.sampling_params
             if not (params.extra_args or {}).get(OURS):
                 return stock.from_new_request(tokenizer, request)
-            return cls(
+            kept = cls(
                 tokenizer=None,
                 logprobs=None if params.num_logprobs is None else [],
                 prompt_logprobs=None if params.prompt_logprobs is None else [],
@@ -51,8 +54,12 @@ def install() -> bool:
                 num_logprobs=params.num_logprobs,
                 num_prompt_logprobs=params.prompt_logprobs,
             )
+            kept.counting = counting.get()  # this runs in the task that asks
+            return kept
 
         def update_from_output(self, output: Any) -> None:
+            if self.counting is not None:
+                self.counting.came(len(output.new_token_ids))
             if output.new_logprobs is not None:
                 self.logprobs.append(output.new_logprobs)
             if output.new_prompt_logprobs_tensors is not None:

@@ -13,8 +13,7 @@ import importlib.util
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from journeyman.models import Model
 from journeyman.recipe import Teacher
 from journeyman.teacher import adapter, capture, lifeline, plugins, worker
 from journeyman.teacher.answers import Completion, InvalidRequest, Recorded, Spoken
+from journeyman.teacher.progress import Begun, Counting, counting, hearing, spending
 from journeyman.teacher.prompting import Sampling
 from journeyman.teacher.spread import Spread
 from journeyman.teacher.worker import SEED
@@ -44,10 +44,6 @@ _SMALLEST_BLOCK = 16  # tokens; the prefix cache holds whole blocks
 _CPU_BLOCK_TOKENS = 32  # vLLM's CPU attention takes multiples of 32; small blocks waste least
 _KEPT_BYTES = 1 << 30
 _PRELOADED = ("libiomp5.so", "libtcmalloc_minimal.so.4")  # both ask of vLLM; 17% on prefill
-
-
-# Told of all tokens so far as an answer grows, if the task that asks the engine sets it.
-hearing: ContextVar[Callable[[list[int]], None] | None] = ContextVar("hearing", default=None)
 
 
 class EngineDied(Exception):  # noqa: N818 - says what happened, is no mistake of the caller's
@@ -241,15 +237,21 @@ class Engine:
         self, output: CompletionOutput, *, recording: bool, has_text: bool
     ) -> Completion:
         ids, values = capture.generated(output)
-        token_ids = list(output.token_ids)
-        decoded = "" if has_text else self.tokenizer.decode(token_ids, skip_special_tokens=True)
         return Completion(
-            text=output.text if has_text else decoded,
-            token_ids=np.asarray(token_ids, dtype=np.int32),
+            text=self._text(output, has_text=has_text),
+            token_ids=np.asarray(output.token_ids, dtype=np.int32),
             finish_reason=output.finish_reason or "",
             token_logprobs=values[:, 0],
             recorded=capture.recorded(ids, values) if recording else None,
         )
+
+    def _text(self, output: CompletionOutput, *, has_text: bool) -> str:
+        """Of an answer or its beginning, in the same way. has_text: vLLM's own, where it looks for
+        stop strings in it and holds back what may become one: its first token can have a blank in
+        front there that tokenizers drop when they decode the tokens by themselves."""
+        if has_text:
+            return output.text
+        return self.tokenizer.decode(list(output.token_ids), skip_special_tokens=True)
 
     async def _generate(
         self, token_ids: Sequence[int], marks: dict[str, Any], **params: Any
@@ -261,7 +263,8 @@ class Engine:
 
         if not self.alive:
             raise EngineDied
-        died, hear = self._died, hearing.get()
+        died, hear, spent = self._died, hearing.get(), spending.get()
+        counting.set(Counting(spent, len(token_ids)) if spent else None)
         # The engine's own queue is no part of a request's deadline.
         self._n_asked += 1
         turns = -(-self._n_asked // self.max_num_seqs)
@@ -278,7 +281,10 @@ class Engine:
                 try:
                     async for output in stream:
                         if hear and not output.finished:
-                            hear(list(output.outputs[0].token_ids))
+                            begun = output.outputs[0]
+                            text = self._text(begun, has_text=params.get("detokenize", False))
+                            ids = list(begun.token_ids)
+                            hear(Begun(text=text.rstrip("\ufffd"), token_ids=ids))
                 finally:
                     self._deadlines.discard(deadline)
         except EngineDeadError as error:

@@ -1,0 +1,43 @@
+"""What a cascade counts and bills. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from journeyman.cascade.answering import Answers
+from journeyman.cascade.budgets import Purse, paying
+from journeyman.cascade.stability import Stability
+from journeyman.recipe import Price
+from journeyman.teacher.progress import Spent
+from serve.accounts import Account, GivenUp, account
+from serve.metrics import Health, Measured
+
+PRICE = Price(per_million_prompt_tokens=1e6, per_million_output_tokens=2e6)
+
+
+def test_a_request_that_was_given_up_is_billed_to_the_key_that_asked():
+    class Left:
+        async def answer(self, texts: Sequence[str], asked: str = "cascade") -> Answers:
+            whose = account.get()
+            teachers.add(whose, Spent(n_prompt_tokens=5, n_output_tokens=1))
+            teachers.add(whose, Spent(n_prompt_tokens=1, n_output_tokens=1))
+            raise asyncio.CancelledError
+
+    teachers, purse = GivenUp(), Purse({"k": 100.0})
+    health = Health(None, purse, Stability((), 1), None)  # type: ignore[arg-type]
+    measured = Measured(Left(), None, "b", PRICE, health, "i")  # type: ignore[arg-type]
+
+    async def ask() -> None:
+        paying.set("k")
+        with pytest.raises(asyncio.CancelledError):
+            await measured.answer(["x"])
+
+    asyncio.run(ask())
+    assert teachers.take("another") == {} and purse.bill() == {}
+    for whose, spent in teachers.take("i").items():
+        assert whose == Account(ingress="i", bundle="b", key="k")
+        measured.given_up(whose.key, spent)
+    assert purse.bill() == {"k": 6 + 2 * 2} and teachers.take("i") == {}

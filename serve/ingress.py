@@ -160,7 +160,9 @@ class Ingress:
             auditor = Auditor(
                 rule.policy,
                 cascade,
+                student,
                 busy=lambda: cascade.waiting.n_waiting > 0 or self._teacher.asleep,
+                patience_s=settings.request_timeout_s,
             )
             answering = Recording(
                 answering, journal, kept.audit_rate, bundle.bundle_id, auditor=auditor

@@ -43,7 +43,7 @@ class Health:
 
     def figures(self) -> dict[str, Any]:
         """watch: None where none is kept; rung: steps by which the audits have tightened the
-        threshold, None where all is escalated."""
+        threshold, None where all is escalated; lost, left_out: of this replica's audits."""
         agreed, auditor = self.member.last, self.member.auditor
         return {
             "watch": None
@@ -51,6 +51,8 @@ class Health:
             else {
                 "audits": agreed.n_audits,
                 "pending": auditor.n_pending,
+                "lost": auditor.n_lost,
+                "left_out": auditor.n_left_out,
                 "rung": agreed.rung,
                 "accept_above": written_threshold(agreed.accept_above),
             },
@@ -94,6 +96,13 @@ class Measured:
         self._refused = counter("refusals", "Requests refused, by reason.", "reason")
         self._tokens = counter("teacher_tokens", "Tokens the teacher read and wrote.", "direction")
         self._dollars = counter("teacher_dollars", "Price of the teacher's tokens.")
+        self._unknown = counter(
+            "audits_unknown",
+            "Audits without an outcome, by why: lost (each counts as an error), or left out (the "
+            "teacher can never answer the text).",
+            "why",
+        )
+        self._said_unknown: Counter[str] = Counter()
         self._seconds = metrics.Histogram(
             "journeyman_cascade_latency_seconds",
             "Seconds from a request to its answer, by who answered.",
@@ -163,6 +172,7 @@ class Measured:
                 rung = watch["rung"]
                 figures["tightened"] = -1 if rung is None else rung
                 figures["audits_pending"] = watch["pending"]
+                self._count_unknown(Counter({why: watch[why] for why in ("lost", "left_out")}))
             for name, gauge in self._gauges.items():
                 gauge.set(float(figures.get(name) or 0.0), tags=self._tags)
             await asyncio.sleep(_GAUGE_INTERVAL_S)
@@ -194,6 +204,12 @@ class Measured:
         ):
             self._dollars.inc(dollars / 1e6, tags=self._tags)
             self._health.purse.pay(key, dollars / 1e6)
+
+    def _count_unknown(self, audits: Counter[str]) -> None:
+        """audits: by why, since the start."""
+        for why, n in (audits - self._said_unknown).items():
+            self._unknown.inc(n, tags=self._tags | {"why": why})
+        self._said_unknown = audits
 
     def _count(self, more: Counter[str]) -> None:
         self._totals.update(more)

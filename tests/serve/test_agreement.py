@@ -141,7 +141,7 @@ def test_the_ladder_comes_from_the_bundles_curve(tmp_path: Path):
 
 def test_a_member_hands_on_once_and_goes_on_alone_where_nobody_answers(tmp_path: Path):
     shared, tightened, sent, heard = Agreement(30.0), [], [], []
-    auditor = Auditor(None, None, busy=lambda: True)  # type: ignore[arg-type]
+    auditor = Auditor(None, None, None, busy=lambda: True)  # type: ignore[arg-type]
     away = True
 
     async def ask(one: Report) -> agreement.Agreed:

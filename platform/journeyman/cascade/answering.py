@@ -136,6 +136,9 @@ class Cascade:
                 refusal.decided = decisions
                 raise
             return Answers(decisions=_students_own(decisions), void=frozenset(escalated))
+        except TextRefused as refusal:
+            refusal.decided = decisions
+            raise
 
     async def _decided(
         self, texts: Sequence[str], asked: Asked, deadline: float
@@ -166,11 +169,17 @@ class Cascade:
         labeled = [label for label in labels if not isinstance(label, Unlabeled)]
         read = sum(label.n_prompt_tokens for label in labeled)
         written = sum(label.n_output_tokens for label in labeled)
-        for (i, student), label in zip(escalated.items(), labels, strict=True):
-            if isinstance(label, Unlabeled):
-                refusal = TextRefused(i, label.reason)
-                refusal.teacher_prompt_tokens, refusal.teacher_output_tokens = read, written
-                raise refusal
+        unlabeled = {
+            i: label.reason
+            for i, label in zip(escalated, labels, strict=True)
+            if isinstance(label, Unlabeled)
+        }
+        if unlabeled:
+            refusal = TextRefused(*next(iter(unlabeled.items())))
+            refusal.unlabeled = frozenset(unlabeled)
+            refusal.teacher_prompt_tokens, refusal.teacher_output_tokens = read, written
+            raise refusal
+        for (i, student), label in zip(escalated.items(), labeled, strict=True):
             decisions[i] = self._policy.escalated(label, student)
         return Answers(
             decisions=tuple(decisions[i] for i in range(len(texts))),
@@ -237,9 +246,9 @@ class Cascade:
 
     async def labels(self, texts: Sequence[str]) -> Sequence[Said]:
         """The teacher's for an audit: such as could answer a request, and not while the teacher is
-        left alone. Raises TeacherUnavailable."""
+        left alone. Raises TeacherUnavailable, TeacherAway where it need not be asked."""
         if not self.breaker.is_closed:
-            raise TeacherUnavailable("the teacher is left alone for a while.")
+            raise TeacherAway("the teacher is left alone for a while.")
         labels = await self._teacher.labels(texts)
         self._check(labels, len(texts))
         return labels

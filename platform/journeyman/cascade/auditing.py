@@ -8,17 +8,38 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from journeyman.cascade.answering import EscalationRule, Said, TeacherLabels, Unlabeled
+from journeyman.cascade.answering import (
+    EscalationRule,
+    Said,
+    StudentDecisions,
+    TeacherLabels,
+    Unlabeled,
+)
 from journeyman.cascade.drift import Audit
-from journeyman.cascade.policy import Decision
-from journeyman.cascade.refusals import TeacherUnavailable
+from journeyman.cascade.policy import Decision, Escalation
+from journeyman.cascade.refusals import StudentUnavailable, TeacherAway, TeacherStarting
 from journeyman.cascade.watching import LOST, UNANSWERED
 
 _MOST_WAITING = 100_000  # texts: a night without a teacher, at one audit a second
+_MOST_CHARACTERS = 64_000_000  # of them and their answers
 _LOOK_AGAIN_S = 0.2
+_AGAIN_S = 10.0  # after a failure, and twice that after the next one: most have passed by then
 _TIMEOUT_S = 60.0
-_MOST_FAILURES = 3  # of the teacher on one text
+_MOST_FAILURES = 3  # on one text, to answer within its time among them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Waiting:
+    """decision: the student's, None where it is not known yet."""
+
+    text: str
+    decision: Decision | None
+
+    @property
+    def n_characters(self) -> int:
+        return len(self.text) + (len(self.decision.label) if self.decision else 0)
 
 
 class Auditor:
@@ -26,30 +47,51 @@ class Auditor:
 
     Outcomes leave in the order in which their requests came: those that are known at once would
     come first otherwise, and a run of those that had to wait, behind them, looks like a change.
+
+    A text that the teacher can never answer is left out, as certification left such rows out: the
+    promise is about the others. Whether it is one is a matter of the text alone, not of what the
+    student said, so the audits that remain are a fair sample of those others.
     """
 
     def __init__(
-        self, policy: EscalationRule, teacher: TeacherLabels, busy: Callable[[], bool]
+        self,
+        policy: EscalationRule,
+        teacher: TeacherLabels,
+        student: StudentDecisions,
+        busy: Callable[[], bool],
+        patience_s: float = _TIMEOUT_S,
     ) -> None:
-        """busy: whether requests wait for the teacher."""
-        self._policy, self._teacher, self._busy = policy, teacher, busy
-        self._queue: deque[tuple[str, Decision] | Audit] = deque()  # not an Audit at its head
+        """busy: whether requests wait for the teacher; patience_s: that a request has with it, and
+        so an audit, which waits a minute at least."""
+        self._policy, self._teacher, self._student, self._busy = policy, teacher, student, busy
+        self._patience_s = max(patience_s, _TIMEOUT_S)
+        self._queue: deque[_Waiting | Audit] = deque()  # not an Audit at its head
         self._outcomes: list[Audit] = []
         self._failures = 0  # of the one at the head
+        self._n_characters = 0  # of those that wait
         self.n_pending = 0  # audits without an outcome so far
+        self.n_lost = 0  # whose outcome nobody will know: each counts as an error
+        self.n_left_out = 0  # of texts that the teacher cannot answer
 
     def add(self, text: str, decision: Decision) -> None:
         """decision: what the request was answered with, or would have been."""
         if decision.answered_by == "teacher":
             return self.escalated(decision)
-        self.n_pending += 1
-        self._push((text, decision))
+        self._wait(_Waiting(text=text, decision=replace(decision, written=None)))
+
+    def undecided(self, text: str) -> None:
+        """One whose request ended before its student had decided: it is asked again, as what it
+        says depends on the text alone."""
+        self._wait(_Waiting(text=text, decision=None))
 
     def escalated(self, decision: Decision | None) -> None:
         """One that the student did not answer, so that its outcome is known; None: it has no answer
         to it at all, or was away."""
-        score = None if decision is None else decision.confidence
-        self._push(UNANSWERED if score is None else Audit(score=score, loss=0))
+        self._push(_unaccepted(decision))
+
+    def unlabeled(self) -> None:
+        """One that the teacher was asked for, and cannot answer."""
+        self.n_left_out += 1
 
     def outcomes(self) -> list[Audit]:
         """What has come out since this was last asked."""
@@ -64,34 +106,61 @@ class Auditor:
                 continue
             head = self._queue[0]  # it is pending until its outcome is there
             assert not isinstance(head, Audit)
-            text, decision = head
             try:
-                async with asyncio.timeout(_TIMEOUT_S):
-                    label = (await self._teacher.labels([text]))[0]
-                outcome = self._compared(decision, label)
-            except (TeacherUnavailable, TimeoutError):
+                async with asyncio.timeout(self._patience_s):
+                    outcome = await self._outcome(head)
+            except (TeacherAway, TeacherStarting, StudentUnavailable):  # they will be back
                 await asyncio.sleep(_LOOK_AGAIN_S)
                 continue
-            except Exception:
+            except Exception:  # at this text, for all anyone knows: too slow, no answer, a bug
                 self._failures += 1
                 if self._failures < _MOST_FAILURES:
-                    await asyncio.sleep(_LOOK_AGAIN_S)
+                    await asyncio.sleep(_AGAIN_S * self._failures)
                     continue
                 outcome = LOST
             if self._queue and self._queue[0] is head:
                 self._settle(outcome)
 
-    def _push(self, one: tuple[str, Decision] | Audit) -> None:
-        self._queue.append(one)
-        if len(self._queue) > _MOST_WAITING and not isinstance(self._queue[0], Audit):
-            self._settle(LOST)
-        self._release()
+    async def _outcome(self, audited: _Waiting) -> Audit | None:
+        """None: it is to be left out."""
+        decision = audited.decision
+        if decision is None:
+            decided = (await self._student.submit([audited.text]))[0]
+            if isinstance(decided, Escalation):
+                return _unaccepted(decided.student)
+            decision = decided
+        return self._compared(decision, (await self._teacher.labels([audited.text]))[0])
 
-    def _settle(self, outcome: Audit) -> None:
-        """Of the one at the head."""
-        self._queue[0] = outcome
+    def _compared(self, decision: Decision, label: Said) -> Audit | None:
+        assert decision.confidence is not None
+        if isinstance(label, Unlabeled):
+            return None
+        same = self._policy.same(decision.label, self._policy.escalated(label, decision).label)
+        return Audit(score=decision.confidence, loss=int(not same))
+
+    def _wait(self, one: _Waiting) -> None:
+        self.n_pending += 1
+        self._n_characters += one.n_characters
+        self._push(one)
+
+    def _push(self, one: _Waiting | Audit) -> None:
+        self._queue.append(one)
+        self._release()
+        while len(self._queue) > _MOST_WAITING or self._n_characters > _MOST_CHARACTERS:
+            self._settle(LOST)
+
+    def _settle(self, outcome: Audit | None) -> None:
+        """Of the one at the head, which waits."""
+        head = self._queue.popleft()
+        assert isinstance(head, _Waiting)
         self.n_pending -= 1
+        self._n_characters -= head.n_characters
         self._failures = 0
+        self.n_lost += outcome is LOST
+        if outcome is None:
+            self.unlabeled()
+        else:
+            self._outcomes.append(outcome)
         self._release()
 
     def _release(self) -> None:
@@ -99,9 +168,7 @@ class Auditor:
             self._outcomes.append(head)
             self._queue.popleft()
 
-    def _compared(self, decision: Decision, label: Said) -> Audit:
-        assert decision.confidence is not None
-        if isinstance(label, Unlabeled):  # nobody will ever know
-            return Audit(score=decision.confidence, loss=1)
-        same = self._policy.same(decision.label, self._policy.escalated(label, decision).label)
-        return Audit(score=decision.confidence, loss=int(not same))
+
+def _unaccepted(student: Decision | None) -> Audit:
+    score = None if student is None else student.confidence
+    return UNANSWERED if score is None else Audit(score=score, loss=0)

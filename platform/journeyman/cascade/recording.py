@@ -12,7 +12,13 @@ from journeyman.cascade.answering import Answers, Asked
 from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.feedback import Journal, unanswered, worth_keeping
 from journeyman.cascade.policy import Decision, Escalation
-from journeyman.cascade.refusals import DeadlinePassed, Overloaded, TeacherUnavailable
+from journeyman.cascade.refusals import (
+    DeadlinePassed,
+    Overloaded,
+    Refusal,
+    TeacherUnavailable,
+    TextRefused,
+)
 
 
 class Answering(Protocol):
@@ -50,13 +56,11 @@ class Recording:
         audited = [self._coin.random() < self._audit_rate for _ in texts]  # before all else
         try:
             answers = await self._cascade.answer(texts, asked)
-        except (Overloaded, TeacherUnavailable, DeadlinePassed) as refusal:
-            for i, decision in enumerate(refusal.decided):
-                self._audit(audited[i], texts[i], decision)
-            self._unanswered(texts, audited)
+        except (Overloaded, TeacherUnavailable, DeadlinePassed, TextRefused) as refusal:
+            self._unanswered(texts, audited, refusal)
             raise
         except asyncio.CancelledError:  # the client went away, most likely from a long answer
-            self._unanswered(texts, audited)
+            self._unanswered(texts, audited, None)
             raise
         for i, text in enumerate(texts):
             decision = answers.decisions[i]
@@ -76,16 +80,29 @@ class Recording:
         )
         return answers
 
-    def _unanswered(self, texts: Sequence[str], audited: Sequence[bool]) -> None:
+    def _unanswered(
+        self, texts: Sequence[str], audited: Sequence[bool], refusal: Refusal | None
+    ) -> None:
+        """Audits of a request without an answer are kept all the same, as certification assumes
+        that no text is missing for what became of it: without those of bad times, or of clients
+        that did not wait for a long answer, the sample were fair no more."""
+        unlabeled = refusal.unlabeled if isinstance(refusal, TextRefused) else frozenset()
+        decided = refusal.decided if refusal else ()
+        for i, text in enumerate(texts):
+            if i not in unlabeled:
+                self._audit(audited[i], text, decided[i] if decided else None)
+            elif audited[i] and self._auditor:
+                self._auditor.unlabeled()
         now = time.time()
         self._journal.add(unanswered(texts, audited, self._audit_rate, self._bundle, now))
 
-    def _audit(self, audited: bool, text: str, decision: Decision | Escalation) -> None:
-        """Of each audited text that was decided, answered or not: without those of bad times the
-        sample were fair no more."""
+    def _audit(self, audited: bool, text: str, decision: Decision | Escalation | None) -> None:
+        """decision: answered or not; None: the request ended before there was one."""
         if not (audited and self._auditor):
             return
-        if isinstance(decision, Escalation):
+        if decision is None:
+            self._auditor.undecided(text)
+        elif isinstance(decision, Escalation):
             self._auditor.escalated(decision.student)
         else:
             self._auditor.add(text, decision)

@@ -61,9 +61,13 @@ class ColumnsRefused(Refusal):
 
 
 class TextRefused(Refusal):
-    """The teacher can never answer this text, however often it is sent; place: in its request."""
+    """The teacher can never answer this text, however often it is sent; place: in its request.
+
+    unlabeled: places of all such texts of it, where the teacher was asked.
+    """
 
     def __init__(self, place: int, reason: str) -> None:
         super().__init__(f"text {place}: {reason}")
         self.place = place
         self.reason = reason
+        self.unlabeled: frozenset[int] = frozenset()

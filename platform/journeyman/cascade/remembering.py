@@ -11,17 +11,26 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from journeyman.cascade.answering import Answers, Asked
-from journeyman.cascade.policy import Decision
+from journeyman.cascade.policy import Decision, Escalation
 from journeyman.cascade.recording import Answering
 from journeyman.cascade.refusals import Refusal, TextRefused
 
 
-def _elsewhere(refusal: TextRefused, place: int) -> TextRefused:
-    """The same refusal, of a text at another place of its request."""
-    other = TextRefused(place, refusal.reason)
+def _elsewhere(refusal: TextRefused, places: Sequence[int]) -> TextRefused:
+    """The same refusal; places: of its texts in another request."""
+    other = TextRefused(places[refusal.place], refusal.reason)
+    other.unlabeled = frozenset(places[place] for place in refusal.unlabeled)
     other.teacher_prompt_tokens = refusal.teacher_prompt_tokens
     other.teacher_output_tokens = refusal.teacher_output_tokens
     return other
+
+
+def _filled(
+    found: Sequence[Decision | None], fresh: Sequence[Decision | Escalation]
+) -> Sequence[Decision | Escalation]:
+    """fresh: of those that are not found, or nothing at all."""
+    rest = iter(fresh)
+    return [known or next(rest) for known in found] if fresh else ()
 
 
 class Remembering:
@@ -46,11 +55,11 @@ class Remembering:
         try:
             fresh = await self._inner.answer([texts[i] for i in missing])
         except TextRefused as refusal:
-            raise _elsewhere(refusal, missing[refusal.place]) from refusal
+            other = _elsewhere(refusal, missing)
+            other.decided = _filled(found, refusal.decided)
+            raise other from refusal
         except Refusal as refusal:
-            if refusal.decided:
-                fresh_ones = iter(refusal.decided)
-                refusal.decided = [known or next(fresh_ones) for known in found]
+            refusal.decided = _filled(found, refusal.decided)
             raise
         void = frozenset(missing[i] for i in fresh.void)
         decisions = dict(zip(missing, fresh.decisions, strict=True))

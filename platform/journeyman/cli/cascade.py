@@ -136,7 +136,10 @@ def _stability(index: float | None) -> str:
 def _audits(watch: dict[str, Any] | None) -> str:
     if watch is None:
         return "not watched (cascade.feedback)"
-    counts = f"{watch['audits']:,}, {watch['pending']:,} pending; "
+    unknown = {"lost (errors, for all anyone knows)": watch["lost"],
+               "left out (the teacher cannot answer the text)": watch["left_out"]}  # fmt: skip
+    said = "".join(f", {n:,} {what}" for what, n in unknown.items() if n)
+    counts = f"{watch['audits']:,}, {watch['pending']:,} pending{said}; "
     if watch["rung"] is None:
         return counts + "the promise is broken at any threshold: the teacher answers all"
     if watch["rung"] == 0:

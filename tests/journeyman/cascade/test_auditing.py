@@ -1,6 +1,7 @@
 """Audited answers and what the teacher says of them, when it has nothing else to do."""
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,8 +13,8 @@ from journeyman.cascade import auditing
 from journeyman.cascade.answering import Unlabeled
 from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.drift import Audit
-from journeyman.cascade.policy import Decision, Policy, Written
-from journeyman.cascade.refusals import TeacherUnavailable
+from journeyman.cascade.policy import Decision, Escalation, Policy, Written
+from journeyman.cascade.refusals import StudentUnavailable, TeacherAway, TeacherUnavailable
 from journeyman.cascade.watching import LOST
 from journeyman.cascade.written_policy import WrittenPolicy
 from journeyman.certify import written
@@ -40,7 +41,7 @@ class Teacher:
 
     async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
         if self.away:
-            raise TeacherUnavailable("away", 1.0)
+            raise TeacherAway("away", 1.0)
         self.asked += texts
         return [
             Unlabeled(reason="x")
@@ -53,6 +54,22 @@ class Teacher:
             )
             for text in texts
         ]
+
+
+class Student:
+    """Is sure of a y, is not of a b, has no answer to a 0, and is away while told to be."""
+
+    def __init__(self, away: bool = False) -> None:
+        self.away = away
+
+    async def submit(self, items: Sequence[str]) -> list[Decision | Escalation]:
+        if self.away:
+            raise StudentUnavailable("away")
+        return [
+            answer() if "y" in text
+            else Escalation(student=answer(confidence=0.3) if "b" in text else None)
+            for text in items
+        ]  # fmt: skip
 
 
 def answer(label: str = "yes", by: str = "student", confidence: float | None = 0.8) -> Decision:
@@ -74,19 +91,52 @@ async def worked(auditor: Auditor, until) -> None:
 
 def test_students_answers_are_compared_with_the_teachers():
     teacher = Teacher()
-    auditor = Auditor(POLICY, teacher, busy=lambda: False)
+    auditor = Auditor(POLICY, teacher, Student(), busy=lambda: False)
     auditor.add("y", answer("yes"))
     auditor.add("n", answer("yes"))
-    auditor.add("x", answer("yes"))  # nobody will know: an error
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert [(a.score, a.loss) for a in auditor.outcomes()] == [(0.8, 0), (0.8, 1), (0.8, 1)]
+    assert [(a.score, a.loss) for a in auditor.outcomes()] == [(0.8, 0), (0.8, 1)]
     assert auditor.outcomes() == []
+
+
+def test_texts_that_the_teacher_cannot_answer_are_left_out_as_they_were_for_the_certificate():
+    """And counted: neither an error nor a good audit, wherever they stand."""
+    auditor = Auditor(POLICY, Teacher(), Student(), busy=lambda: False)
+    for text in ("x", "y", "x", "n", "x"):
+        auditor.add(text, answer("yes"))
+    auditor.unlabeled()  # of a request that was refused for it
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
+    assert [audit.loss for audit in auditor.outcomes()] == [0, 1]
+    assert (auditor.n_left_out, auditor.n_lost) == (4, 0)
+
+
+def test_an_audit_whose_request_ended_before_its_student_had_decided_is_decided_later():
+    """With the outcome and in the place that it would have had."""
+    student = Student(away=True)
+    auditor = Auditor(POLICY, Teacher(), student, busy=lambda: False)
+    for text in ("y", "b", "0"):
+        auditor.undecided(text)
+    auditor.escalated(answer(confidence=0.2))
+
+    async def scenario() -> None:
+        task = asyncio.create_task(auditor.run())
+        await asyncio.sleep(0.05)
+        assert auditor.n_pending == 3 and auditor.outcomes() == []
+        student.away = False
+        async with asyncio.timeout(5):
+            while auditor.n_pending:
+                await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(scenario())
+    found = [(audit.score, audit.loss) for audit in auditor.outcomes()]
+    assert found == [(0.8, 0), (0.3, 0), (-np.inf, 0), (0.2, 0)]
 
 
 def test_where_the_bundle_mixes_an_audit_compares_with_both_opinions():
     """The student's .9 for yes outweighs the teacher's .9 for no at three quarters."""
     mixture = Mixture(student_weight=0.75, student_temperature=1.0, teacher_temperature=1.0)
-    auditor = Auditor(replace(POLICY, mixture=mixture), Teacher(), busy=lambda: False)
+    auditor = Auditor(replace(POLICY, mixture=mixture), Teacher(), Student(), busy=lambda: False)
     auditor.add("n", answer("yes"))
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
     assert [a.loss for a in auditor.outcomes()] == [0]
@@ -110,7 +160,7 @@ def test_written_answers_are_compared_as_they_were_for_the_certificate():
         same=written.comparison(recipe.parse(settings)),
     )
     said = ["it is 42", "it is 43", "no number"]
-    auditor = Auditor(policy, Writing(), busy=lambda: False)
+    auditor = Auditor(policy, Writing(), Student(), busy=lambda: False)
     for decision in policy.decide_batch([wrote(text) for text in said]):
         assert isinstance(decision, Decision)
         auditor.add("how much?", decision)
@@ -125,7 +175,7 @@ def wrote(text: str) -> Written:
 
 def test_what_the_teacher_answered_is_no_loss_and_asks_nobody():
     teacher = Teacher()
-    auditor = Auditor(POLICY, teacher, busy=lambda: False)
+    auditor = Auditor(POLICY, teacher, Student(), busy=lambda: False)
     auditor.add("n", answer("no", by="teacher", confidence=0.2))
     auditor.add("n", answer("no", by="teacher", confidence=None))  # the student has no answer
     auditor.escalated(None)  # nor here, and the teacher was away
@@ -136,7 +186,7 @@ def test_what_the_teacher_answered_is_no_loss_and_asks_nobody():
 
 def test_audits_wait_while_requests_do():
     teacher, busy = Teacher(), [True]
-    auditor = Auditor(POLICY, teacher, busy=lambda: busy[0])
+    auditor = Auditor(POLICY, teacher, Student(), busy=lambda: busy[0])
     auditor.add("y", answer())
 
     async def scenario() -> None:
@@ -154,7 +204,7 @@ def test_audits_wait_while_requests_do():
 def test_audits_outlast_a_teacher_that_is_away():
     teacher = Teacher()
     teacher.away = True
-    auditor = Auditor(POLICY, teacher, busy=lambda: False)
+    auditor = Auditor(POLICY, teacher, Student(), busy=lambda: False)
     auditor.add("n", answer("no"))
 
     async def scenario() -> None:
@@ -173,15 +223,28 @@ def test_audits_outlast_a_teacher_that_is_away():
 
 def test_an_audit_too_many_counts_as_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(auditing, "_MOST_WAITING", 2)
-    auditor = Auditor(POLICY, Teacher(), busy=lambda: True)
+    auditor = Auditor(POLICY, Teacher(), Student(), busy=lambda: True)
     for _ in range(3):
         auditor.add("y", answer())
     assert auditor.n_pending == 2 and auditor.outcomes() == [LOST]
 
 
+def test_audits_that_wait_hold_little_memory(monkeypatch: pytest.MonkeyPatch):
+    """Nothing of an answer but its text, and of all texts together no more than may be."""
+    monkeypatch.setattr(auditing, "_MOST_CHARACTERS", 20)
+    auditor = Auditor(POLICY, Teacher(), Student(), busy=lambda: True)
+    said = replace(answer("a text"), written=wrote("a text"))
+    auditor.add("text", said)
+    assert sys.getrefcount(said) == 2  # it alone holds its tokens
+    for _ in range(3):
+        auditor.add("text", answer("a text"))
+    assert (auditor.n_pending, auditor.n_lost) == (2, 2)
+    assert auditor.outcomes() == [LOST, LOST]
+
+
 def test_outcomes_leave_in_the_order_of_their_requests():
     """Those known at once would come first, and the others in one run behind them."""
-    auditor = Auditor(POLICY, Teacher(), busy=lambda: False)
+    auditor = Auditor(POLICY, Teacher(), Student(), busy=lambda: False)
     auditor.add("n", answer("yes"))
     auditor.add("a", answer("no", by="teacher", confidence=0.2))
     auditor.escalated(answer("no", confidence=0.3))
@@ -192,15 +255,28 @@ def test_outcomes_leave_in_the_order_of_their_requests():
     assert found == [(0.8, 1), (0.2, 0), (0.3, 0), (0.9, 0)]
 
 
-def test_a_text_that_the_teacher_fails_on_again_and_again_is_lost_and_holds_up_no_other():
+@pytest.mark.parametrize("fails", ["raises", "has no answer", "takes too long"])
+def test_a_text_that_the_teacher_fails_on_again_and_again_is_lost_and_holds_up_no_other(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(auditing, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(auditing, "_TIMEOUT_S", 0.05)
+    tries = []
+
     class Failing(Teacher):
         async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
-            if texts == ["b"]:
-                raise TypeError("a bug")
-            return await super().labels(texts)
+            if texts != ["b"]:
+                return await super().labels(texts)
+            tries.append(fails)
+            if fails == "has no answer":
+                raise TeacherUnavailable("its answer is none")
+            if fails == "takes too long":
+                await asyncio.sleep(60)
+            raise TypeError("a bug")
 
-    auditor = Auditor(POLICY, Failing(), busy=lambda: False)
+    auditor = Auditor(POLICY, Failing(), Student(), busy=lambda: False, patience_s=0.0)
     auditor.add("b", answer())
     auditor.add("y", answer())
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
     assert auditor.outcomes() == [LOST, Audit(score=0.8, loss=0)]
+    assert len(tries) == 3 and auditor.n_lost == 1

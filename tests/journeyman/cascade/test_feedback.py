@@ -17,15 +17,20 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import binomtest
 
-from journeyman.cascade.answering import Answers
+from journeyman.cascade.answering import Answers, Cascade, Unlabeled
 from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.drift import Audit
 from journeyman.cascade.feedback import Journal, Seen, worth_keeping
-from journeyman.cascade.policy import Decision, Escalation
+from journeyman.cascade.policy import Decision, Escalation, Policy
 from journeyman.cascade.recording import Recording
-from journeyman.cascade.refusals import TeacherUnavailable
+from journeyman.cascade.refusals import TeacherUnavailable, TextRefused
+from journeyman.cascade.remembering import Remembering
+from journeyman.certify.calibration import Calibrator
+from journeyman.certify.confidence import Confidence
 from journeyman.errors import ClusterError
 from journeyman.folder import Folder
+from journeyman.recipe import Cascade as Settings
+from journeyman.teacher.answers import ClassLabels
 
 
 def decision(by: str = "student") -> Decision:
@@ -226,7 +231,7 @@ def test_the_watch_sees_requests_that_were_refused_or_answered_in_the_teachers_p
             raise refusal
 
     async def seen(degrades: bool) -> tuple[int, list[int]]:
-        auditor = Auditor(None, None, busy=lambda: True)  # type: ignore[arg-type]
+        auditor = Auditor(None, None, None, busy=lambda: True)  # type: ignore[arg-type]
         journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=10**6, roll_s=600)
         recording = Recording(Failing(degrades), journal, 1.0, "b", auditor=auditor)
         with contextlib.suppress(TeacherUnavailable):
@@ -240,7 +245,9 @@ def test_the_watch_sees_requests_that_were_refused_or_answered_in_the_teachers_p
         assert asyncio.run(seen(degrades)) == (1, [1, 0])
 
 
-@pytest.mark.parametrize("why", [TeacherUnavailable("away"), asyncio.CancelledError()])
+@pytest.mark.parametrize(
+    "why", [TeacherUnavailable("away"), TextRefused(0, "too long"), asyncio.CancelledError()]
+)
 def test_audits_of_requests_that_were_refused_or_left_are_kept_too(
     why: BaseException, tmp_path: Path
 ):
@@ -249,7 +256,8 @@ def test_audits_of_requests_that_were_refused_or_left_are_kept_too(
             raise why
 
     journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=10**6, roll_s=600)
-    recording = Recording(Refusing(), journal, 0.5, "b", random.Random(0))
+    auditor = Auditor(None, None, None, busy=lambda: True)  # type: ignore[arg-type]
+    recording = Recording(Refusing(), journal, 0.5, "b", random.Random(0), auditor)
 
     async def ask() -> None:
         for _ in range(100):
@@ -261,3 +269,42 @@ def test_audits_of_requests_that_were_refused_or_left_are_kept_too(
     rows = read(tmp_path)
     assert 60 < len(rows) < 140
     assert {(row["split"], row["answered_by"]) for row in rows} == {("certify", "nobody")}
+    assert auditor.n_pending == len(rows), "and watched: what its student says is asked again"
+
+
+def test_of_a_request_that_is_refused_for_one_text_the_watch_sees_the_others(tmp_path: Path):
+    """Asked of a cascade that remembers the first: the second cannot be answered by the teacher."""
+
+    class Student:
+        async def submit(self, items: list[str]) -> list[Decision | Escalation]:
+            return [Escalation(student=decision("student")) if text in "cd"
+                    else decision("student") for text in items]  # fmt: skip
+
+    class Teacher:
+        async def labels(self, texts: list[str]) -> list[Unlabeled | ClassLabels]:
+            return [Unlabeled(reason="too long") if text == "c"
+                    else ClassLabels(class_logprobs=np.log([0.5, 0.5]), label_mass=None,
+                                     n_prompt_tokens=1, n_output_tokens=1)
+                    for text in texts]  # fmt: skip
+
+    confidence = Confidence(calibrator=Calibrator(temperature=1.0), score="margin")
+    policy = Policy(label_names=("n", "y"), accept_above=0.5, teacher_log_prior=None,
+                    confidence=confidence)  # fmt: skip
+    auditor = Auditor(policy, Teacher(), Student(), busy=lambda: True)  # type: ignore[arg-type]
+    cascade = Cascade(policy, Student(), Teacher(), Settings())  # type: ignore[arg-type]
+    journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=10**6, roll_s=600)
+    remembering = Remembering(cascade, 10)
+    recording = Recording(remembering, journal, 1.0, "b", auditor=auditor)
+
+    async def ask() -> None:
+        await remembering.answer(["a"])
+        with pytest.raises(TextRefused, match="text 1: too long"):
+            await recording.answer(["a", "c", "b", "d"])
+
+    asyncio.run(ask())
+    journal.close()
+    assert auditor.n_pending == 2 and auditor.n_left_out == 1
+    for _ in range(2):
+        auditor._settle(Audit(score=0.5, loss=1))
+    assert [audit.loss for audit in auditor.outcomes()] == [1, 1, 0]
+    assert sorted(row["text"] for row in read(tmp_path)) == ["a", "b", "c", "d"]

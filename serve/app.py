@@ -30,7 +30,7 @@ from serve.ports import check_port_of_serve_run
 from serve.scaling import BusyStudents, RisingLoad
 from serve.students import STUDENT_CPUS
 from serve.teacher import Teacher
-from serve.writers import Student
+from serve.writers import INGRESS, Student
 
 # Serve counts a request that waits for the teacher as load on the ingress. The bounds that refuse
 # requests are our own (cascade.max_queued_requests); this one must never be what holds one back.
@@ -101,7 +101,7 @@ def build(bundle: str | Path) -> Application:
 def _ingress(settings: Recipe, n_cpus: float, **scaling: Any) -> Any:
     return serve.deployment(
         serve.ingress()(Ingress),
-        name="Cascade",
+        name=INGRESS,
         max_ongoing_requests=settings.cascade.max_queued_requests + _ROOM_FOR_ACCEPTED,
         ray_actor_options=_actor(settings, n_cpus),
         **scaling,

@@ -72,6 +72,7 @@ class Ingress:
         may_sleep = spec.loaded.recipe.cascade.teacher_replicas.min == 0
         self._teacher = TeacherByHandle(teacher, may_sleep, bill=self._bill)
         self._measured: dict[str, Measured] = {}  # by bundle
+        self._loaded: dict[str, Loaded] = {}  # by bundle
         self._writers = student
         limits = {k.sha256: k.dollars_per_day for k in spec.keys if k.dollars_per_day is not None}
         self._purse = Purse(limits)
@@ -108,6 +109,10 @@ class Ingress:
         self._busy_s, self._reported_at = 0.0, now
         return {BUSY: min(1.0, busy)}
 
+    async def answering_now(self) -> Loaded:
+        """For replicas of the student that start later than this bundle's exchange."""
+        return self._loaded[self._live.bundle.bundle_id]
+
     def _unready(self) -> str | None:
         """Why not everything can answer yet."""
         return self._teacher.unready or self._live.unready
@@ -136,7 +141,13 @@ class Ingress:
         if encoder is not None:
             return Encoder(loaded, encoder, rule, self._worked)
         assert self._writers is not None, "students that write are a deployment"
-        return Writer(self._writers, loaded, rule, is_up=loaded is not self._spec.loaded)
+        return Writer(
+            self._writers,
+            loaded,
+            rule,
+            answers=lambda: self._live.bundle.bundle_id == loaded.bundle.bundle_id,
+            is_up=loaded is not self._spec.loaded,
+        )
 
     def _served(
         self, loaded: Loaded, encoder: Classifier | None, watch: Watch | _Unknown | None
@@ -188,6 +199,7 @@ class Ingress:
             self._replica,
         )
         self._measured[bundle.bundle_id] = measured
+        self._loaded[bundle.bundle_id] = loaded
         student.start()
         loop = asyncio.get_running_loop()
         running = [loop.create_task(work) for work in (measured.watch(), member.run())]
@@ -201,7 +213,7 @@ class Ingress:
             for task in running:
                 task.cancel()
             if self._measured.get(bundle.bundle_id) is measured:
-                del self._measured[bundle.bundle_id]
+                del self._measured[bundle.bundle_id], self._loaded[bundle.bundle_id]
             await member.leave()
             await student.close()
             if journal:

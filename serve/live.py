@@ -93,9 +93,10 @@ class Live:
         """Who answers this request."""
         if self._candidate is None or self._tried is None or not self._chosen(texts):
             return self._main
+        away = self._candidate.unready() is not None  # then it is left out
         if self._tried.mode == "canary":
-            return self._candidate
-        if self._n_shadowing + len(texts) > _MOST_SHADOWED:
+            return self._main if away else self._candidate
+        if away or self._n_shadowing + len(texts) > _MOST_SHADOWED:
             self._n_not_shadowed += len(texts)
         else:
             self._n_shadowing += len(texts)
@@ -115,6 +116,7 @@ class Live:
                 "mode": self._tried.mode,
                 "share": self._tried.share,
                 "not_shadowed": self._n_not_shadowed,
+                "unready": tried.unready(),
                 **tried.figures(),
             },
             "reload_failure": self.failure,

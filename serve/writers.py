@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
+import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
@@ -35,6 +39,8 @@ from serve.teacher import Teacher, Unavailable
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+INGRESS = "Cascade"  # the name of its deployment
+_log = logging.getLogger("ray.serve")
 _ASK_EVERY_S = 5.0
 _KEPT_S = 30.0  # after it was last asked for
 _LOOK_EVERY_S = 1.0  # whether one has started
@@ -64,33 +70,73 @@ class Standing:
     failure: str | None = None  # why it did not start
 
 
+def answering_now() -> Loaded | None:
+    """What this application's ingress answers by; None where there is none yet, or no answer.
+
+    Asked in a thread, since a replica is made in the event loop of its calls.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_ask_ingress).result()
+
+
+def _ask_ingress() -> Loaded | None:
+    name = serve.get_replica_context().app_name
+    try:
+        application = serve.status().applications.get(name)
+        ingress = application and application.deployments.get(INGRESS)
+        if not ingress or not ingress.replica_states.get("RUNNING"):
+            return None  # the application is new, and nobody has exchanged its bundle
+        asked = serve.get_deployment_handle(INGRESS, name).answering_now.remote()
+        loaded: Loaded = asked.result(timeout_s=_ANSWER_S)
+        return loaded
+    except (RayError, RayServeException, TimeoutError) as error:
+        _log.warning("the ingress does not say which bundle answers: %s", type(error).__name__)
+        return None
+
+
 class Student:
     """The deployment."""
 
-    def __init__(self, loaded: Loaded, start: Callable[[Loaded], Teacher] = StudentEngine) -> None:
-        """Starts its engine; raises ModelError, RecipeError, BundleMismatch. start: another."""
-        first = loading.student_key(loaded.bundle)
+    def __init__(
+        self,
+        loaded: Loaded,
+        start: Callable[[Loaded], Teacher] = StudentEngine,
+        current: Callable[[], Loaded | None] = answering_now,
+    ) -> None:
+        """Starts the engine of the bundle that answers; raises ModelError, RecipeError,
+        BundleMismatch.
+
+        loaded: the application's own bundle, of a replica that learns of no other; start: another
+        engine; current: another way to learn which bundle answers.
+        """
+        loaded = current() or loaded
+        first, now = loading.student_key(loaded.bundle), time.monotonic()
         self._start = start
         self._engines = {first: start(loaded)}
-        self._asked_at = {first: time.monotonic()}
+        self._asked_at = {first: now}
+        self._answers_at = {first: now}  # when it was last asked for as the one that answers
         self._starting: dict[str, asyncio.Task[None]] = {}
         self._failures: dict[str, tuple[str, float]] = {}  # and when
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def label(self, texts: Sequence[str], student: str) -> list[Said] | Unavailable:
         """Its answers, one for each text; stops when the call is cancelled."""
         engine = self._engines.get(student)
-        return await engine.label(texts) if engine else Unavailable(reason=_STARTING)
+        return await engine.label(texts) if engine else Unavailable(reason=self._absent(student))
 
     async def unready(self, student: str) -> str | None:
         """Why it cannot answer here, None if it can."""
         engine = self._engines.get(student)
-        return await engine.unready() if engine else _STARTING
+        return await engine.unready() if engine else self._absent(student)
 
-    async def keep(self, loaded: Loaded) -> Standing:
-        """Have its student here, for a while from now on."""
+    async def keep(self, loaded: Loaded, answers: bool) -> Standing:
+        """Have its student here, for a while from now on. answers: its bundle does, or else it is
+        tried, or awaited."""
         student, now = loading.student_key(loaded.bundle), time.monotonic()
         self._asked_at[student] = now
-        await self._close_forgotten(now)
+        if answers:
+            self._answers_at[student] = now
+        self._close_forgotten(now)
         if student in self._engines:
             return Standing(ready=await self._engines[student].unready() is None)
         failure, at = self._failures.get(student, (None, 0.0))
@@ -104,14 +150,30 @@ class Student:
         return Standing(ready=False)
 
     async def check_health(self) -> None:
-        """For Serve, which replaces a replica that fails this three times."""
-        for engine in self._engines.values():
-            await engine.check_health()
+        """For Serve, which replaces a replica that fails this three times: for the engine of the
+        student that answers. One that is only tried is closed where it cannot start again."""
+        for student, engine in list(self._engines.items()):
+            try:
+                await engine.check_health()
+            except RuntimeError as error:
+                if self._answers(student):
+                    raise
+                _log.error("a student that is tried is left out: %s", error)
+                self._failures[student] = str(error), time.monotonic()
+                self._close(student)
 
     def __del__(self) -> None:
         """Serve calls this when the replica stops."""
         for engine in getattr(self, "_engines", {}).values():
             engine.stop()
+
+    def _answers(self, student: str) -> bool:
+        """Nobody has asked for it as one that is tried, long after it last was one that answers."""
+        return self._asked_at[student] - self._answers_at.get(student, -math.inf) <= _KEPT_S
+
+    def _absent(self, student: str) -> str:
+        failure, _ = self._failures.get(student, (None, 0.0))
+        return failure if failure and student not in self._starting else _STARTING
 
     async def _started(self, student: str, loaded: Loaded) -> None:
         try:
@@ -123,24 +185,36 @@ class Student:
         finally:
             del self._starting[student]
 
-    async def _close_forgotten(self, now: float) -> None:
-        forgotten = [s for s in self._engines if now - self._asked_at[s] > _KEPT_S]
-        for student in forgotten:
-            await self._engines.pop(student).close()
+    def _close_forgotten(self, now: float) -> None:
+        for student in [s for s in self._engines if now - self._asked_at[s] > _KEPT_S]:
+            self._close(student)
+
+    def _close(self, student: str) -> None:
+        """In the background: an engine that is starting again ends only then."""
+        work = self._engines.pop(student).close()
+        task = contextvars.Context().run(asyncio.get_running_loop().create_task, work)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
 
 class Writer:
     """A student behind the policy; its engine batches by itself."""
 
     def __init__(
-        self, handle: DeploymentHandle, loaded: Loaded, rule: Rule, is_up: bool = False
+        self,
+        handle: DeploymentHandle,
+        loaded: Loaded,
+        rule: Rule,
+        answers: Callable[[], bool],
+        is_up: bool = False,
     ) -> None:
-        """is_up: as ``started`` has seen, so that no request need wait for a probe."""
+        """answers: whether its bundle does now, or is tried; is_up: as ``started`` has seen, so
+        that no request need wait for a probe."""
         student = loading.student_key(loaded.bundle)
         self._engine = TeacherByHandle(handle, whose="student", which=(student,))
         if is_up:
             self._engine.unready = None
-        self._handle, self._loaded, self._rule = handle, loaded, rule
+        self._handle, self._loaded, self._rule, self._answers = handle, loaded, rule, answers
         self._running: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -172,7 +246,7 @@ class Writer:
 
     async def _keep(self) -> None:
         while True:
-            await _kept(self._handle, self._loaded)
+            await _kept(self._handle, self._loaded, self._answers())
             await asyncio.sleep(_ASK_EVERY_S)
 
 
@@ -181,7 +255,7 @@ async def started(handle: DeploymentHandle, loaded: Loaded) -> None:
     within_s = loaded.recipe.teacher.start_timeout_s + _OTHER_WORK_S
     deadline = time.monotonic() + within_s
     while True:
-        standings = await _kept(handle, loaded)
+        standings = await _kept(handle, loaded, answers=False)
         for standing in standings:
             if standing.failure:
                 raise ModelError(
@@ -200,10 +274,10 @@ async def started(handle: DeploymentHandle, loaded: Loaded) -> None:
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
-async def _kept(handle: DeploymentHandle, loaded: Loaded) -> list[Standing]:
+async def _kept(handle: DeploymentHandle, loaded: Loaded, answers: bool) -> list[Standing]:
     """In each replica; nothing where they cannot be asked now."""
     try:
-        asked = handle.broadcast("keep", loaded)
+        asked = handle.broadcast("keep", loaded, answers)
         standings: list[Standing] = await asked.results_async(timeout_s=_ANSWER_S)
         return standings
     except (RayError, RayServeException, TimeoutError):

@@ -20,6 +20,7 @@ class Bundles:
         self.shadowed: list[list[str]] = []
         self.may_load = asyncio.Event()
         self.may_load.set()
+        self.away: set[str] = set()
 
     async def load(self, bundle: str) -> Served:
         await self.may_load.wait()
@@ -48,6 +49,7 @@ class Bundles:
             figures=lambda: {"of": name},
             decide=decide,
             close=close,
+            unready=lambda: "its engine is gone" if name in self.away else None,
         )
 
 
@@ -138,7 +140,8 @@ def test_a_canary_answers_its_share_and_a_text_stays_with_one():
         assert [now(live, text) for text in texts] == by
         assert live.bundle.bundle_id == "a"
         assert live.figures()["candidate"] == {
-            "bundle": "b", "mode": "canary", "share": 0.2, "not_shadowed": 0, "of": "b",
+            "bundle": "b", "mode": "canary", "share": 0.2, "not_shadowed": 0, "unready": None,
+            "of": "b",
         }  # fmt: skip
         live.follow({})
         await settled(live)
@@ -155,6 +158,23 @@ def test_a_shadow_decides_on_the_same_texts_and_never_answers():
         await asyncio.sleep(0.01)
         assert bundles.shadowed == [["x"], ["y"]]
         assert live.failure == "shadow: RuntimeError"
+
+    run(test)
+
+
+@pytest.mark.parametrize("mode", ["canary", "shadow"])
+def test_a_candidate_whose_student_is_away_is_left_out_and_says_why(mode: str):
+    async def test(live: Live, bundles: Bundles) -> None:
+        live.follow({"candidate": {"bundle": "b", "mode": mode}})
+        await settled(live)
+        bundles.away = {"b"}
+        assert {now(live, str(i)) for i in range(9)} == {"a"} and live.unready is None
+        await asyncio.sleep(0.01)
+        tried = live.figures()["candidate"]
+        assert tried["unready"] == "its engine is gone" and bundles.shadowed == []
+        assert tried["not_shadowed"] == (9 if mode == "shadow" else 0)
+        bundles.away = set()
+        assert now(live) == ("b" if mode == "canary" else "a")
 
     run(test)
 

@@ -74,6 +74,7 @@ class Engines:
     def __init__(self) -> None:
         self.started: list[str] = []
         self.closed: list[str] = []
+        self.dead: set[str] = set()
 
     def start(self, of: Loaded) -> Any:
         name = of.where
@@ -90,7 +91,18 @@ class Engines:
         async def close() -> None:
             self.closed.append(name)
 
-        return SimpleNamespace(label=label, unready=unready, close=close, stop=lambda: None)
+        async def check_health() -> None:
+            if name in self.dead:
+                raise RuntimeError(f"{name}: its engine does not start again")
+
+        return SimpleNamespace(
+            label=label, unready=unready, close=close, check_health=check_health, stop=lambda: None
+        )
+
+
+def replica_of_students(engines: Engines, current: str | None = None) -> Student:
+    """Of an application whose own bundle is a's."""
+    return Student(loaded("a"), engines.start, lambda: loaded(current) if current else None)
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -105,22 +117,72 @@ def test_another_student_starts_beside_the_one_that_answers_which_ends_when_forg
     engines = Engines()
 
     async def scenario() -> None:
-        student = Student(loaded("a"), engines.start)
+        student = replica_of_students(engines)
         assert await student.label(["x"], key("b")) == Unavailable(reason="the student is starting")
-        assert await student.keep(loaded("b")) == Standing(ready=False)
-        assert await student.keep(loaded("b")) == Standing(ready=False)  # on its way already
+        assert await student.keep(loaded("b"), answers=False) == Standing(ready=False)
+        assert await student.keep(loaded("b"), answers=False) == Standing(
+            ready=False
+        )  # on its way already
         assert await student.unready(key("b")) and not await student.unready(key("a"))
         await until(lambda: key("b") in student._engines)
-        assert await student.keep(loaded("b")) == Standing(ready=True)
+        assert await student.keep(loaded("b"), answers=False) == Standing(ready=True)
         for name in "ab":
             [said] = await student.label(["x"], key(name))  # type: ignore[misc]
             assert said.text == f"{name} says x"
         assert engines.started == ["a", "b"]
         monkeypatch.setattr(writers, "_KEPT_S", 0.05)
         await asyncio.sleep(0.06)
-        await student.keep(loaded("b"))
-        assert engines.closed == ["a"]
+        await student.keep(loaded("b"), answers=False)
+        await until(lambda: engines.closed == ["a"])
         assert await student.unready(key("a")) and not await student.unready(key("b"))
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_starts_later_starts_the_student_that_answers_by_then():
+    engines = Engines()
+    student = replica_of_students(engines, current="b")
+    assert engines.started == ["b"]
+    assert asyncio.run(student.unready(key("b"))) is None
+    replica_of_students(engines)  # where nobody says so, the application's own
+    assert engines.started == ["b", "a"]
+
+
+def test_only_the_student_that_answers_takes_its_replica_along_when_it_dies():
+    engines = Engines()
+
+    async def scenario() -> None:
+        student = replica_of_students(engines)
+        await student.keep(loaded("b"), answers=False)
+        await until(lambda: key("b") in student._engines)
+        await student.check_health()
+        engines.dead = {"b"}
+        await student.check_health()
+        await until(lambda: engines.closed == ["b"])
+        why = "b: its engine does not start again"
+        assert await student.unready(key("b")) == why
+        told = await student.keep(loaded("b"), answers=False)
+        assert told == Standing(ready=False, failure=why)
+        [said] = await student.label(["x"], key("a"))  # type: ignore[misc]
+        assert said.text == "a says x"
+        engines.dead = {"a"}
+        with pytest.raises(RuntimeError, match="a: its engine"):
+            await student.check_health()
+
+    asyncio.run(scenario())
+
+
+def test_a_student_that_answers_in_place_of_another_takes_its_replica_along_too():
+    engines = Engines()
+
+    async def scenario() -> None:
+        student = replica_of_students(engines)
+        await student.keep(loaded("b"), answers=False)
+        await until(lambda: key("b") in student._engines)
+        await student.keep(loaded("b"), answers=True)
+        engines.dead = {"b"}
+        with pytest.raises(RuntimeError, match="b: its engine"):
+            await student.check_health()
 
     asyncio.run(scenario())
 
@@ -131,15 +193,15 @@ def test_a_student_that_does_not_start_leaves_the_other_and_may_be_tried_again_l
     engines = Engines()
 
     async def scenario() -> None:
-        student = Student(loaded("a"), engines.start)
-        await student.keep(loaded("broken"))
+        student = replica_of_students(engines)
+        await student.keep(loaded("broken"), answers=False)
         await until(lambda: not student._starting)
-        told = await student.keep(loaded("broken"))
+        told = await student.keep(loaded("broken"), answers=False)
         assert told == Standing(ready=False, failure="broken: no room")
         assert engines.started == ["a", "broken"] and not await student.unready(key("a"))
         monkeypatch.setattr(writers, "_KEPT_S", 0.0)
         student._asked_at[key("a")] = float("inf")
-        await student.keep(loaded("broken"))
+        await student.keep(loaded("broken"), answers=False)
         await until(lambda: engines.started == ["a", "broken", "broken"])
 
     asyncio.run(scenario())
@@ -151,8 +213,8 @@ class Replicas:
     def __init__(self, *turns: list[Standing]) -> None:
         self.turns = list(turns)
 
-    def broadcast(self, method: str, of: Loaded) -> Any:
-        assert method == "keep"
+    def broadcast(self, method: str, of: Loaded, answers: bool) -> Any:
+        assert method == "keep" and not answers  # not before it is there
 
         async def results_async(timeout_s: float) -> list[Standing]:
             turn = self.turns.pop(0)
@@ -229,7 +291,7 @@ UNSURE = Written(text="perhaps", tokens=(), logprobs=np.array([-9.0]), finish_re
 def cascade(student: Handle, teacher: Handle, timeout_s: float) -> Cascade:
     of = loaded("a", cascade={"request_timeout_s": timeout_s})
     rule = Rule(of)
-    writer = Writer(student, of, rule)  # type: ignore[arg-type]
+    writer = Writer(student, of, rule, lambda: True)  # type: ignore[arg-type]
     asked = TeacherByHandle(teacher)  # type: ignore[arg-type]
     writer._engine.unready = asked.unready = None
     return Cascade(rule.policy, writer, asked, of.recipe.cascade)

@@ -83,12 +83,15 @@ class Written:
 
     Attributes:
         bundle: None where it is not certified.
-        test: what came of the promise, as the certify step has it; None without test rows.
+        test: what came of the promise, as the certify step has it; None where it has nothing.
+        has_no_test_rows: its corpus is known to have none. Where it has, and the step nothing, it
+            did not ask them, as it once did not, or they are all in quarantine.
     """
 
     student: ComparedStudent
     bundle: Bundle | None = None
     test: Mapping[str, int] | None = None
+    has_no_test_rows: bool = False
 
     @property
     def name(self) -> str:
@@ -109,7 +112,12 @@ def read(run_dir: Path) -> Finished | Written:
         if not settings.is_file():
             return Written(student=student)
         test = files.read_json(settings.with_name("manifest.json")).get("test")
-        return Written(student=student, bundle=bundles.load_any(settings.parent), test=test)
+        return Written(
+            student=student,
+            bundle=bundles.load_any(settings.parent),
+            test=test,
+            has_no_test_rows=_has_no_test_rows(run_dir / "corpus"),
+        )
     recorded = recipe.parse(files.read_json(settings), str(settings))
     if recorded.run_url is None and recorded.run_dir.resolve() != run_dir.resolve():  # it was moved
         where = {"output": str(run_dir.resolve().parent), "name": run_dir.resolve().name}
@@ -299,7 +307,8 @@ def _certified(run: Written) -> str:
     guarantee, test = run.bundle.served, run.test
     words = f"`{run.name}`: {_proved(guarantee)}"
     if test is None:
-        return f"{words}; no test rows. {run.bundle.recommendation}"
+        why = "no test rows" if run.has_no_test_rows else "not measured on test rows"
+        return f"{words}; {why}. {run.bundle.recommendation}"
     if guarantee.kind == "accuracy":
         drop = (test["teacher"] - test["cascade"]) / test["n"] if "teacher" in test else None
         came = "no gold" if drop is None else f"{drop:+.1%}"
@@ -310,6 +319,12 @@ def _certified(run: Written) -> str:
         f"{words}; realised on test {came}, where the student answers "
         f"{share(test['n_accepted'], test['n'])}. {run.bundle.recommendation}"
     )
+
+
+def _has_no_test_rows(corpus_dir: Path) -> bool:
+    """As far as is known: a corpus may be gone since."""
+    there = (corpus_dir / corpus.MANIFEST).is_file()
+    return there and not corpus.read_manifest(corpus_dir)["splits"].get("test")
 
 
 def _proved(guarantee: Guarantee) -> str:

@@ -104,6 +104,10 @@ def test_students_that_write_have_a_table_of_their_own():
     proved = f"proved {bundle.served.upper_bound:.1%} on 500 certify rows"
     assert f"`rationales`: system agreement at 10%, confidence 90%; {proved}; realised" in page
     assert "realised on test 4.5% (9 of 200), where the student answers 60.0% (120 of 200)" in page
+    page = results.page([Written(student=student, bundle=bundle)])
+    assert "on 500 certify rows; not measured on test rows." in page  # once they were not asked
+    page = results.page([Written(student=student, bundle=bundle, has_no_test_rows=True)])
+    assert "on 500 certify rows; no test rows." in page
     selective = report_data(kind="selective_agreement").bundle
     page = results.page([Written(student=student, bundle=selective, test=test)])
     assert "realised on test 7.5% (9 of 120)" in page

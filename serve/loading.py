@@ -104,8 +104,11 @@ def recipe_of(bundle_dir: Path) -> recipe.Recipe:
 
 
 def student_key(bundle: PolicyBundle | WrittenBundle) -> str:
-    """What tells students apart."""
-    return recipe.digest([bundle.student_digest, bundle.student_tokenizer_digest])
+    """What tells students apart: one that is sampled for its confidence is asked in another way."""
+    facts: list[Any] = [bundle.student_digest, bundle.student_tokenizer_digest]
+    if isinstance(bundle, WrittenBundle) and bundle.samples:
+        facts.append(bundle.samples.model_dump())
+    return recipe.digest(facts)
 
 
 def check_fits(loaded: Loaded, running: Loaded) -> None:

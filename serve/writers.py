@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ray import serve
@@ -27,9 +27,13 @@ from journeyman.cascade.answering import Said
 from journeyman.cascade.policy import Decision, Escalation, Written
 from journeyman.cascade.refusals import StudentUnavailable, TeacherUnavailable
 from journeyman.cascade.written_policy import WrittenPolicy
-from journeyman.certify import written
+from journeyman.certify import consistency, written
+from journeyman.certify.bundle import WrittenBundle
+from journeyman.columns import unpacked
 from journeyman.errors import JourneymanError, ModelError
 from journeyman.student import writing
+from journeyman.teacher import tasks
+from journeyman.teacher.answers import RationaleLabels, RowError
 from serve import loading
 from serve.asking import TeacherByHandle
 from serve.loading import Loaded
@@ -60,6 +64,27 @@ class StudentEngine(Teacher):
         asked = written.check(loaded.recipe)
         settings = writing.written_by(loaded.recipe, folder, asked).teacher
         super().__init__(settings, asked, loaded.bundle.columns, models.resolve(str(folder)))
+        assert isinstance(loaded.bundle, WrittenBundle)
+        drawn = loaded.bundle.samples
+        self._samples = (
+            tasks.local(consistency.question(asked, drawn), self._engine) if drawn else None
+        )
+
+    async def _label_one(self, text: str) -> Said:
+        """With the samples that its confidence takes."""
+        if self._samples is None:
+            return await super()._label_one(text)
+        said, drawn = await asyncio.gather(super()._label_one(text), self._drawn(text))
+        return replace(said, samples=drawn) if isinstance(said, Written) else said
+
+    async def _drawn(self, text: str) -> tuple[str, ...]:
+        assert self._samples is not None
+        try:
+            labels = await self._samples.run(unpacked(text, self._columns))
+        except RowError:  # none, as such a row has none in its certificate's dataset
+            return ()
+        assert isinstance(labels, RationaleLabels)
+        return tuple(labels.reasonings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,8 @@ class Written:
 
     tokens: those of ``text``, as text, empty where they are not known (of the answer that most
     samples gave, say); logprobs: float64[t], of each token written, the one that ended the answer
-    included, at temperature 1 and rounded as a label dataset stores them.
+    included, at temperature 1 and rounded as a label dataset stores them; samples: further answers
+    to the same text, where the student's confidence takes some.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Written:
     finish_reason: Literal["stop", "length"]
     n_prompt_tokens: int
     n_output_tokens: int
+    samples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from journeyman.cascade.policy import Decision, Escalation, Written
+from journeyman.certify import consistency
 from journeyman.certify.bundle import WrittenBundle
 from journeyman.certify.sequence_scores import WrittenConfidence
 from journeyman.teacher.answers import ClassLabels
@@ -22,15 +23,22 @@ _NO_CLASSES = np.empty(0)
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WrittenPolicy:
     """A bundle's rule. accept_above: the student answers strictly above; +inf escalates all; same:
-    whether two answers are one, as it was for the certificate."""
+    whether two answers are one, as it was for the certificate; n_samples: of each text, that the
+    confidence takes."""
 
     confidence: WrittenConfidence
     accept_above: float
     same: Callable[[str, str], bool]
+    n_samples: int = 0
 
     @classmethod
     def from_bundle(cls, bundle: WrittenBundle, same: Callable[[str, str], bool]) -> WrittenPolicy:
-        return cls(confidence=bundle.confidence, accept_above=bundle.accept_above, same=same)
+        return cls(
+            confidence=bundle.confidence,
+            accept_above=bundle.accept_above,
+            same=same,
+            n_samples=bundle.samples.n if bundle.samples else 0,
+        )
 
     def tightened(self, accept_above: float) -> WrittenPolicy:
         """The same rule with a stricter threshold; never with a looser one."""
@@ -63,8 +71,12 @@ class WrittenPolicy:
         if not answered:
             return []
         logprobs = np.concatenate([one.logprobs for one in answered])
+        agreements = None
+        if self.n_samples:
+            said, drawn = [one.text for one in answered], [one.samples for one in answered]
+            agreements = consistency.agreements(said, drawn, self.n_samples, self.same)
         scores: list[float] = self.confidence.of(
-            logprobs, [len(one.logprobs) for one in answered]
+            logprobs, [len(one.logprobs) for one in answered], agreements
         ).tolist()
         return scores
 

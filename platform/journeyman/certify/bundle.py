@@ -26,10 +26,16 @@ from journeyman.certify.deferral_head import DeferralHead
 from journeyman.certify.ledger import LedgerEntry
 from journeyman.certify.mixture import Mixture
 from journeyman.certify.scores import ScoreName
-from journeyman.certify.sequence_scores import WrittenConfidence, WrittenScore
+from journeyman.certify.sequence_scores import (
+    LEARNED,
+    SAMPLED,
+    WrittenConfidence,
+    WrittenScore,
+)
 from journeyman.certify.thresholds import WrittenThreshold, read_threshold
 from journeyman.errors import BundleMismatch
 from journeyman.models import Model
+from journeyman.recipe.serving import MOST_SAMPLES
 
 SCHEMA_VERSION: Final = 1
 BUNDLE_FILE = "bundle.json"
@@ -185,11 +191,21 @@ class PolicyBundle(Bundle):
         return self
 
 
+class Samples(_Part):
+    """Answers that the student samples beside its greedy one, for its confidence in that."""
+
+    n: int = Field(ge=1, le=MOST_SAMPLES)
+    temperature: float = Field(gt=0)
+
+
 class WrittenBundle(Bundle):
     """Of a student that writes: the promise is about its greedy answers to the certified prompt."""
 
     score: WrittenScore
-    deferral_head: DeferralHead | None = Field(default=None, description="of that score alone")
+    deferral_head: DeferralHead | None = Field(default=None, description="of learned scores alone")
+    samples: Samples | None = Field(
+        default=None, description="that the score takes of every request; null: it takes none"
+    )
     match: Literal["exact", "parsed"] = Field(description="when two answers are the same")
     answer_pattern: Text | None = Field(description="of parsed: its group `answer` is compared")
     max_tokens: int = Field(ge=1, description="of an answer, as certified")
@@ -206,6 +222,8 @@ class WrittenBundle(Bundle):
     @model_validator(mode="after")
     def _scores_as_it_says(self) -> Self:
         _check_head(self.score, self.deferral_head)
+        if (self.samples is None) == (self.score in SAMPLED):
+            raise ValueError("`samples` must be there exactly where the `score` takes them")
         return self
 
 
@@ -222,8 +240,8 @@ def of_models(student: Model, teacher: Model) -> dict[str, str]:
 
 
 def _check_head(score: str, head: DeferralHead | None) -> None:
-    if (head is None) == (score == "deferral_head"):
-        raise ValueError("`deferral_head` must be there exactly where it is the `score`")
+    if (head is None) == (score in LEARNED):
+        raise ValueError("`deferral_head` must be there exactly where the `score` is learned")
 
 
 def content_digest(content: Mapping[str, Any]) -> str:

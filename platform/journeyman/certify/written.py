@@ -1,19 +1,14 @@
 """Certify a student that writes: it answers the held-out rows, and what a threshold on how sure it
 was of its words promises about them is a bundle.
 
-    RUN/answers/prompts/   the held-out rows, a corpus
-    RUN/answers/labels/    what the student wrote, greedily: a label dataset
-    RUN/answers/teacher/   what the teacher wrote, where its labels are of given texts: another
-
-``calibrate`` rows pick the score, ``certify`` rows carry the guarantee, ``test`` rows, if there are
-any, show what came of it and decide nothing; two answers are the same as ``certify.match`` says. A
-row without an answer (too long for the student, or nothing written) is one that it can never be
-trusted with, and counts as different.
+``written_answers`` has what was written. ``calibrate`` rows pick the score, ``certify`` rows carry
+the guarantee, ``test`` rows, if there are any, show what came of it and decide nothing; two answers
+are the same as ``certify.match`` says. A row without an answer (too long for the student, or
+nothing written) is one that it can never be trusted with, and counts as different.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,34 +20,37 @@ import numpy.typing as npt
 
 from journeyman import corpus, files
 from journeyman.certify import bundle as bundles
-from journeyman.certify.bundle import Guarantee, WrittenBundle
+from journeyman.certify import consistency, matching
+from journeyman.certify.bundle import Guarantee, Samples, WrittenBundle
 from journeyman.certify.curve import cost_quality_curve
 from journeyman.certify.deferral_head import cross_fitted, fit_deferral_head
 from journeyman.certify.guarantees import Outcomes, ScoredOutcomes, certify_kind, choose
 from journeyman.certify.ledger import delta_spent, rows_digest
+from journeyman.certify.matching import Same
 from journeyman.certify.recommendation import caveats, recommend
 from journeyman.certify.sequence_scores import (
     FIXED,
+    LEARNED,
+    SAMPLED,
     WrittenConfidence,
-    WrittenScore,
-    token_features,
+    answer_features,
 )
 from journeyman.certify.step import spend_rows, write_down
+from journeyman.certify.written_answers import HeldOut, held_out_splits
 from journeyman.errors import DataError, RecipeError
-from journeyman.labels import dataset, pipeline
-from journeyman.labels.quality import same_answer
+from journeyman.labels import dataset
 from journeyman.labels.store import LabelStore
 from journeyman.models import Model
 from journeyman.probabilities import FloatArray
 from journeyman.recipe import Certify, Generate, Logits, Rationales, Recipe, digest
-from journeyman.student import round_corpus, writing
-from journeyman.teacher.rationales import parse
+from journeyman.student import writing
 
 if TYPE_CHECKING:
     from journeyman.labels.progress import LabelProgress
 
 SPLITS = ("calibrate", "certify")
 NEVER = -1e6  # the score of a row without an answer; a float16's log-probability is above -65,505
+_NONE = np.empty((0, 1))  # log-probabilities of no answer
 _BESIDE = {"structured": None}  # masked tokens are not the likeliest, whose probability is stored
 
 
@@ -67,6 +65,8 @@ class WrittenRows:
             rows have gold.
         lengths: int64[n], tokens that the student wrote; 0 where it has no answer.
         logprobs: float64[sum of lengths], of each of them, one row after the other.
+        agreements: float64[a], of the rows that it has an answer for: the share of that answer and
+            its samples that say the same; None where none were drawn.
         self_agreement: mean share of the teacher's samples that say what its answer says; None
             where it gave one.
     """
@@ -76,16 +76,17 @@ class WrittenRows:
     right: tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]] | None
     lengths: npt.NDArray[np.int64]
     logprobs: FloatArray
+    agreements: FloatArray | None
     self_agreement: float | None
 
     @property
     def answered(self) -> npt.NDArray[np.bool_]:
         return np.asarray(self.lengths > 0)
 
-    @property
-    def features(self) -> FloatArray:
-        """float64[n, f], zeros where there is no answer."""
-        of_answers = token_features(self.logprobs, self.lengths[self.answered])
+    def features(self, *, sampled: bool) -> FloatArray:
+        """float64[n, f], zeros where there is no answer; sampled: with the samples' agreement."""
+        of_samples = self.agreements if sampled else None
+        of_answers = answer_features(self.logprobs, self.lengths[self.answered], of_samples)
         features = np.zeros((len(self.ids), of_answers.shape[1]))
         features[self.answered] = of_answers
         return features
@@ -93,7 +94,9 @@ class WrittenRows:
     def scores(self, confidence: WrittenConfidence) -> FloatArray:
         """float64[n]."""
         scores = np.full(len(self.ids), NEVER)
-        scores[self.answered] = confidence.of(self.logprobs, self.lengths[self.answered])
+        scores[self.answered] = confidence.of(
+            self.logprobs, self.lengths[self.answered], self.agreements
+        )
         return scores
 
 
@@ -161,15 +164,20 @@ def certify(
     """
     started = time.monotonic()
     asked = check(recipe)
-    answers = _answers(recipe, asked, corpus_dir, student, folder, on_progress)
+    settings, splits = recipe.certify, held_out_splits(corpus_dir)
+    held_out = HeldOut(
+        recipe=recipe, asked=asked, splits=splits, folder=folder, on_progress=on_progress
+    )
+    answers, samples = held_out.by_student(corpus_dir, student), _samples(settings)
+    drawn = held_out.sampled(student, samples) if samples else None
     if isinstance(recipe.labels, Logits):
-        labels = _written_on(recipe, teacher, folder, on_progress)
+        labels = held_out.by_teacher(teacher, question(recipe))
     parts = {
-        name: read(recipe, labels, answers, name)
-        for name in _splits(corpus_dir)
+        name: read(recipe, labels, answers, name, drawn)
+        for name in splits
         if name in SPLITS or _of_split(labels, name)  # of test rows all may be in quarantine
     }
-    settings, certified = recipe.certify, parts["certify"]
+    certified = parts["certify"]
     ledger = spend_rows(settings, certified.ids, student, out_dir)
     confidence, scored = _design(settings, parts["calibrate"], certified.outcomes)
     scores = certified.scores(confidence)
@@ -188,6 +196,7 @@ def certify(
         columns=tuple(corpus.prompt_columns(recipe)),
         score=confidence.score,
         deferral_head=confidence.head,
+        samples=(taken := samples if confidence.score in SAMPLED else None),
         match=settings.match,
         answer_pattern=settings.answer_pattern,
         max_tokens=asked.max_tokens,
@@ -200,7 +209,8 @@ def certify(
         teacher_accuracy=curve.teacher_accuracy,
         ledger=ledger,
         recommendation=recommend(served, *right)
-        + caveats(served, delta_spent(ledger, rows_digest(certified.ids)), n_groups),
+        + caveats(served, delta_spent(ledger, rows_digest(certified.ids)), n_groups)
+        + consistency.cost(taken),
     )
     with files.replaced_directory(out_dir) as fresh:
         write_down(bundle, recipe, fresh, inputs=inputs, started=started,
@@ -208,9 +218,11 @@ def certify(
     return bundle
 
 
-def _splits(corpus_dir: str | Path) -> tuple[str, ...]:
-    has_test = corpus.read_manifest(corpus_dir)["splits"].get("test")
-    return (*SPLITS, "test") if has_test else SPLITS
+def _samples(settings: Certify) -> Samples | None:
+    """That are drawn for a certificate."""
+    if not settings.samples:
+        return None
+    return Samples(n=settings.samples, temperature=settings.sample_temperature)
 
 
 def _realised(rows: WrittenRows | None, bundle: WrittenBundle) -> dict[str, int] | None:
@@ -234,98 +246,82 @@ def _realised(rows: WrittenRows | None, bundle: WrittenBundle) -> dict[str, int]
     }
 
 
-def _answers(
-    recipe: Recipe,
-    asked: Generate,
-    corpus_dir: str | Path,
-    student: Model,
-    folder: Path,
-    on_progress: Callable[[LabelProgress], None],
-) -> Path:
-    """The student's label dataset, which goes on where it was killed."""
-    words, splits = words_given(recipe), _splits(corpus_dir)
-    made_of = digest([corpus.read_manifest(corpus_dir)["digest"], student.weights_digest,
-                      student.tokenizer_digest, asked.asked(),
-                      *([] if words is None else [words]),
-                      *([] if splits == SPLITS else [splits])])  # fmt: skip
-    record = folder / "answers.json"
-    if not record.exists() or files.read_json(record).get("inputs") != made_of:
-        files.set_aside(folder)
-        files.write_json(record, {"inputs": made_of})
-    prompts, labels = folder / "prompts", folder / "labels"
-    if not (prompts / "manifest.json").exists():
-        rows_per_shard = recipe.corpus.rows_per_shard
-        round_corpus.write_splits(corpus_dir, prompts, splits, rows_per_shard, words)
-    by_student = writing.written_by(recipe, student.path, asked)
-    return _labeled(by_student, student, prompts, labels, on_progress)
-
-
-def words_given(recipe: Recipe) -> int | None:
-    """That are given of a held-out text; None: all, which requests to a cascade are, too."""
-    complete = recipe.certify.complete
-    return None if complete is None or recipe.corpus.feedback else complete.words
-
-
-def _written_on(
-    recipe: Recipe, teacher: Model, folder: Path, on_progress: Callable[[LabelProgress], None]
-) -> Path:
-    """The teacher's own words behind the same prompts."""
-    asked = recipe.model_copy(update={"labels": question(recipe), "ensemble": {}})
-    return _labeled(asked, teacher, folder / "prompts", folder / "teacher", on_progress)
-
-
-def _labeled(
-    asked: Recipe,
-    model: Model,
-    prompts: Path,
-    labels: Path,
-    on_progress: Callable[[LabelProgress], None],
-) -> Path:
-    if not dataset.is_finished(labels):
-        pipeline.label(asked, model, prompts, labels, on_progress)
-    return labels
-
-
-def read(recipe: Recipe, labels: str | Path, answers: Path, split: str) -> WrittenRows:
-    """Rows of a split that the teacher answered, with what the student wrote."""
-    written = {row["id"]: row for row in _of_split(answers, split)}
-    codec = dataset.codec_of(dataset.finished_manifest(LabelStore(answers)))
-    assert codec is not None  # of kind generate
-    same, right_by = comparison(recipe), _against_gold(recipe)
-    said = "output" if isinstance(question(recipe), Generate) else "answer"
-    ids, differs, right, gold, lengths, logprobs, agreements = [], [], [], [], [], [], []
-    for row in _of_split(labels, split):
-        own = written.get(row["id"])
-        n_tokens = own["n_positions"] if own else 0
-        ids.append(row["id"])
-        lengths.append(n_tokens)
-        answer = own["output"] if own and n_tokens else None
-        differs.append(answer is None or not same(answer, row[said]))
-        gold.append(row["gold"] is not None)
-        right.append((right_by(answer, row["gold"]), right_by(row[said], row["gold"])))
-        if own and n_tokens:
-            logprobs.append(codec.decode(own["logprobs"], n_tokens).logprobs[:, 0])
-        if len(row.get("answers") or ()) > 1:
-            agreements.append(row["agreement"])
-    if not ids:
+def read(
+    recipe: Recipe, labels: str | Path, answers: Path, split: str, drawn: Path | None = None
+) -> WrittenRows:
+    """Rows of a split that the teacher answered, with what the student wrote; drawn: the dataset of
+    its samples, if there is one."""
+    rows = _both(recipe, labels, answers, split)
+    if not rows:
         raise DataError(
             f"split {split} has no labeled rows; give it some with corpus.split_map or "
             "corpus.shares."
         )
-    by_student, by_teacher = np.array(right, dtype=np.bool_).T
-    has_gold = np.array(gold, dtype=np.bool_)
+    same = comparison(recipe)
+    right = matching.against_gold(recipe.certify, question(recipe))
+    by_student = np.array([right(row.student, row.gold) for row in rows])
+    by_teacher = np.array([right(row.teacher, row.gold) for row in rows])
+    has_gold = np.array([row.gold is not None for row in rows])
+    differs = [row.student is None or not same(row.student, row.teacher) for row in rows]
+    own = [row.self_agreement for row in rows if row.self_agreement is not None]
     return WrittenRows(
-        ids=ids,
+        ids=[row.id for row in rows],
         outcomes=Outcomes(
             differs=np.array(differs, dtype=np.bool_),
             losses=by_teacher.astype(np.int64) - by_student.astype(np.int64),
             has_gold=has_gold,
         ),
         right=(by_student, by_teacher) if has_gold.all() else None,
-        lengths=np.array(lengths, dtype=np.int64),
-        logprobs=np.concatenate([np.empty(0), *logprobs]).astype(np.float64),
-        self_agreement=float(np.mean(agreements)) if agreements else None,
+        lengths=np.array([len(row.logprobs) for row in rows], dtype=np.int64),
+        logprobs=np.concatenate([row.logprobs for row in rows]).astype(np.float64),
+        agreements=_agreements(recipe, rows, drawn, same) if drawn else None,
+        self_agreement=float(np.mean(own)) if own else None,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Both:
+    """What student and teacher say of a row.
+
+    student: None where it has no answer; logprobs: float[t], of its tokens, none then;
+    self_agreement: share of the teacher's samples that say what it says, None where it gave one.
+    """
+
+    id: str
+    student: str | None
+    teacher: str
+    gold: str | None
+    logprobs: npt.NDArray[np.floating[Any]]
+    self_agreement: float | None
+
+
+def _both(recipe: Recipe, labels: str | Path, answers: Path, split: str) -> list[_Both]:
+    written = {row["id"]: row for row in _of_split(answers, split) if row["n_positions"]}
+    codec = dataset.codec_of(dataset.finished_manifest(LabelStore(answers)))
+    assert codec is not None  # of kind generate
+    said = "output" if isinstance(question(recipe), Generate) else "answer"
+    rows = []
+    for row in _of_split(labels, split):
+        own = written.get(row["id"])
+        logprobs = codec.decode(own["logprobs"], own["n_positions"]).logprobs if own else _NONE
+        rows.append(
+            _Both(
+                id=row["id"],
+                student=own["output"] if own else None,
+                teacher=row[said],
+                gold=row["gold"],
+                logprobs=logprobs[:, 0],
+                self_agreement=row["agreement"] if len(row.get("answers") or ()) > 1 else None,
+            )
+        )
+    return rows
+
+
+def _agreements(recipe: Recipe, rows: list[_Both], drawn: Path, same: Same) -> FloatArray:
+    samples = consistency.read(drawn)
+    answered = [(row.student, samples.get(row.id, ())) for row in rows if row.student is not None]
+    said, besides = [answer for answer, _ in answered], [drawn for _, drawn in answered]
+    return consistency.agreements(said, besides, recipe.certify.samples, same)
 
 
 def _of_split(labels: str | Path, split: str) -> list[dict[str, Any]]:
@@ -336,34 +332,9 @@ def _of_split(labels: str | Path, split: str) -> list[dict[str, Any]]:
     return rows
 
 
-def comparison(recipe: Recipe) -> Callable[[str, str], bool]:
+def comparison(recipe: Recipe) -> Same:
     """Whether two answers are one, by ``certify.match``."""
-    labels, parsed = question(recipe), _parser(recipe)
-    if parsed is None:
-        return lambda one, other: same_answer(one, other, labels)
-    return lambda one, other: parsed(one) is not None and parsed(one) == parsed(other)
-
-
-def _against_gold(recipe: Recipe) -> Callable[[str | None, str | None], bool]:
-    """Whether an answer is the gold one, which may be what the pattern is to find."""
-    labels, parsed = question(recipe), _parser(recipe)
-
-    def right(answer: str | None, gold: str | None) -> bool:
-        if answer is None or gold is None:
-            return False
-        if parsed is None:
-            return same_answer(answer, gold, labels)
-        return parsed(answer) is not None and parsed(answer) in (gold.strip(), parsed(gold))
-
-    return right
-
-
-def _parser(recipe: Recipe) -> Callable[[str], str | None] | None:
-    if recipe.certify.answer_pattern is None:
-        return None
-    pattern = re.compile(recipe.certify.answer_pattern)
-    number = isinstance(recipe.labels, Rationales) and recipe.labels.number
-    return lambda text: parse(text, pattern, number)[0]
+    return matching.by_text(recipe.certify, question(recipe))
 
 
 def _design(
@@ -372,16 +343,18 @@ def _design(
     """How answers are scored, by calibrate rows alone; these rows by that score."""
     outcomes, answered = calibrate.outcomes, calibrate.answered
     costs, counted = outcomes.to_learn_from(settings.guarantee)
-    candidates = {name: calibrate.scores(WrittenConfidence(score=name)) for name in FIXED}
+    fixed = FIXED if calibrate.agreements is None else (*FIXED, "self_consistency")
+    candidates = {name: calibrate.scores(WrittenConfidence(score=name)) for name in fixed}
     known = counted & answered
-    if known.sum() > 1:
-        held_out = cross_fitted(calibrate.features, costs > 0, known)
-        candidates["deferral_head"] = np.where(answered, held_out, NEVER)
-    name: WrittenScore
+    learned = ("deferral_head",) if calibrate.agreements is None else LEARNED
+    for name in learned if known.sum() > 1 else ():
+        features = calibrate.features(sampled=name in SAMPLED)
+        candidates[name] = np.where(answered, cross_fitted(features, costs > 0, known), NEVER)
     name, scored = choose(
         settings.guarantee, candidates, outcomes, certify_rows, settings.alpha, settings.delta
     )
     head = None
-    if name == "deferral_head":
-        head = fit_deferral_head(calibrate.features[known], costs[known] > 0)
+    if name in LEARNED:
+        features = calibrate.features(sampled=name in SAMPLED)
+        head = fit_deferral_head(features[known], costs[known] > 0)
     return WrittenConfidence(score=name, head=head), scored

@@ -11,6 +11,8 @@ from journeyman.recipe.base import Count, Range, Seconds, Section, Share, check_
 Guarantee = Literal["system_agreement", "selective_agreement", "accuracy"]
 Score = Literal["max_probability", "margin", "entropy", "deferral_head"]
 
+MOST_SAMPLES = 64  # of a student for one answer
+
 
 class Complete(Section):
     """What teacher and student are asked where the labels are of given texts, and have no answer:
@@ -70,6 +72,16 @@ class Certify(Section):
         "answer; the last match. An answer without one is like no other.",
     )
 
+    samples: Annotated[int, Field(ge=0, le=MOST_SAMPLES)] = Field(
+        0,
+        description="Students that write: answers that the student samples beside its greedy one; "
+        "how many of them say the same (self-consistency, Wang et al. 2023) is then one more score "
+        "to choose from, alone and beside its tokens'. Where it is chosen, so many are drawn of "
+        "every request, too.",
+    )
+    sample_temperature: Annotated[float, Field(gt=0)] = Field(
+        0.7, description="samples: the temperature that they are drawn at."
+    )
     complete: Complete | None = Field(
         None,
         description="labels.kind: logits: what their student is certified and served for.",
@@ -83,6 +95,8 @@ class Certify(Section):
     def decisive(self) -> dict[str, Any]:
         """What a bundle is made of. Those from before there was a setting are the same without."""
         later = {"match", "answer_pattern"} if self.match == "exact" else set()
+        if not self.samples:
+            later |= {"samples", "sample_temperature"}
         if self.complete is None:
             later |= {"complete"}
         return self.model_dump(mode="json", exclude=later)

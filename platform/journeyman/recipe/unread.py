@@ -1,4 +1,4 @@
-"""Settings of ``training`` that nothing would read, by what is learned: one table.
+"""Settings of ``training`` and ``certify`` that nothing would read, by what is learned: one table.
 
 A recipe that sets one to another value than its default is refused where its file is loaded, and
 not where it is read again from a finished run. ``student`` looks after its own.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from journeyman.recipe.labels import Classes, Generate, Logits, Rationales
+from journeyman.recipe.serving import Certify
 from journeyman.recipe.student import Training
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ _READ: dict[str, tuple[Callable[[_Lesson], bool], str]] = {
     "rationale_weight": (lambda one: one.rationales, "labels.kind: rationales"),
 }
 
+_OF_WRITING = ("match", "samples")  # of ``certify``
+
 
 def names(recipe: Recipe, *, as_text: bool = False) -> tuple[str, ...]:
     """Settings of ``training`` that are not the default and that nothing reads.
@@ -116,7 +119,14 @@ def names(recipe: Recipe, *, as_text: bool = False) -> tuple[str, ...]:
 
 def sentences(recipe: Recipe) -> list[str]:
     """What to say of each."""
+    read = {f"training.{name}": _READ[name][1] for name in names(recipe)}
+    if recipe.student and recipe.student.kind != "causal":
+        fields = Certify.model_fields
+        read |= {
+            f"certify.{name}": "a student that writes (student.kind: causal)"
+            for name in _OF_WRITING
+            if getattr(recipe.certify, name) != fields[name].default
+        }
     return [
-        f"training.{name} would change nothing: it goes with {_READ[name][1]}; {LEAVE_OUT}."
-        for name in names(recipe)
+        f"{n} would change nothing: it goes with {what}; {LEAVE_OUT}." for n, what in read.items()
     ]

@@ -23,7 +23,7 @@ def asked_of_student(labels: Generate | Rationales, **settings: Any) -> Generate
     return Generate.model_validate(shared | changes)
 
 
-def written_by(recipe: Recipe, student: Path, asked: Generate) -> Recipe:
+def written_by(recipe: Recipe, student: Path, asked: Generate | Rationales) -> Recipe:
     """Run as the teacher is, but for what is only said of the teacher's own weights."""
     context = recipe.teacher.max_model_len
     if context is not None:  # vLLM refuses a longer one than the model's own

@@ -17,7 +17,7 @@ from scipy.stats import binom
 
 from journeyman import corpus, models, recipe, steps
 from journeyman.certify import bundle as bundles
-from journeyman.certify import written
+from journeyman.certify import written, written_answers
 from journeyman.certify.bundle import WrittenBundle
 from journeyman.certify.deferral_head import fit_deferral_head
 from journeyman.certify.sequence_scores import WrittenConfidence, token_features
@@ -369,9 +369,9 @@ def test_where_labels_are_of_given_texts_both_write_on(tmp_path: Path, monkeypat
 
 def test_texts_that_a_cascade_kept_are_certified_whole_for_they_are_what_requests_bring():
     asked = settings("logits", **COMPLETE)
-    assert written.words_given(asked) == 3
+    assert written_answers.words_given(asked) == 3
     kept = asked.corpus.model_copy(update={"feedback": "kept"})
-    assert written.words_given(asked.model_copy(update={"corpus": kept})) is None
+    assert written_answers.words_given(asked.model_copy(update={"corpus": kept})) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,99 @@
+"""What student and teacher write behind the held-out rows: label datasets like any other, made once
+for a student and a question, and gone on with where a run was killed.
+
+    RUN/answers/prompts/          the held-out rows, a corpus
+    RUN/answers/labels/           what the student wrote, greedily
+    RUN/answers/samples-5-at-0.7/ what it wrote when it was sampled, for its confidence
+    RUN/answers/teacher/          what the teacher wrote, where its labels are of given texts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from journeyman import corpus, files
+from journeyman.certify import consistency
+from journeyman.certify.bundle import Samples
+from journeyman.labels import dataset, pipeline
+from journeyman.models import Model
+from journeyman.recipe import Generate, Rationales, Recipe, digest
+from journeyman.student import round_corpus, writing
+
+if TYPE_CHECKING:
+    from journeyman.labels.progress import LabelProgress
+
+_ALWAYS = ("calibrate", "certify")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """The rows, and how they are asked about.
+
+    Attributes:
+        recipe: of the run.
+        asked: of the student, for its greedy answer.
+        splits: that are asked.
+        folder: ``answers``, as above.
+        on_progress: told how far it is.
+    """
+
+    recipe: Recipe
+    asked: Generate
+    splits: tuple[str, ...]
+    folder: Path
+    on_progress: Callable[[LabelProgress], None]
+
+    @property
+    def prompts(self) -> Path:
+        return self.folder / "prompts"
+
+    def by_student(self, corpus_dir: str | Path, student: Model) -> Path:
+        """The student's label dataset; of another student, or of other rows, it is set aside with
+        all that was made beside it."""
+        words = words_given(self.recipe)
+        made_of = digest([corpus.read_manifest(corpus_dir)["digest"], student.weights_digest,
+                          student.tokenizer_digest, self.asked.asked(),
+                          *([] if words is None else [words]),
+                          *([] if self.splits == _ALWAYS else [self.splits])])  # fmt: skip
+        record = self.folder / "answers.json"
+        if not record.exists() or files.read_json(record).get("inputs") != made_of:
+            files.set_aside(self.folder)
+            files.write_json(record, {"inputs": made_of})
+        if not (self.prompts / "manifest.json").exists():
+            rows_per_shard = self.recipe.corpus.rows_per_shard
+            round_corpus.write_splits(corpus_dir, self.prompts, self.splits, rows_per_shard, words)
+        return self._labeled(self._of_student(student, self.asked), student, "labels")
+
+    def sampled(self, student: Model, samples: Samples) -> Path:
+        """The dataset of its samples."""
+        asked = consistency.question(self.asked, samples)
+        name = f"samples-{samples.n}-at-{samples.temperature!r}"
+        return self._labeled(self._of_student(student, asked), student, name)
+
+    def by_teacher(self, teacher: Model, question: Generate | Rationales) -> Path:
+        """The teacher's own words behind the same prompts."""
+        asked = self.recipe.model_copy(update={"labels": question, "ensemble": {}})
+        return self._labeled(asked, teacher, "teacher")
+
+    def _of_student(self, student: Model, asked: Generate | Rationales) -> Recipe:
+        return writing.written_by(self.recipe, student.path, asked)
+
+    def _labeled(self, asked: Recipe, model: Model, name: str) -> Path:
+        labels = self.folder / name
+        if not dataset.is_finished(labels):
+            pipeline.label(asked, model, self.prompts, labels, self.on_progress)
+        return labels
+
+
+def held_out_splits(corpus_dir: str | Path) -> tuple[str, ...]:
+    has_test = corpus.read_manifest(corpus_dir)["splits"].get("test")
+    return (*_ALWAYS, "test") if has_test else _ALWAYS
+
+
+def words_given(recipe: Recipe) -> int | None:
+    """That are given of a held-out text; None: all, which requests to a cascade are, too."""
+    complete = recipe.certify.complete
+    return None if complete is None or recipe.corpus.feedback else complete.words

@@ -292,10 +292,10 @@ class Run(RunFolder):
             return there, False
         cluster.connect(self.recipe.cluster)
         with LiveLine() as line:
-            line.show("certify   the student answers, starting its engine")
+            line.show("certify   what the held-out rows are answered with, starting an engine")
 
             def show(progress: LabelProgress) -> None:
-                line.show(f"certify   the student answers\n{progress.text()}")
+                line.show(f"certify   what the held-out rows are answered with\n{progress.text()}")
 
             written.certify(
                 self.recipe,

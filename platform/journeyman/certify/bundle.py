@@ -198,6 +198,30 @@ class Samples(_Part):
     temperature: float = Field(gt=0)
 
 
+class Rate(_Part):
+    """How often, and its exact two-sided 95% interval."""
+
+    count: int = Field(ge=0)
+    n: int = Field(ge=0)
+    low: Share
+    high: Share
+
+
+class JudgeRecord(_Part):
+    """The model that said whether two answers mean the same, and how far it can be believed."""
+
+    model: Text
+    model_digest: Text
+    prompt_digest: Text
+    n_pairs: int = Field(ge=0, description="of answers, that it was asked about in both orders")
+    false_agreement: Rate = Field(
+        description="answers to different requests that it calls the same"
+    )
+    false_difference: Rate = Field(
+        description="answers that differ in form alone that it calls different"
+    )
+
+
 class WrittenBundle(Bundle):
     """Of a student that writes: the promise is about its greedy answers to the certified prompt."""
 
@@ -206,8 +230,11 @@ class WrittenBundle(Bundle):
     samples: Samples | None = Field(
         default=None, description="that the score takes of every request; null: it takes none"
     )
-    match: Literal["exact", "parsed"] = Field(description="when two answers are the same")
-    answer_pattern: Text | None = Field(description="of parsed: its group `answer` is compared")
+    match: Literal["exact", "parsed", "judge"] = Field(description="when two answers are the same")
+    answer_pattern: Text | None = Field(description="whose group `answer` is compared, if any")
+    judge: JudgeRecord | None = Field(
+        default=None, description="of match judge, whose verdicts the promise is about"
+    )
     max_tokens: int = Field(ge=1, description="of an answer, as certified")
     self_agreement: Share | None = Field(
         description="of the teacher's samples with its answer, where it gave several: no student "
@@ -224,6 +251,8 @@ class WrittenBundle(Bundle):
         _check_head(self.score, self.deferral_head)
         if (self.samples is None) == (self.score in SAMPLED):
             raise ValueError("`samples` must be there exactly where the `score` takes them")
+        if (self.judge is None) == (self.match == "judge"):
+            raise ValueError("`judge` must be there exactly where it is the `match`")
         return self
 
 

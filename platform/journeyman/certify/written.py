@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from journeyman import corpus, files
+from journeyman import corpus, files, models
 from journeyman.certify import bundle as bundles
-from journeyman.certify import consistency, matching
-from journeyman.certify.bundle import Guarantee, Samples, WrittenBundle
+from journeyman.certify import consistency, judging, matching
+from journeyman.certify.bundle import Guarantee, JudgeRecord, Samples, WrittenBundle
 from journeyman.certify.curve import cost_quality_curve
 from journeyman.certify.deferral_head import cross_fitted, fit_deferral_head
 from journeyman.certify.guarantees import Outcomes, ScoredOutcomes, certify_kind, choose
+from journeyman.certify.judging import Verdicts
 from journeyman.certify.ledger import delta_spent, rows_digest
 from journeyman.certify.matching import Same
 from journeyman.certify.recommendation import caveats, recommend
+from journeyman.certify.row_answers import RowAnswers, row_answers, rows_of
 from journeyman.certify.sequence_scores import (
     FIXED,
     LEARNED,
@@ -38,8 +40,6 @@ from journeyman.certify.sequence_scores import (
 from journeyman.certify.step import spend_rows, write_down
 from journeyman.certify.written_answers import HeldOut, held_out_splits
 from journeyman.errors import DataError, RecipeError
-from journeyman.labels import dataset
-from journeyman.labels.store import LabelStore
 from journeyman.models import Model
 from journeyman.probabilities import FloatArray
 from journeyman.recipe import Certify, Generate, Logits, Rationales, Recipe, digest
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 SPLITS = ("calibrate", "certify")
 NEVER = -1e6  # the score of a row without an answer; a float16's log-probability is above -65,505
-_NONE = np.empty((0, 1))  # log-probabilities of no answer
 _BESIDE = {"structured": None}  # masked tokens are not the likeliest, whose probability is stored
 
 
@@ -136,13 +135,17 @@ def check(recipe: Recipe) -> Generate:
             "certify keeps what the student writes below output, which must be a folder on a disk "
             "that all nodes share, for a student that writes."
         )
+    if settings.match == "judge":
+        judging.check(recipe)
     return writing.asked_of_student(labels, temperature=0.0, top_p=1.0, **_BESIDE)
 
 
 def inputs_digest(recipe: Recipe, labels: dict[str, Any], student: Model) -> str:
     """Of all that decides the bundle; labels: the teacher's dataset's manifest."""
+    other = recipe.certify.judge.teacher
     return digest([labels["digest"], labels["filtered"]["inputs"], student.weights_digest,
-                   check(recipe).asked(), recipe.certify.decisive()])  # fmt: skip
+                   check(recipe).asked(), recipe.certify.decisive(),
+                   *([models.teacher(other).weights_digest] if other else [])])  # fmt: skip
 
 
 def certify(
@@ -172,10 +175,11 @@ def certify(
     drawn = held_out.sampled(student, samples) if samples else None
     if isinstance(recipe.labels, Logits):
         labels = held_out.by_teacher(teacher, question(recipe))
+    verdicts, judge = _judged(recipe, held_out, labels, answers, teacher)
     parts = {
-        name: read(recipe, labels, answers, name, drawn)
+        name: read(recipe, labels, answers, name, drawn, verdicts)
         for name in splits
-        if name in SPLITS or _of_split(labels, name)  # of test rows all may be in quarantine
+        if name in SPLITS or rows_of(labels, name)  # of test rows all may be in quarantine
     }
     certified = parts["certify"]
     ledger = spend_rows(settings, certified.ids, student, out_dir)
@@ -199,6 +203,7 @@ def certify(
         samples=(taken := samples if confidence.score in SAMPLED else None),
         match=settings.match,
         answer_pattern=settings.answer_pattern,
+        judge=judge,
         max_tokens=asked.max_tokens,
         self_agreement=certified.self_agreement,
         threshold=served.threshold,
@@ -210,6 +215,7 @@ def certify(
         ledger=ledger,
         recommendation=recommend(served, *right)
         + caveats(served, delta_spent(ledger, rows_digest(certified.ids)), n_groups)
+        + judging.words(judge)
         + consistency.cost(taken),
     )
     with files.replaced_directory(out_dir) as fresh:
@@ -247,93 +253,79 @@ def _realised(rows: WrittenRows | None, bundle: WrittenBundle) -> dict[str, int]
 
 
 def read(
-    recipe: Recipe, labels: str | Path, answers: Path, split: str, drawn: Path | None = None
+    recipe: Recipe,
+    labels: str | Path,
+    answers: Path,
+    split: str,
+    drawn: Path | None = None,
+    verdicts: Verdicts | None = None,
 ) -> WrittenRows:
     """Rows of a split that the teacher answered, with what the student wrote; drawn: the dataset of
-    its samples, if there is one."""
-    rows = _both(recipe, labels, answers, split)
+    its samples, if there is one; verdicts: of the judge, if one is asked."""
+    rows = row_answers(question(recipe), labels, answers, split)
     if not rows:
         raise DataError(
             f"split {split} has no labeled rows; give it some with corpus.split_map or "
             "corpus.shares."
         )
-    same = comparison(recipe)
+    by_text = comparison(recipe)
     right = matching.against_gold(recipe.certify, question(recipe))
+
+    def same(row: RowAnswers, answer: str | None) -> bool:
+        """Whether it is the teacher's."""
+        if answer is None or by_text(answer, row.teacher):
+            return answer is not None
+        return verdicts is not None and verdicts.same(row.id, answer, row.teacher)
+
     by_student = np.array([right(row.student, row.gold) for row in rows])
     by_teacher = np.array([right(row.teacher, row.gold) for row in rows])
     has_gold = np.array([row.gold is not None for row in rows])
-    differs = [row.student is None or not same(row.student, row.teacher) for row in rows]
-    own = [row.self_agreement for row in rows if row.self_agreement is not None]
+    own = [float(np.mean([same(row, one) for one in row.samples])) if verdicts else row.agreement
+           for row in rows if row.agreement is not None]  # fmt: skip
     return WrittenRows(
         ids=[row.id for row in rows],
         outcomes=Outcomes(
-            differs=np.array(differs, dtype=np.bool_),
+            differs=np.array([not same(row, row.student) for row in rows], dtype=np.bool_),
             losses=by_teacher.astype(np.int64) - by_student.astype(np.int64),
             has_gold=has_gold,
         ),
         right=(by_student, by_teacher) if has_gold.all() else None,
         lengths=np.array([len(row.logprobs) for row in rows], dtype=np.int64),
         logprobs=np.concatenate([row.logprobs for row in rows]).astype(np.float64),
-        agreements=_agreements(recipe, rows, drawn, same) if drawn else None,
+        agreements=_agreements(recipe, rows, drawn, by_text) if drawn else None,
         self_agreement=float(np.mean(own)) if own else None,
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Both:
-    """What student and teacher say of a row.
-
-    student: None where it has no answer; logprobs: float[t], of its tokens, none then;
-    self_agreement: share of the teacher's samples that say what it says, None where it gave one.
-    """
-
-    id: str
-    student: str | None
-    teacher: str
-    gold: str | None
-    logprobs: npt.NDArray[np.floating[Any]]
-    self_agreement: float | None
-
-
-def _both(recipe: Recipe, labels: str | Path, answers: Path, split: str) -> list[_Both]:
-    written = {row["id"]: row for row in _of_split(answers, split) if row["n_positions"]}
-    codec = dataset.codec_of(dataset.finished_manifest(LabelStore(answers)))
-    assert codec is not None  # of kind generate
-    said = "output" if isinstance(question(recipe), Generate) else "answer"
-    rows = []
-    for row in _of_split(labels, split):
-        own = written.get(row["id"])
-        logprobs = codec.decode(own["logprobs"], own["n_positions"]).logprobs if own else _NONE
-        rows.append(
-            _Both(
-                id=row["id"],
-                student=own["output"] if own else None,
-                teacher=row[said],
-                gold=row["gold"],
-                logprobs=logprobs[:, 0],
-                self_agreement=row["agreement"] if len(row.get("answers") or ()) > 1 else None,
-            )
-        )
-    return rows
-
-
-def _agreements(recipe: Recipe, rows: list[_Both], drawn: Path, same: Same) -> FloatArray:
+def _agreements(recipe: Recipe, rows: list[RowAnswers], drawn: Path, same: Same) -> FloatArray:
     samples = consistency.read(drawn)
     answered = [(row.student, samples.get(row.id, ())) for row in rows if row.student is not None]
     said, besides = [answer for answer, _ in answered], [drawn for _, drawn in answered]
     return consistency.agreements(said, besides, recipe.certify.samples, same)
 
 
-def _of_split(labels: str | Path, split: str) -> list[dict[str, Any]]:
-    import pyarrow.compute as pc
-
-    table = dataset.read(labels)
-    rows: list[dict[str, Any]] = table.filter(pc.equal(table["split"], split)).to_pylist()
-    return rows
+def _judged(
+    recipe: Recipe, held_out: HeldOut, labels: str | Path, answers: Path, teacher: Model
+) -> tuple[Verdicts, JudgeRecord] | tuple[None, None]:
+    """What the judge says of the answers that are worded differently, and who it is; nothing where
+    none is asked. Raises DataError where that tells nothing."""
+    settings, asked_about, same = recipe.certify, question(recipe), comparison(recipe)
+    if settings.match != "judge":
+        return None, None
+    asked = judging.asked_of_judge(recipe, asked_about)
+    judge = models.teacher(settings.judge.teacher) if settings.judge.teacher else teacher
+    rows = {name: row_answers(asked_about, labels, answers, name) for name in held_out.splits}
+    pairs = judging.pairs_of_answers(rows, same, "certify")
+    known = judging.controls(rows["calibrate"], same, settings.judge.controls, "calibrate")
+    both_orders = judging.corpus_rows([*pairs, *known], held_out.prompts, asked_about)
+    judging.check_measurable(known)
+    teacher_settings = judging.teacher_of(recipe)
+    verdicts = Verdicts.read(held_out.judged(asked, teacher_settings, judge, both_orders))
+    return verdicts, verdicts.record(judge, asked, known, len(pairs))
 
 
 def comparison(recipe: Recipe) -> Same:
-    """Whether two answers are one, by ``certify.match``."""
+    """Whether two answers are one by ``certify.match``, without asking a judge."""
     return matching.by_text(recipe.certify, question(recipe))
 
 

@@ -5,21 +5,22 @@ for a student and a question, and gone on with where a run was killed.
     RUN/answers/labels/           what the student wrote, greedily
     RUN/answers/samples-5-at-0.7/ what it wrote when it was sampled, for its confidence
     RUN/answers/teacher/          what the teacher wrote, where its labels are of given texts
+    RUN/answers/judge/            pairs of answers, a corpus, and the judge's verdicts on them
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from journeyman import corpus, files
 from journeyman.certify import consistency
 from journeyman.certify.bundle import Samples
 from journeyman.labels import dataset, pipeline
 from journeyman.models import Model
-from journeyman.recipe import Generate, Rationales, Recipe, digest
+from journeyman.recipe import Classes, Generate, Rationales, Recipe, Teacher, digest
 from journeyman.student import round_corpus, writing
 
 if TYPE_CHECKING:
@@ -58,10 +59,7 @@ class HeldOut:
                           student.tokenizer_digest, self.asked.asked(),
                           *([] if words is None else [words]),
                           *([] if self.splits == _ALWAYS else [self.splits])])  # fmt: skip
-        record = self.folder / "answers.json"
-        if not record.exists() or files.read_json(record).get("inputs") != made_of:
-            files.set_aside(self.folder)
-            files.write_json(record, {"inputs": made_of})
+        _keep_if(self.folder, made_of, "answers.json")
         if not (self.prompts / "manifest.json").exists():
             rows_per_shard = self.recipe.corpus.rows_per_shard
             round_corpus.write_splits(corpus_dir, self.prompts, self.splits, rows_per_shard, words)
@@ -78,14 +76,36 @@ class HeldOut:
         asked = self.recipe.model_copy(update={"labels": question, "ensemble": {}})
         return self._labeled(asked, teacher, "teacher")
 
+    def judged(
+        self, asked: Classes, settings: Teacher, judge: Model, rows: Sequence[dict[str, Any]]
+    ) -> Path:
+        """The dataset of a judge's verdicts on the pairs of these corpus rows; settings: its."""
+        folder = self.folder / "judge"
+        made_of = digest([judge.weights_digest, asked.asked(), list(rows)])
+        _keep_if(folder, made_of, "judge.json")
+        if not (folder / "pairs" / "manifest.json").exists():
+            round_corpus.write_rows(folder / "pairs", rows, self.recipe.corpus.rows_per_shard)
+        changes = {"labels": asked, "teacher": settings, "ensemble": {}}
+        by_judge = self.recipe.model_copy(update=changes)
+        return self._labeled(by_judge, judge, "judge/labels", folder / "pairs")
+
     def _of_student(self, student: Model, asked: Generate | Rationales) -> Recipe:
         return writing.written_by(self.recipe, student.path, asked)
 
-    def _labeled(self, asked: Recipe, model: Model, name: str) -> Path:
+    def _labeled(self, asked: Recipe, model: Model, name: str, rows: Path | None = None) -> Path:
+        """rows: another corpus than the prompts."""
         labels = self.folder / name
         if not dataset.is_finished(labels):
-            pipeline.label(asked, model, self.prompts, labels, self.on_progress)
+            pipeline.label(asked, model, rows or self.prompts, labels, self.on_progress)
         return labels
+
+
+def _keep_if(folder: Path, made_of: str, name: str) -> None:
+    """Set the folder aside unless it is of these inputs."""
+    record = folder / name
+    if not record.exists() or files.read_json(record).get("inputs") != made_of:
+        files.set_aside(folder)
+        files.write_json(record, {"inputs": made_of})
 
 
 def held_out_splits(corpus_dir: str | Path) -> tuple[str, ...]:

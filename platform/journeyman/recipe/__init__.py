@@ -19,7 +19,7 @@ from journeyman.recipe.labels import (
 )
 from journeyman.recipe.loading import Recipe, load, parse
 from journeyman.recipe.report import Report
-from journeyman.recipe.serving import Breaker, Cascade, Certify, Feedback
+from journeyman.recipe.serving import Breaker, Cascade, Certify, Feedback, Judge
 from journeyman.recipe.student import Lora, OnPolicy, RowWeight, Student, Training
 from journeyman.recipe.teacher import Price, Teacher
 
@@ -36,6 +36,7 @@ __all__ = [
     "Feedback",
     "Filters",
     "Generate",
+    "Judge",
     "Labels",
     "Logits",
     "Lora",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from journeyman.recipe.base import Count, Range, Seconds, Section, Share, check_answer_pattern
+from journeyman.recipe.teacher import Teacher
 
 Guarantee = Literal["system_agreement", "selective_agreement", "accuracy"]
 Score = Literal["max_probability", "margin", "entropy", "deferral_head"]
@@ -23,6 +24,37 @@ class Complete(Section):
         "labels.context; served is what requests bring.",
     )  # fmt: skip
     max_tokens: Count = Field(8, description="Tokens that are written at most.")
+
+
+class Judge(Section):
+    """A model that says whether two answers mean the same, asked in both orders."""
+
+    teacher: Teacher | None = Field(
+        None, description="Another model than the recipe's teacher, with the settings of teacher."
+    )
+    prompt: str = Field(
+        "Request:\n{{ request }}\n\nAnswer A:\n{{ first }}\n\nAnswer B:\n{{ second }}\n\nDo answer "
+        "A and answer B mean the same, as answers to this request? Say Yes or No.\n",
+        description="Jinja template of what it is asked, over request (what the teacher was "
+        "asked), first and second (the two answers), and the row's own columns.",
+    )
+    chat: bool | None = Field(
+        None, description="Wrap that in its chat template; default as labels.chat."
+    )
+    same: str = Field("Yes", description="What it says where they mean the same,")
+    different: str = Field("No", description="and where they do not.")
+    controls: Count = Field(
+        200, description="Pairs at most that its error is measured on, of each kind: of calibrate "
+        "rows, answers to different requests and answers in another form.",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _sees_both(self) -> Judge:
+        if "first" not in self.prompt or "second" not in self.prompt:
+            raise ValueError("prompt must name {{ first }} and {{ second }}, the two answers")
+        if self.same == self.different:
+            raise ValueError("same and different must be two different words")
+        return self
 
 
 class Certify(Section):
@@ -60,17 +92,19 @@ class Certify(Section):
         "logistic regression on the class probabilities, fitted there. Students that write have "
         "scores of their tokens instead.",
     )
-    match: Literal["exact", "parsed"] = Field(
+    match: Literal["exact", "parsed", "judge"] = Field(
         "exact",
         description="Students that write: when an answer is the teacher's. exact: the same text, "
         "blanks around it aside; of rationales the same answer, as a number where labels.number is "
-        "set. parsed: what answer_pattern finds is the same.",
+        "set. parsed: what answer_pattern finds is the same. judge: that, or by judge it means the "
+        "same.",
     )
     answer_pattern: str | None = Field(
         None,
-        description="match: parsed: regular expression whose group `answer` is what counts of an "
-        "answer; the last match. An answer without one is like no other.",
+        description="match: parsed (or judge): regular expression whose group `answer` is what "
+        "counts of an answer; the last match. An answer without one is like no other.",
     )
+    judge: Judge = Field(default_factory=Judge, description="match: judge: who, and how.")
 
     samples: Annotated[int, Field(ge=0, le=MOST_SAMPLES)] = Field(
         0,
@@ -95,6 +129,8 @@ class Certify(Section):
     def decisive(self) -> dict[str, Any]:
         """What a bundle is made of. Those from before there was a setting are the same without."""
         later = {"match", "answer_pattern"} if self.match == "exact" else set()
+        if self.match != "judge":
+            later |= {"judge"}
         if not self.samples:
             later |= {"samples", "sample_temperature"}
         if self.complete is None:
@@ -103,8 +139,11 @@ class Certify(Section):
 
     @model_validator(mode="after")
     def _match_has_its_pattern(self) -> Certify:
-        if (self.match == "parsed") != (self.answer_pattern is not None):
+        patterned = {"exact": (False,), "parsed": (True,), "judge": (False, True)}[self.match]
+        if (self.answer_pattern is not None) not in patterned:
             raise ValueError("match: parsed and answer_pattern go together")
+        if self.match != "judge" and self.judge != Judge():
+            raise ValueError("judge goes with match: judge")
         if self.answer_pattern is not None:
             check_answer_pattern(self.answer_pattern)
         return self

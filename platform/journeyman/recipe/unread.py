@@ -119,14 +119,16 @@ def names(recipe: Recipe, *, as_text: bool = False) -> tuple[str, ...]:
 
 def sentences(recipe: Recipe) -> list[str]:
     """What to say of each."""
-    read = {f"training.{name}": _READ[name][1] for name in names(recipe)}
+    said = [
+        f"training.{name} would change nothing: it goes with {_READ[name][1]}; {LEAVE_OUT}."
+        for name in names(recipe)
+    ]
     if recipe.student and recipe.student.kind != "causal":
         fields = Certify.model_fields
-        read |= {
-            f"certify.{name}": "a student that writes (student.kind: causal)"
+        said += [
+            f"certify.{name} would change nothing: it goes with a student that writes "
+            "(student.kind: causal); leave it out."
             for name in _OF_WRITING
             if getattr(recipe.certify, name) != fields[name].default
-        }
-    return [
-        f"{n} would change nothing: it goes with {what}; {LEAVE_OUT}." for n, what in read.items()
-    ]
+        ]
+    return said

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -71,6 +71,13 @@ def write_splits(
         place, kept = some.schema.get_field_index("text"), some.schema.field("text")
         some = some.set_column(place, kept, pa.array(texts, kept.type))
     return _write(folder, _cut(some, rows_per_shard))
+
+
+def write_rows(folder: Path, rows: Sequence[dict[str, Any]], rows_per_shard: int) -> int:
+    """These corpus rows; how many."""
+    import pyarrow as pa
+
+    return _write(folder, _cut(pa.Table.from_pylist(list(rows), corpus.schema()), rows_per_shard))
 
 
 def _whole(corpus_dir: str | Path) -> pa.Table:

@@ -38,7 +38,14 @@ from journeyman.certify.sequence_scores import (
     answer_features,
 )
 from journeyman.certify.step import spend_rows, write_down
-from journeyman.certify.written_answers import HeldOut, held_out_splits
+from journeyman.certify.written_answers import (
+    OF_JUDGE,
+    OF_STUDENT,
+    OF_TEACHER,
+    HeldOut,
+    held_out_splits,
+    of_samples,
+)
 from journeyman.errors import DataError, RecipeError
 from journeyman.models import Model
 from journeyman.probabilities import FloatArray
@@ -295,6 +302,24 @@ def read(
         agreements=_agreements(recipe, rows, drawn, by_text) if drawn else None,
         self_agreement=float(np.mean(own)) if own else None,
     )
+
+
+def read_certified(recipe: Recipe, labels: str | Path, folder: Path, split: str) -> WrittenRows:
+    """The same from the datasets that ``certify`` left in the folder; labels: the recipe's."""
+    samples = _samples(recipe.certify)
+    return read(
+        recipe,
+        of_teacher(recipe, labels, folder),
+        folder / OF_STUDENT,
+        split,
+        folder / of_samples(samples) if samples else None,
+        Verdicts.read(folder / OF_JUDGE) if recipe.certify.match == "judge" else None,
+    )
+
+
+def of_teacher(recipe: Recipe, labels: str | Path, folder: Path) -> str | Path:
+    """Where the teacher's answers are; labels: the recipe's."""
+    return folder / OF_TEACHER if isinstance(recipe.labels, Logits) else labels
 
 
 def _agreements(recipe: Recipe, rows: list[RowAnswers], drawn: Path, same: Same) -> FloatArray:

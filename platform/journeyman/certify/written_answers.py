@@ -26,6 +26,7 @@ from journeyman.student import round_corpus, writing
 if TYPE_CHECKING:
     from journeyman.labels.progress import LabelProgress
 
+PROMPTS, OF_STUDENT, OF_TEACHER, OF_JUDGE = "prompts", "labels", "teacher", "judge/labels"
 _ALWAYS = ("calibrate", "certify")
 
 
@@ -49,7 +50,7 @@ class HeldOut:
 
     @property
     def prompts(self) -> Path:
-        return self.folder / "prompts"
+        return self.folder / PROMPTS
 
     def by_student(self, corpus_dir: str | Path, student: Model) -> Path:
         """The student's label dataset; of another student, or of other rows, it is set aside with
@@ -63,18 +64,17 @@ class HeldOut:
         if not (self.prompts / "manifest.json").exists():
             rows_per_shard = self.recipe.corpus.rows_per_shard
             round_corpus.write_splits(corpus_dir, self.prompts, self.splits, rows_per_shard, words)
-        return self._labeled(self._of_student(student, self.asked), student, "labels")
+        return self._labeled(self._of_student(student, self.asked), student, OF_STUDENT)
 
     def sampled(self, student: Model, samples: Samples) -> Path:
         """The dataset of its samples."""
         asked = consistency.question(self.asked, samples)
-        name = f"samples-{samples.n}-at-{samples.temperature!r}"
-        return self._labeled(self._of_student(student, asked), student, name)
+        return self._labeled(self._of_student(student, asked), student, of_samples(samples))
 
     def by_teacher(self, teacher: Model, question: Generate | Rationales) -> Path:
         """The teacher's own words behind the same prompts."""
         asked = self.recipe.model_copy(update={"labels": question, "ensemble": {}})
-        return self._labeled(asked, teacher, "teacher")
+        return self._labeled(asked, teacher, OF_TEACHER)
 
     def judged(
         self, asked: Classes, settings: Teacher, judge: Model, rows: Sequence[dict[str, Any]]
@@ -87,7 +87,7 @@ class HeldOut:
             round_corpus.write_rows(folder / "pairs", rows, self.recipe.corpus.rows_per_shard)
         changes = {"labels": asked, "teacher": settings, "ensemble": {}}
         by_judge = self.recipe.model_copy(update=changes)
-        return self._labeled(by_judge, judge, "judge/labels", folder / "pairs")
+        return self._labeled(by_judge, judge, OF_JUDGE, folder / "pairs")
 
     def _of_student(self, student: Model, asked: Generate | Rationales) -> Recipe:
         return writing.written_by(self.recipe, student.path, asked)
@@ -106,6 +106,11 @@ def _keep_if(folder: Path, made_of: str, name: str) -> None:
     if not record.exists() or files.read_json(record).get("inputs") != made_of:
         files.set_aside(folder)
         files.write_json(record, {"inputs": made_of})
+
+
+def of_samples(samples: Samples) -> str:
+    """Name of their dataset."""
+    return f"samples-{samples.n}-at-{samples.temperature!r}"
 
 
 def held_out_splits(corpus_dir: str | Path) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -11,9 +10,10 @@ from journeyman import corpus, files, models
 from journeyman.certify import bundle as bundles
 from journeyman.certify import written
 from journeyman.certify.bundle import WrittenBundle
+from journeyman.certify.row_answers import row_answers
+from journeyman.certify.written_answers import OF_STUDENT, PROMPTS
 from journeyman.labels import dataset
 from journeyman.labels.store import LabelStore
-from journeyman.recipe import Generate, Logits
 from journeyman.report.data import SummaryRow
 from journeyman.report.verdict import percent, share
 from journeyman.report.written import WrittenData, WrittenTest
@@ -96,30 +96,26 @@ def _has_test(run: RunFolder) -> bool:
 
 
 def _test(run: RunFolder, bundle: WrittenBundle) -> WrittenTest:
-    answers = run.directory / "answers"
-    by_teacher = answers / "teacher" if isinstance(run.recipe.labels, Logits) else run.labels
-    rows = written.read(run.recipe, by_teacher, answers / "labels", "test")
-    column = "output" if isinstance(written.question(run.recipe), Generate) else "answer"
-    teacher, gold = _column(by_teacher, column), _column(by_teacher, "gold")
-    student, texts = _column(answers / "labels", "output"), _texts(answers / "prompts")
-    confidence = rows.scores(bundle.confidence)
+    folder = run.directory / "answers"
+    rows = written.read_certified(run.recipe, run.labels, folder, "test")
+    said = row_answers(
+        written.question(run.recipe),
+        written.of_teacher(run.recipe, run.labels, folder),
+        folder / OF_STUDENT,
+        "test",
+    )
+    texts, confidence = _texts(folder / PROMPTS), rows.scores(bundle.confidence)
     return WrittenTest(
         ids=rows.ids,
-        texts=[texts[i] for i in rows.ids],
-        gold=[gold[i] for i in rows.ids],
-        teacher=[teacher[i] for i in rows.ids],
-        student=[student.get(i) or None for i in rows.ids],
+        texts=[texts[row.id] for row in said],
+        gold=[row.gold for row in said],
+        teacher=[row.teacher for row in said],
+        student=[row.student for row in said],
         differs=rows.outcomes.differs,
         right=rows.right,
         confidence=confidence,
         accepted=np.asarray(confidence > bundle.accept_above),
     )
-
-
-def _column(labels: str | Path, name: str) -> dict[str, Any]:
-    """Of a finished dataset, by id."""
-    table = dataset.read(labels)
-    return dict(zip(table["id"].to_pylist(), table[name].to_pylist(), strict=True))
 
 
 def _texts(corpus_dir: Path) -> dict[str, str]:

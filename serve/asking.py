@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from journeyman.cascade.answering import Hear, Said
 from journeyman.cascade.refusals import TeacherAway, TeacherStarting, TeacherUnavailable
@@ -111,7 +111,8 @@ class TeacherByHandle:
     @property
     def _named(self) -> tuple[Any, ...]:
         """Behind the texts of a call."""
-        return self._which or (account.get(),)
+        whose = account.get()
+        return self._which or ((whose,) if whose else ())
 
     @contextlib.contextmanager
     def _cancelled(self, response: Any) -> Iterator[None]:
@@ -119,7 +120,7 @@ class TeacherByHandle:
         a deadline of ours."""
         try:
             yield
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, RequestCancelledError):  # by us, or by Serve before
             response.cancel()
             if self._bill and (whose := account.get()):
                 self._come_for_given_up(whose.ingress, self._bill)

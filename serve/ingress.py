@@ -109,8 +109,11 @@ class Ingress:
         self._busy_s, self._reported_at = 0.0, now
         return {BUSY: min(1.0, busy)}
 
-    async def answering_now(self) -> Loaded:
-        """For replicas of the student that start later than this bundle's exchange."""
+    async def answering_now(self, own: str) -> Loaded | None:
+        """For replicas of the student that start after an exchange of bundles. own: the bundle of
+        their application; None where this is another, which is being replaced by it."""
+        if own != self._spec.loaded.bundle.bundle_id:
+            return None
         return self._loaded[self._live.bundle.bundle_id]
 
     def _unready(self) -> str | None:

@@ -95,24 +95,25 @@ class Standing:
     failure: str | None = None  # why it did not start
 
 
-def answering_now() -> Loaded | None:
-    """What this application's ingress answers by; None where there is none yet, or no answer.
+def answering_now(own: str) -> Loaded | None:
+    """What the ingress answers by, of the application whose own bundle that is; None where there is
+    none yet, or no answer.
 
     Asked in a thread, since a replica is made in the event loop of its calls.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_ask_ingress).result()
+        return thread.submit(_ask_ingress, own).result()
 
 
-def _ask_ingress() -> Loaded | None:
+def _ask_ingress(own: str) -> Loaded | None:
     name = serve.get_replica_context().app_name
     try:
         application = serve.status().applications.get(name)
         ingress = application and application.deployments.get(INGRESS)
         if not ingress or not ingress.replica_states.get("RUNNING"):
             return None  # the application is new, and nobody has exchanged its bundle
-        asked = serve.get_deployment_handle(INGRESS, name).answering_now.remote()
-        loaded: Loaded = asked.result(timeout_s=_ANSWER_S)
+        asked = serve.get_deployment_handle(INGRESS, name).answering_now.remote(own)
+        loaded: Loaded | None = asked.result(timeout_s=_ANSWER_S)
         return loaded
     except (RayError, RayServeException, TimeoutError) as error:
         _log.warning("the ingress does not say which bundle answers: %s", type(error).__name__)
@@ -126,7 +127,7 @@ class Student:
         self,
         loaded: Loaded,
         start: Callable[[Loaded], Teacher] = StudentEngine,
-        current: Callable[[], Loaded | None] = answering_now,
+        current: Callable[[str], Loaded | None] = answering_now,
     ) -> None:
         """Starts the engine of the bundle that answers; raises ModelError, RecipeError,
         BundleMismatch.
@@ -134,7 +135,7 @@ class Student:
         loaded: the application's own bundle, of a replica that learns of no other; start: another
         engine; current: another way to learn which bundle answers.
         """
-        loaded = current() or loaded
+        loaded = current(loaded.bundle.bundle_id) or loaded
         first, now = loading.student_key(loaded.bundle), time.monotonic()
         self._start = start
         self._engines = {first: start(loaded)}

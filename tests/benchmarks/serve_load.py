@@ -8,7 +8,8 @@ Students: in a FastAPI process without Ray, in a Serve ingress, and one Serve ho
 Teachers: Journeyman's replica one hop behind an ingress that does nothing else, and
 ``ray.serve.llm`` with the same weights, asked for the same prompts. Between them the cascade, at
 0%, 10% and 100% of requests escalated, which is a matter of the texts sent: one bundle answers all.
-Requests hold one text each. Client and servers share the machine.
+Requests hold one text each. Client and servers share the machine. A label comes as one token: how
+soon a teacher's words come that are streamed as it writes them, serve_streams.py measures.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def started(bundle_dir: Path) -> Iterator[tuple[list[System], dict[str, tuple[st
             serve.run(application, name=name, route_prefix=f"/{name}")
         serve.run(serve_systems.teacher_one_hop("cascade"), name="teacher", route_prefix="/teacher")
         with serve_systems.bare_fastapi(loaded, bare_port) as bare:
-            asyncio.run(_until_ready(f"{base}/cascade/readyz"))
+            asyncio.run(until_ready(f"{base}/cascade/readyz"))
             classify, llm = f"{base}/cascade/v1/classify", f"{base}/llm/v1/completions"
             scoring = [serve_systems.scoring_request(loaded.recipe, text) for text in escalated]
             yield (
@@ -222,18 +223,19 @@ async def first_tokens(streams: dict[str, tuple[str, dict]]) -> dict[str, list[f
                 async with session.post(url, json=body) as response:
                     response.raise_for_status()
                     async for line in response.content:
-                        if _has_text(line):
+                        if has_text(line):
                             found[name].append(1000 * (time.perf_counter() - begun))
                             break
                     await response.read()
     return found
 
 
-def _has_text(line: bytes) -> bool:
+def has_text(line: bytes) -> bool:
+    """Of a streamed chat or completion."""
     if not line.startswith(b"data: {"):
         return False
-    choices = json.loads(line[len(b"data: ") :])["choices"]
-    return bool(choices and choices[0]["delta"].get("content"))
+    choices = json.loads(line[len(b"data: ") :]).get("choices")
+    return bool(choices and (choices[0].get("text") or choices[0].get("delta", {}).get("content")))
 
 
 def table(taken: dict[tuple[str, int], list[Load]]) -> None:
@@ -265,7 +267,7 @@ def judge(taken: dict[tuple[str, int], list[Load]]) -> int:
     return int(not met)
 
 
-async def _until_ready(url: str) -> None:
+async def until_ready(url: str) -> None:
     deadline = time.monotonic() + _READY_TIMEOUT_S
     async with aiohttp.ClientSession() as session:
         while True:

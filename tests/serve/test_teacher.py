@@ -1,0 +1,237 @@
+"""A replica that writes: what is heard of it, and what becomes of work nobody waits for. No engine,
+no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from journeyman.cascade.answering import Cascade
+from journeyman.cascade.policy import Written
+from journeyman.cascade.refusals import DeadlinePassed
+from journeyman.recipe import Generate
+from journeyman.teacher.answers import GeneratedLabels
+from journeyman.teacher.progress import Begun, Spent, hearing, spending
+from serve import asking, teacher
+from serve.accounts import Account, account
+from serve.asking import TeacherByHandle
+from serve.growth import Whole
+from serve.students import Rule
+from serve.teacher import Teacher
+from serve.writers import Writer
+from tests.serve.test_writers import ASKED, loaded, until
+
+
+class Handle:
+    """A deployment that answers nobody, or only what it is sure of; notes what is cancelled."""
+
+    def __init__(self, says: Written | None = None) -> None:
+        self.says, self.asked, self.cancelled = says, 0, 0
+        self.label = SimpleNamespace(remote=self._remote)
+
+    def _remote(self, texts: list[str], *_: str) -> Any:
+        self.asked += 1
+        handle = self
+
+        class Response:
+            def __await__(self) -> Any:
+                return handle._answer(texts).__await__()
+
+            def cancel(self) -> None:
+                handle.cancelled += 1
+
+        return Response()
+
+    async def _answer(self, texts: list[str]) -> list[Written]:
+        if self.says is None:
+            await asyncio.Event().wait()
+        return [self.says for _ in texts if self.says]
+
+
+UNSURE = Written(text="perhaps", tokens=(), logprobs=np.array([-9.0]), finish_reason="stop",
+                 n_prompt_tokens=1, n_output_tokens=1)  # fmt: skip
+
+
+def cascade(student: Handle, teacher: Handle, timeout_s: float) -> Cascade:
+    of = loaded("a", cascade={"request_timeout_s": timeout_s})
+    rule = Rule(of)
+    writer = Writer(student, of, rule, lambda: True)  # type: ignore[arg-type]
+    asked = TeacherByHandle(teacher)  # type: ignore[arg-type]
+    writer._engine.unready = asked.unready = None
+    return Cascade(rule.policy, writer, asked, of.recipe.cascade)
+
+
+@pytest.mark.parametrize("speaks", [None, UNSURE], ids=["student", "teacher"])
+@pytest.mark.parametrize("why", ["deadline", "client"])
+def test_what_nobody_waits_for_is_cancelled_at_the_model_that_writes_it(
+    speaks: Written | None, why: str
+):
+    student, asked = Handle(speaks), Handle()
+
+    async def scenario() -> None:
+        answering = cascade(student, asked, 0.05 if why == "deadline" else 60)
+        request = asyncio.create_task(answering.answer(["x"]))
+        if why == "deadline":
+            with pytest.raises(DeadlinePassed):
+                await request
+        else:
+            await until(lambda: (asked if speaks else student).asked == 1)
+            request.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await request
+
+    asyncio.run(scenario())
+    assert (student.asked, student.cancelled) == (1, 0 if speaks else 1)
+    assert (asked.asked, asked.cancelled) == ((1, 1) if speaks else (0, 0))
+
+
+class Engine:
+    """One that only its tasks ask."""
+
+    alive = True
+    tokenizer = SimpleNamespace(
+        all_special_ids=[0], decode=lambda ids, **_: "".join("_abcde"[i] for i in ids)
+    )
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    async def start(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def replica(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any], asked: Generate) -> Teacher:
+    """A teacher's, each of whose rows is answered by ``run`` in the engine's loop."""
+    monkeypatch.setattr(teacher, "Engine", Engine)
+    monkeypatch.setattr(teacher.models, "here", lambda model, _: model)
+    monkeypatch.setattr(teacher.tasks, "local", lambda *_: SimpleNamespace(run=run))
+    of = loaded("a")
+    model = replace(of.teacher, vocab_size=10)
+    return Teacher(of.recipe.teacher, asked, ("text",), model)
+
+
+def test_a_teacher_is_heard_as_it_writes_and_at_last_as_a_whole(monkeypatch: pytest.MonkeyPatch):
+    """By the engine's own text, which may hold back what its tokens say."""
+
+    async def run(*_: Any) -> GeneratedLabels:
+        hear = hearing.get()
+        assert hear
+        for text, ids in (("", [1]), ("a", [1, 2]), ("ab", [1, 2, 3])):
+            hear(Begun(text=text, token_ids=ids))
+        return GeneratedLabels(
+            output="abcd", token_ids=np.array([1, 2, 3, 4, 0]), output_logprob=None,
+            recorded=None, n_prompt_tokens=2, n_output_tokens=5, finish_reason="stop",
+        )  # fmt: skip
+
+    async def scenario() -> list[Any]:
+        speaking = replica(monkeypatch, run, ASKED.model_copy(update={"stop": ("xy",)}))
+        said = [part async for part in speaking.speak("x")]
+        await speaking.close()
+        return said
+
+    *parts, whole = asyncio.run(scenario())
+    so_far = Whole()
+    assert [(w.text, w.tokens) for w in map(so_far.add, parts)] == [
+        ("", ("a",)), ("a", ("a", "b")), ("ab", ("a", "b", "c")),
+    ]  # fmt: skip
+    assert (whole.text, whole.n_output_tokens) == ("abcd", 5)
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_a_call_that_is_cancelled_ends_in_the_engines_own_loop(
+    heard: bool, monkeypatch: pytest.MonkeyPatch
+):
+    ended = []
+
+    async def run(*_: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    async def scenario() -> None:
+        writing = replica(monkeypatch, run, ASKED)
+        call = asyncio.create_task(
+            anext(writing.speak("x")) if heard else writing.label(["x"])  # type: ignore[arg-type]
+        )
+        await asyncio.sleep(0.05)
+        call.cancel()
+        await until(lambda: ended == ["cancelled"])
+        await writing.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_what_was_done_for_a_client_that_left_is_billed_to_its_key(
+    heard: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """From the engine that counts, over the replica's account, to the ingress that asked."""
+    monkeypatch.setattr(asking, "_COME_EVERY_S", 0.01)
+    monkeypatch.setattr(asking, "_HEARD_WITHIN_S", 0.1)
+    whose = Account(ingress="i", bundle="b", key="k")
+    bills: list[tuple[Account, Spent]] = []
+    working: list[Spent] = []
+
+    async def run(*_: Any) -> None:
+        spent = spending.get()
+        assert spent
+        spent.add(Spent(n_prompt_tokens=7, n_output_tokens=3))
+        working.append(spent)
+        await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        writing = replica(monkeypatch, run, ASKED)
+        teacher = TeacherByHandle(InProcess(writing), bill=lambda a, s: bills.append((a, s)))  # type: ignore[arg-type]
+        teacher.unready = None
+        account.set(whose)
+        hear = (lambda _: None) if heard else None
+        call = asyncio.create_task(teacher.labels(["x"], hear))
+        audit = asyncio.Task(teacher.labels(["x"]), context=contextvars.Context())
+        await until(lambda: len(working) == 2)
+        call.cancel()
+        audit.cancel()  # nobody pays for it
+        await until(lambda: bool(bills))
+        await asyncio.sleep(0.15)
+        await writing.close()
+
+    asyncio.run(scenario())
+    assert bills == [(whose, Spent(n_prompt_tokens=7, n_output_tokens=3))]
+
+
+class InProcess:
+    """A handle to one replica in this process; cancels as Serve does."""
+
+    def __init__(self, replica: Teacher) -> None:
+        self._replica = replica
+        self.label = SimpleNamespace(remote=lambda *a: Call(replica.label(*a)))
+        self.speak = SimpleNamespace(remote=lambda *a: Call(anext(replica.speak(*a))))
+
+    def options(self, stream: bool) -> InProcess:
+        return self
+
+    def broadcast(self, method: str, *arguments: Any) -> Any:
+        async def results_async(timeout_s: float) -> list[Any]:
+            return [await getattr(self._replica, method)(*arguments)]
+
+        return SimpleNamespace(results_async=results_async)
+
+
+class Call:
+    def __init__(self, work: Any) -> None:
+        self._task = asyncio.ensure_future(work)
+
+    def __await__(self) -> Any:
+        return asyncio.shield(self._task).__await__()
+
+    async def __aiter__(self) -> Any:
+        yield await asyncio.shield(self._task)
+
+    def cancel(self) -> None:
+        self._task.cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ class Causal:
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
 
-    def evaluate(self) -> Measured:
+    def evaluate(self, take: Callable[[Iterator[Any]], Iterator[Any]] = iter) -> Measured:
         """On answers: reasonings are a task beside theirs."""
         self.module.eval()
         answers = np.flatnonzero(~self._held_out.reasoning)
@@ -169,7 +169,7 @@ class Causal:
         parts = np.array_split(order, -(-len(order) // _EVALUATION_BATCH))
         sums = np.zeros(5)
         with torch.no_grad():  # in inference mode sharded weights could not learn afterwards
-            for batch in token_dataset.prefetch(iter(parts), self._held_out):
+            for batch in take(token_dataset.prefetch(iter(parts), self._held_out)):
                 sums += self._measured(batch)
         self.module.train()
         if not np.isfinite(sums).all():

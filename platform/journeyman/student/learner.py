@@ -6,7 +6,7 @@ steps, ranks and checkpoints, and nothing of what a row is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -108,8 +108,10 @@ class Learner(Protocol):
     def loss(self, parallel: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum over the batch, with gradients; and each row's, float[b], without."""
 
-    def evaluate(self) -> Measured:
-        """The student on the held-out rows. Raises DataError where it says nothing any more."""
+    def evaluate(self, take: Callable[[Iterator[Any]], Iterator[Any]] = iter) -> Measured:
+        """The student on the held-out rows. take: hands on batches as they are read from disk;
+        where workers evaluate together, to all or to none. Raises DataError where rows are damaged,
+        or the student says nothing any more."""
 
     def write(self, module: Any, folder: Path) -> None:
         """Write ``module``, a copy of the own one on the CPU, and use it up; may be called in

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from journeyman.student.learner import Measured
 from journeyman.student.lesson import Lesson, Task, load, prepare
 from journeyman.student.place import Place
 from journeyman.student.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
 
 
 def run(task: Task) -> State | JourneymanError:
@@ -120,21 +123,25 @@ class Steps:
         torch.manual_seed(_dropout_seed(self._training.seed, step, self._place.rank))
         lesson, place = self._lesson, self._place
         learner, held = lesson.learner, lesson.held
-        parts = self._read(share, loaded)
+        part = self._read(loaded)
         if trouble := self._anyones_trouble():
             return trouble
         size = learner.sizes[share.batch].sum()
         factor = batches.share_of_mean(size, place.world_size)
         lesson.optimizer.zero_grad()
         row_losses = []
-        for i, (part, weight) in enumerate(zip(parts, share.weights, strict=True), 1):
-            with held.in_sync(i == len(parts)):
+        for i, weight in enumerate(share.weights):
+            if i:
+                part = self._read(loaded, instead=part)
+            with held.in_sync(i + 1 == len(share.weights)):
                 loss, of_rows = learner.loss(held.module, part)
                 (loss * (factor * weight)).backward()
             row_losses.append(of_rows * weight)
         found = torch.cat(row_losses)
         loss_sum = found.double().sum() / size
-        mean = place.total(loss_sum).item()
+        mean, n_troubled = place.total(torch.stack([loss_sum, self._in_trouble])).tolist()
+        if n_troubled:
+            return self._shared_trouble()
         if not math.isfinite(mean):
             bad = np.concatenate(share.parts)[~found.isfinite().cpu().numpy()]
             return _not_finite(mean, step, [i for part in place.gather(bad) for i in part], lesson)
@@ -144,23 +151,46 @@ class Steps:
         lesson.schedule.step()
         return mean
 
-    def _read(self, share: Share, loaded: Iterator[Any]) -> list[Any]:
-        """This worker's micro-batches of a step; of rows that are damaged, none."""
+    def _read(self, loaded: Iterator[Any], instead: Any = None) -> Any:
+        """This worker's next batch, None behind the last one.
+
+        In the place of one whose rows are damaged there is ``instead``: workers meet within a step,
+        where nobody must be missing, and no step is taken of it.
+        """
+        if self._trouble:
+            return instead
         try:
-            return [next(loaded) for _ in share.parts]
+            return next(loaded, None)
         except JourneymanError as error:
             self._trouble = error
-            return []
+            return instead
 
-    def _anyones_trouble(self) -> JourneymanError | None:
-        """A meeting point, before those within a step, where nobody must be missing."""
+    @property
+    def _in_trouble(self) -> torch.Tensor:
+        """float64, 1 or 0: of this worker."""
         import torch
 
-        place = self._place
-        troubled = torch.tensor(float(self._trouble is not None), device=place.device)
-        if not place.total(troubled).item():
-            return None
-        return next(e for e in place.gather(self._trouble) if e is not None)
+        troubled = float(self._trouble is not None)
+        return torch.tensor(troubled, dtype=torch.float64, device=self._place.device)
+
+    def _anyones_trouble(self) -> JourneymanError | None:
+        """A meeting point."""
+        return self._shared_trouble() if self._place.total(self._in_trouble).item() else None
+
+    def _shared_trouble(self) -> JourneymanError:
+        """Where there is some; a meeting point."""
+        return next(e for e in self._place.gather(self._trouble) if e is not None)
+
+    def _all_read(self, loaded: Iterator[Any]) -> Iterator[Any]:
+        """Batches that all workers take at the same time; what one of them cannot read is raised by
+        all."""
+        while True:
+            batch = self._read(loaded)
+            if trouble := self._anyones_trouble():
+                raise trouble
+            if batch is None:
+                return
+            yield batch
 
     def _clip(self, step: int) -> JourneymanError | None:
         """Scale the gradients to the recipe's norm; the same on all workers."""
@@ -208,7 +238,7 @@ class Steps:
         measured: Measured | JourneymanError | None = None
         if journal or held.together:
             try:
-                measured = self._lesson.learner.evaluate()
+                measured = self._lesson.learner.evaluate(self._all_read if held.together else iter)
             except JourneymanError as error:
                 measured = error
 

@@ -346,12 +346,12 @@ def waiting(load: Load, is_read: Path) -> Load:
         learner = load(folder, device)
         evaluate, number = learner.evaluate, itertools.count(1)
 
-        def when_read() -> Measured:
+        def when_read(*given: Any) -> Measured:
             deadline = time.monotonic() + 90
             late = next(number) == 2
             while late and not is_read.exists() and time.monotonic() < deadline:
                 time.sleep(0.1)
-            return evaluate()
+            return evaluate(*given)
 
         learner.evaluate = when_read
         return learner

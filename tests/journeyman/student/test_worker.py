@@ -103,6 +103,9 @@ def steps(
         work.mkdir(exist_ok=True)
         (work / "attempt").write_text("test")
         known.save(dataclasses.replace(lesson.state, step=len(batches)), write, n_bytes=1)
+    check_a_damaged_part_behind_the_first_ends_all(taken, len(batches), place)
+    if lesson.held.together and kind == "causal":
+        check_damaged_rows_of_one_end_the_evaluation_of_all(taken, place)
     return {"losses": np.array(losses), "norm": norm, "held": np.array(n_held), **gradients}
 
 
@@ -120,12 +123,47 @@ def check_damaged_rows_of_one_end_all(
     taken._trouble = None
 
 
+def check_a_damaged_part_behind_the_first_ends_all(
+    taken: worker.Steps, step: int, place: Place
+) -> None:
+    """In the midst of a step, where nobody may be missing; it is not taken."""
+    share = worker.share(np.arange(6), taken._training, place)
+
+    def loaded() -> Iterator[Any]:
+        yield from taken._lesson.learner.batches(iter(share.parts[:-1]))
+        if place.rank == place.world_size - 1:
+            raise DataError("the labels of row 5 are damaged")
+        yield from taken._lesson.learner.batches(iter(share.parts[-1:]))
+
+    before = [own(p).clone() for p in taken._lesson.learner.module.parameters()]
+    assert str(taken.take(step, share, loaded())) == "the labels of row 5 are damaged"
+    for was, parameter in zip(before, taken._lesson.learner.module.parameters(), strict=True):
+        assert torch.equal(was, own(parameter))
+    taken._trouble = None
+
+
+def check_damaged_rows_of_one_end_the_evaluation_of_all(taken: worker.Steps, place: Place) -> None:
+    learner = taken._lesson.learner
+    found = learner.evaluate(taken._all_read)
+    held_out = learner._held_out
+    if place.rank == place.world_size - 1:  # of its own copy, say
+        payloads = held_out._payloads
+        held_out._payloads = payloads ^ np.uint8(0xFF)
+    with pytest.raises(DataError, match="the labels of row calibrate-"):
+        learner.evaluate(taken._all_read)
+    if place.rank == place.world_size - 1:
+        held_out._payloads = payloads
+    taken._trouble = None
+    learner.module.train()
+    assert learner.evaluate(taken._all_read) == found
+
+
 def own(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()
 
 
 def main(rank: int, work: Path) -> None:

@@ -7,6 +7,7 @@ page of that run finds them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def read(run: Path) -> ComparedStudent:
 
 
 def _student(name: str, folder: Path, record: dict[str, Any]) -> ComparedStudent:
-    best = record["best"]
+    best = _named(record["best"])
     speeds = (
         line.get("rows_per_s")
         for line in files.read_json_lines(folder / "training.jsonl")
@@ -77,6 +78,17 @@ def _student(name: str, folder: Path, record: dict[str, Any]) -> ComparedStudent
         n_held_out=best["n_rows"],
         hardware=record.get("hardware"),
     )
+
+
+def _named(best: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation by what it was of: records did not say it at first, and called KL what was the
+    cross-entropy of a text's own tokens, the logarithm of its perplexity."""
+    kl, perplexity = best.get("kl"), best.get("perplexity")
+    if "against" in best or kl is None or perplexity is None:
+        return best
+    if not math.isclose(kl, math.log(perplexity), rel_tol=1e-6):
+        return best
+    return best | {"against": "text", "kl": None, "cross_entropy": kl}
 
 
 def agreement_notes(students: Sequence[ComparedStudent]) -> list[str]:

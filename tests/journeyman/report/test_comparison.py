@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -73,6 +74,25 @@ def test_what_agreement_is_with_is_said_where_it_is_not_the_teachers_first_choic
     assert note == "Agreement of text is with the text's own tokens."
     assert comparison.kept(runs[0])[1].cross_entropy == 1.25
     assert rest[-1].startswith("kept")
+
+
+def test_a_student_of_text_that_called_its_cross_entropy_kl_is_read_by_what_it_is(
+    tmp_path: Path,
+) -> None:
+    found = []
+    for name, perplexity in (("text", math.exp(0.25)), ("distributions", 3.5)):
+        run = make_run(tmp_path / name, megabytes=1, agreement=0.8)
+        record = run / "student" / "journeyman.json"
+        values = json.loads(record.read_text())
+        values["best"] |= {"perplexity": perplexity, "gold_accuracy": None}
+        record.write_text(json.dumps(values))
+        found.append(comparison.read(run))
+    of_text, other = found
+    assert (of_text.kl, of_text.cross_entropy, of_text.against) == (None, 0.25, "text")
+    assert (other.kl, other.cross_entropy, other.against) == (0.25, None, "distributions")
+    assert comparison.agreement_notes(found) == [
+        "Agreement of text is with the text's own tokens."
+    ]
 
 
 def test_a_comparison_is_kept_for_the_pages(tmp_path: Path) -> None:

@@ -220,10 +220,53 @@ def read_classes(
     """Labeled rows of the wanted splits (all by default), with their texts.
 
     Raises DataError: dataset not finished, damaged, of another kind, or made of another corpus.
+    ``class_shards`` takes one shard's memory.
     """
+    labels, _ = _asked_classes(labels_dir, corpus_dir)
+    parts = list(class_shards(labels_dir, corpus_dir, splits))
+    return ClassRows(
+        labels=labels,
+        ids=[row_id for part in parts for row_id in part.ids],
+        texts=[text for part in parts for text in part.texts],
+        metas=[meta for part in parts for meta in part.metas],
+        splits=np.concatenate([np.zeros(0, object), *(part.splits for part in parts)]),
+        gold=np.concatenate([np.zeros(0, np.int64), *(part.gold for part in parts)]),
+        logprobs=np.concatenate([np.zeros((0, len(labels))), *(part.logprobs for part in parts)]),
+    )
+
+
+def class_shards(
+    labels_dir: str | Path, corpus_dir: str | Path, splits: Sequence[str] | None = None
+) -> Iterator[ClassRows]:
+    """The same, shard by shard."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    labels, log_prior = _asked_classes(labels_dir, corpus_dir)
+    index = {label: i for i, label in enumerate(labels)}
+    for shard, table in shards(labels_dir):
+        if splits is not None:
+            table = table.filter(pc.is_in(table["split"], pa.array(list(splits))))
+        ids = table["id"].to_pylist()
+        if not ids:
+            continue
+        texts = _texts(corpus_dir, shard)
+        flat = table["class_logprobs"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        yield ClassRows(
+            labels=labels,
+            ids=ids,
+            texts=[texts[row_id][0] for row_id in ids],
+            metas=[texts[row_id][1] for row_id in ids],
+            splits=np.array(table["split"].to_pylist(), dtype=object),
+            gold=np.array([index.get(g, -1) for g in table["gold"].to_pylist()], dtype=np.int64),
+            logprobs=corrected(flat.reshape(len(ids), len(labels)), log_prior),
+        )
+
+
+def _asked_classes(
+    labels_dir: str | Path, corpus_dir: str | Path
+) -> tuple[tuple[str, ...], np.ndarray | None]:
+    """The labels of a classes dataset of this corpus, and their log prior: float64[c]."""
     manifest = finished_manifest(LabelStore(labels_dir))
     identity = manifest["identity"]
     if identity["kind"] != "classes":
@@ -232,26 +275,8 @@ def read_classes(
             "needed; set labels.kind: classes and label again."
         )
     check_corpus(labels_dir, identity, corpus_dir)
-    labels = tuple(identity["labels"]["classes"])
-    table = read(labels_dir)
-    if splits is not None:
-        table = table.filter(pc.is_in(table["split"], pa.array(list(splits))))
-    texts = _texts(corpus_dir)
-    ids = table["id"].to_pylist()
-    flat = table["class_logprobs"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    index = {label: i for i, label in enumerate(labels)}
     prior = manifest["log_prior"]
-    return ClassRows(
-        labels=labels,
-        ids=ids,
-        texts=[texts[row_id][0] for row_id in ids],
-        metas=[texts[row_id][1] for row_id in ids],
-        splits=np.array(table["split"].to_pylist(), dtype=object),
-        gold=np.array([index.get(g, -1) for g in table["gold"].to_pylist()], dtype=np.int64),
-        logprobs=corrected(
-            flat.reshape(len(ids), len(labels)), None if prior is None else np.asarray(prior)
-        ),
-    )
+    return tuple(identity["labels"]["classes"]), None if prior is None else np.asarray(prior)
 
 
 def _finished_commits(store: LabelStore, manifest: dict[str, Any]) -> list[Commit]:
@@ -277,12 +302,11 @@ def _kept(table: pa.Table, left_out: pa.Array | None) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["id"], left_out)))
 
 
-def _texts(corpus_dir: str | Path) -> dict[str, tuple[str, dict[str, Any]]]:
+def _texts(corpus_dir: str | Path, shard: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """Id to text and further columns."""
-    texts: dict[str, tuple[str, dict[str, Any]]] = {}
-    for shard in corpus.read_manifest(corpus_dir)["shards"]:
-        table = corpus.read_shard(corpus_dir, shard["name"])
-        columns = (table[name].to_pylist() for name in ("id", "text", "meta"))
-        for row_id, text, meta in zip(*columns, strict=True):
-            texts[row_id] = text, json.loads(meta) if meta else {}
-    return texts
+    table = corpus.read_shard(corpus_dir, shard)
+    columns = (table[name].to_pylist() for name in ("id", "text", "meta"))
+    return {
+        row_id: (text, json.loads(meta) if meta else {})
+        for row_id, text, meta in zip(*columns, strict=True)
+    }

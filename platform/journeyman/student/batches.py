@@ -6,6 +6,7 @@ and any number of workers walks through the same global batches.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 # Rows are sorted by length within so many batches: less padding, while the order stays random.
 _WINDOW = 8
+_AT_ONCE = 1024  # texts that a tokenizer is given: its own objects are kilobytes for each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,18 +53,31 @@ def tokenise(
 
     texts: all of them texts, or all of them pairs.
     """
-    pairs = [text for text in texts if isinstance(text, tuple)]
-    rows = tokenizer(
-        *([list(part) for part in zip(*pairs, strict=True)] if pairs else [list(texts)]),
-        truncation=True,
-        max_length=max_length,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )["input_ids"]
-    starts = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(row) for row in rows], out=starts[1:])
-    ids = np.fromiter((token for row in rows for token in row), np.int32, count=int(starts[-1]))
-    return TokenRows(ids=ids, starts=starts)
+    ids, lengths = array("i"), array("q")
+    for begin in range(0, len(texts), _AT_ONCE):
+        part = texts[begin : begin + _AT_ONCE]
+        pairs = [text for text in part if isinstance(text, tuple)]
+        rows = tokenizer(
+            *([list(side) for side in zip(*pairs, strict=True)] if pairs else [list(part)]),
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        for row in rows:
+            ids.extend(row)
+            lengths.append(len(row))
+    starts = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return TokenRows(ids=np.asarray(ids, np.int32), starts=starts)
+
+
+def joined(parts: Sequence[TokenRows]) -> TokenRows:
+    """The rows of all parts, of which there is one at least, in their order."""
+    starts = np.concatenate([np.zeros(1, np.int64), *(part.lengths for part in parts)])
+    return TokenRows(
+        ids=np.concatenate([part.ids for part in parts]), starts=np.cumsum(starts, dtype=np.int64)
+    )
 
 
 def n_batches(n_rows: int, batch_size: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from journeyman.labels.dataset import ClassRows
 from journeyman.probabilities import expected_calibration_error
 from journeyman.recipe import Student, Training
 from journeyman.student import acceleration, batches, flops, losses, models, row_weights
+from journeyman.student.batches import TokenRows
 from journeyman.student.inputs import Inputs
 from journeyman.student.learner import Measured, no_rows
 
@@ -34,12 +36,11 @@ class Classifying:
         model_dir: Path,
         student: Student,
         training: Training,
-        read_rows: Callable[[], ClassRows],
+        read_rows: Callable[[], Iterable[ClassRows]],
     ) -> None:
-        """folder: a checkpoint's weights, else those of model_dir. Raises DataError, ModelError."""
-        rows = read_rows()
+        """folder: a checkpoint's weights, else those of model_dir. read_rows: gives them in parts,
+        whose texts are dropped one after the other. Raises DataError, ModelError."""
         self._training, self._device = training, device
-        self._train, self._held_out = _split(rows, "train"), _split(rows, "calibrate")
         self._tokenizer = models.load_tokenizer(model_dir, student.max_length)
         if student.text_pair is not None:
             # What tells the two apart is the separator. Whoever loads the exported folder must
@@ -47,11 +48,14 @@ class Classifying:
             self._tokenizer.model_input_names = ["input_ids", "attention_mask"]
             self._tokenizer.init_kwargs["model_input_names"] = self._tokenizer.model_input_names
         inputs = Inputs(student)
-        self._tokens, self._held_out_tokens = (
-            batches.tokenise(self._tokenizer, inputs.all(part.columns), student.max_length)
-            for part in (self._train, self._held_out)
-        )
-        self.module = models.build(folder or model_dir, rows.labels, training.seed)
+
+        def tokenised(rows: ClassRows) -> TokenRows:
+            return batches.tokenise(self._tokenizer, inputs.all(rows.columns), student.max_length)
+
+        self._train, self._held_out = _read(read_rows(), tokenised)
+        self._tokens, self._held_out_tokens = self._train.tokens, self._held_out.tokens
+        self._labels = self._train.labels
+        self.module = models.build(folder or model_dir, self._labels, training.seed)
         models.check_positions(self.module.config, student.max_length, model_dir)
         if self.module.config.pad_token_id != self._pad_id:  # a decoder reads its last token's
             self.module.config.pad_token_id = self._pad_id  # states, and must tell it from padding
@@ -60,7 +64,7 @@ class Classifying:
         self.work = flops.of_layers(self.module.base_model, self.module.config)
         self.row_ids = self._train.ids
         self.lengths = self._tokens.lengths
-        self.sizes = self.n_learned = np.ones(len(self._train), np.int64)
+        self.sizes = self.n_learned = np.ones(len(self._train.ids), np.int64)
         self._targets = self._train.logprobs
         if training.hard_labels:
             self._targets = losses.first_choices(self._targets)
@@ -74,7 +78,7 @@ class Classifying:
         """float32[c]; raises DataError where a class that has no rows would be balanced."""
         import torch
 
-        wanted, labels = self._training.class_weight, self._train.labels
+        wanted, labels = self._training.class_weight, self._labels
         if wanted == "none":
             return None
         if wanted == "balanced":
@@ -167,8 +171,43 @@ class Classifying:
         self.write(self.module, folder)
 
 
-def _split(rows: ClassRows, name: str) -> ClassRows:
-    part = rows.split(name)
-    if not len(part):
-        raise no_rows(name)
-    return part
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """The rows of a split as they are learned; arrays as in ``ClassRows``."""
+
+    labels: tuple[str, ...]
+    ids: list[str]
+    tokens: TokenRows
+    gold: np.ndarray
+    logprobs: np.ndarray
+
+
+def _read(
+    parts: Iterable[ClassRows], tokenised: Callable[[ClassRows], TokenRows]
+) -> tuple[_Rows, _Rows]:
+    """Train and calibrate rows; raises DataError where one of the two has none."""
+    found: dict[str, list[_Rows]] = {"train": [], "calibrate": []}
+    for part in parts:
+        for split, read in found.items():
+            rows = part.split(split)
+            if len(rows):
+                read.append(
+                    _Rows(
+                        labels=rows.labels, ids=rows.ids, tokens=tokenised(rows), gold=rows.gold,
+                        logprobs=rows.logprobs,
+                    )
+                )  # fmt: skip
+    train, calibrate = (_joined(read, split) for split, read in found.items())
+    return train, calibrate
+
+
+def _joined(parts: list[_Rows], split: str) -> _Rows:
+    if not parts:
+        raise no_rows(split)
+    return _Rows(
+        labels=parts[0].labels,
+        ids=[row_id for part in parts for row_id in part.ids],
+        tokens=batches.joined([part.tokens for part in parts]),
+        gold=np.concatenate([part.gold for part in parts]),
+        logprobs=np.concatenate([part.logprobs for part in parts]),
+    )

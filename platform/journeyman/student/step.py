@@ -154,7 +154,7 @@ def _classifying(recipe: Recipe, labels: str | Path, corpus_dir: str | Path, par
         recipe.learner().revision,
         student=recipe.learner(),
         training=recipe.training,
-        read_rows=partial(dataset.read_classes, labels, corpus_dir, ("train", "calibrate")),
+        read_rows=partial(dataset.class_shards, labels, corpus_dir, ("train", "calibrate")),
     )
 
 

@@ -10,6 +10,8 @@ from journeyman.errors import DataError
 from journeyman.labels import dataset
 from journeyman.labels.schema import Commit, label_schema, record
 from journeyman.labels.store import LabelStore
+from journeyman.recipe import Classes
+from tests.journeyman.labels import synthetic as made
 from tests.journeyman.labels.test_store import CODEC, LABELS, RECORDED, commit
 
 N_SHARDS, N_ROWS = 3, 5
@@ -123,6 +125,29 @@ def test_a_dataset_is_finished_once_its_filters_are(tmp_path: Path):
         with pytest.raises(DataError, match="not finished; run journeyman label again"):
             read()
     assert len(dataset.read(tmp_path, filtered=True))
+
+
+def test_class_rows_come_shard_by_shard_in_corpus_order(tmp_path: Path):
+    """Each by the prior of all, and a shard without rows of the splits is passed over."""
+    asked = Classes(classes={"a": "this", "b": "that"}, prompt="{{ text }}")
+    named = [("one", "train", "a"), ("two", "test", None), ("three", "test", "b"),
+             ("four", "train", "b"), ("five", "calibrate", None)]  # fmt: skip
+    chances = {"one": 0.9, "two": 0.2, "three": 0.5, "four": 0.3, "five": 0.6}
+    rows = [(made.row(*facts), made.classes(chances[facts[0]], 1 - chances[facts[0]]))
+            for facts in named]  # fmt: skip
+    prior = np.log([0.8, 0.2])
+    made.write_dataset(tmp_path, asked, [rows[:2], rows[2:3], rows[3:]], log_prior=prior.tolist())
+    given = (tmp_path / "labels", tmp_path / "corpus")
+    parts = list(dataset.class_shards(*given, ("train", "calibrate")))
+    assert [part.texts for part in parts] == [["one"], ["four", "five"]]
+    for part in (*parts, dataset.read_classes(*given)):
+        odds = np.array([chances[text] / (1 - chances[text]) / 4 for text in part.texts])
+        np.testing.assert_allclose(np.exp(part.logprobs[:, 0]), odds / (1 + odds), rtol=1e-6)
+    whole = dataset.read_classes(*given)
+    assert whole.ids == [source["id"] for source, _ in rows]
+    assert whole.gold.tolist() == [0, -1, 1, 1, -1] and whole.labels == ("a", "b")
+    assert whole.splits.tolist() == [split for _, split, _ in named]
+    assert dataset.read_classes(*given, ("certify",)).logprobs.shape == (0, 2)
 
 
 def test_class_rows_of_another_kind_are_refused(tmp_path: Path):

@@ -90,9 +90,7 @@ def test_a_student_of_text_that_called_its_cross_entropy_kl_is_read_by_what_it_i
     of_text, other = found
     assert (of_text.kl, of_text.cross_entropy, of_text.against) == (None, 0.25, "text")
     assert (other.kl, other.cross_entropy, other.against) == (0.25, None, "distributions")
-    assert comparison.agreement_notes(found) == [
-        "Agreement of text is with the text's own tokens."
-    ]
+    assert comparison.agreement_notes(found) == ["Agreement of text is with the text's own tokens."]
 
 
 def test_a_comparison_is_kept_for_the_pages(tmp_path: Path) -> None:

@@ -161,10 +161,12 @@ def make_rows(n_train: int, n_calibrate: int, seed: int = 0) -> ClassRows:
 def loader(recipe: Recipe, encoder: Path, rows: Path) -> Load:
     """What a worker calls; its reader is a closure, which travels by value."""
 
-    def read() -> ClassRows:
+    def read() -> list[ClassRows]:
+        """In two parts."""
         import pickle
 
-        return pickle.loads(rows.read_bytes())
+        whole = pickle.loads(rows.read_bytes())
+        return [whole.take(part) for part in np.array_split(np.arange(len(whole)), 2)]
 
     return partial(
         Classifying,

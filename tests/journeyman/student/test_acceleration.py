@@ -35,7 +35,7 @@ def rows_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loads(kind: str, encoder: Model, llama: Model, rows_dir: Path, **training: object) -> Load:
     if kind == "classifier":
         recipe: Recipe = make_recipe(**training)
-        own = {"model_dir": encoder.path, "read_rows": lambda: make_rows(12, 6)}
+        own = {"model_dir": encoder.path, "read_rows": lambda: [make_rows(12, 6)]}
         return partial(Classifying, student=recipe.learner(), training=recipe.training, **own)
     recipe = make_causal_recipe(**training)
     own = {"model_dir": llama.path, "rows_dir": rows_dir}

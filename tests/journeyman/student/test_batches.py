@@ -3,11 +3,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from journeyman.models import Model
 from journeyman.student import batches
+from journeyman.student.models import load_tokenizer
+
+from .conftest import make_rows
 
 row_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=300).map(np.array)
 
@@ -53,6 +58,25 @@ def test_bucketing_saves_padding() -> None:
     random = np.array_split(np.random.default_rng(1).permutation(1000), 32)
     bucketed = batches.epoch_batches(lengths, 32, seed=0, epoch=0)
     assert computed(bucketed) < 0.75 * computed(random)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_many_texts_have_the_tokens_that_each_has_alone(
+    pairs: bool, tiny_encoder: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "_AT_ONCE", 3)
+    tokenizer, columns = load_tokenizer(tiny_encoder.path), make_rows(5, 2).texts
+    texts = list(zip(columns, columns[::-1], strict=True)) if pairs else columns
+    rows = batches.tokenise(tokenizer, texts, max_length=8)
+    alone = [
+        tokenizer(*(text if pairs else [text]), truncation=True, max_length=8)["input_ids"]
+        for text in texts
+    ]
+    halves = [batches.tokenise(tokenizer, part, 8) for part in (texts[:4], texts[4:])]
+    for found in (rows, batches.joined(halves)):
+        assert found.ids.dtype == np.int32 and len(found) == 7
+        assert [ids.tolist() for ids in np.split(found.ids, found.starts[1:-1])] == alone
+    assert len(batches.tokenise(tokenizer, [], 8)) == 0
 
 
 def test_padding_and_mask() -> None:

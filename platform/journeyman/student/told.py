@@ -69,14 +69,18 @@ class Told:
         what those lack."""
         lists = {path: path.read_bytes() for path in sorted((self._work / FOLDER).glob("*"))}
         for path in (self._run / "tensorboard").rglob("*.tfevents.*"):
-            self._put_grown(self._run_store, self._run, path, path.read_bytes())
+            if self._has_grown(path, path.stat().st_size):
+                self._put_one(self._run_store, self._run, path, path.read_bytes())
         for path, content in lists.items():
-            self._put_grown(self._store, self._work, path, content)
+            if self._has_grown(path, len(content)):
+                self._put_one(self._store, self._work, path, content)
 
-    def _put_grown(self, folder: Folder, below: Path, path: Path, content: bytes) -> None:
-        if self._sizes.get(path) != len(content):
-            folder.put(str(path.relative_to(below)), content)
-            self._sizes[path] = len(content)
+    def _has_grown(self, path: Path, size: int) -> bool:
+        return self._sizes.get(path) != size
+
+    def _put_one(self, folder: Folder, below: Path, path: Path, content: bytes) -> None:
+        folder.put(str(path.relative_to(below)), content)
+        self._sizes[path] = len(content)
 
 
 def fetch(work: Path, store: str) -> None:

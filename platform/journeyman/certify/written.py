@@ -22,6 +22,7 @@ from journeyman import corpus, files, models
 from journeyman.certify import bundle as bundles
 from journeyman.certify import consistency, judging, matching
 from journeyman.certify.bundle import Guarantee, JudgeRecord, Samples, WrittenBundle
+from journeyman.certify.certificate import Certificate
 from journeyman.certify.curve import cost_quality_curve
 from journeyman.certify.deferral_head import cross_fitted, fit_deferral_head
 from journeyman.certify.guarantees import Outcomes, ScoredOutcomes, certify_kind, choose
@@ -173,31 +174,16 @@ def certify(
     Raises RecipeError, DataError (an empty split, certify rows whose delta is spent), ModelError.
     """
     started = time.monotonic()
-    asked = check(recipe)
-    settings, splits = recipe.certify, held_out_splits(corpus_dir)
+    settings, asked, splits = recipe.certify, check(recipe), held_out_splits(corpus_dir)
     held_out = HeldOut(
         recipe=recipe, asked=asked, splits=splits, folder=folder, on_progress=on_progress
     )
-    answers, samples = held_out.by_student(corpus_dir, student), _samples(settings)
-    drawn = held_out.sampled(student, samples) if samples else None
-    if isinstance(recipe.labels, Logits):
-        labels = held_out.by_teacher(teacher, question(recipe))
-    verdicts, judge = _judged(recipe, held_out, labels, answers, teacher)
-    parts = {
-        name: read(recipe, labels, answers, name, drawn, verdicts)
-        for name in splits
-        if name in SPLITS or rows_of(labels, name)  # of test rows all may be in quarantine
-    }
+    answers = held_out.by_student(corpus_dir, student)
+    parts, judge = _parts(held_out, labels, answers, student, teacher)
     certified = parts["certify"]
     ledger = spend_rows(settings, certified.ids, student, out_dir)
-    confidence, scored = _design(settings, parts["calibrate"], certified.outcomes)
-    scores = certified.scores(confidence)
-    rows = ScoredOutcomes(scores=scores, outcomes=certified.outcomes)
-    certificates = [
-        certify_kind(kind, scored, rows, settings.alpha, settings.delta)
-        for kind in settings.guarantees
-    ]
-    served = certificates[0]
+    confidence, certificates = _decide(settings, parts["calibrate"], certified)
+    served, scores = certificates[0], certified.scores(confidence)
     curve = cost_quality_curve(scores, certified.outcomes.differs, *(certified.right or ()))
     right = parts["calibrate"].right or (None, None)
     n_groups = corpus.read_manifest(corpus_dir).get("groups", {}).get("certify")
@@ -207,7 +193,7 @@ def certify(
         columns=tuple(corpus.prompt_columns(recipe)),
         score=confidence.score,
         deferral_head=confidence.head,
-        samples=(taken := samples if confidence.score in SAMPLED else None),
+        samples=(taken := _samples(settings) if confidence.score in SAMPLED else None),
         match=settings.match,
         answer_pattern=settings.answer_pattern,
         judge=judge,
@@ -229,6 +215,25 @@ def certify(
         write_down(bundle, recipe, fresh, inputs=inputs, started=started,
                    test=_realised(parts.get("test"), bundle))  # fmt: skip
     return bundle
+
+
+def _parts(
+    held_out: HeldOut, labels: str | Path, answers: Path, student: Model, teacher: Model
+) -> tuple[dict[str, WrittenRows], JudgeRecord | None]:
+    """The rows of each split, with all that besides the student's answers has to be written for
+    them; and who judged them, if anybody did."""
+    recipe = held_out.recipe
+    samples = _samples(recipe.certify)
+    drawn = held_out.sampled(student, samples) if samples else None
+    if isinstance(recipe.labels, Logits):
+        labels = held_out.by_teacher(teacher, question(recipe))
+    verdicts, judge = _judged(held_out, labels, answers, teacher)
+    parts = {
+        name: read(recipe, labels, answers, name, drawn, verdicts)
+        for name in held_out.splits
+        if name in SPLITS or rows_of(labels, name)  # of test rows all may be in quarantine
+    }
+    return parts, judge
 
 
 def _samples(settings: Certify) -> Samples | None:
@@ -330,20 +335,21 @@ def _agreements(recipe: Recipe, rows: list[RowAnswers], drawn: Path, same: Same)
 
 
 def _judged(
-    recipe: Recipe, held_out: HeldOut, labels: str | Path, answers: Path, teacher: Model
+    held_out: HeldOut, labels: str | Path, answers: Path, teacher: Model
 ) -> tuple[Verdicts, JudgeRecord] | tuple[None, None]:
     """What the judge says of the answers that are worded differently, and who it is; nothing where
     none is asked. Raises DataError where that tells nothing."""
-    settings, asked_about, same = recipe.certify, question(recipe), comparison(recipe)
+    recipe, settings = held_out.recipe, held_out.recipe.certify
     if settings.match != "judge":
         return None, None
+    asked_about, same = question(recipe), comparison(recipe)
     asked = judging.asked_of_judge(recipe, asked_about)
     judge = models.teacher(settings.judge.teacher) if settings.judge.teacher else teacher
     rows = {name: row_answers(asked_about, labels, answers, name) for name in held_out.splits}
     pairs = judging.pairs_of_answers(rows, same, "certify")
     known = judging.controls(rows["calibrate"], same, settings.judge.controls, "calibrate")
-    both_orders = judging.corpus_rows([*pairs, *known], held_out.prompts, asked_about)
     judging.check_measurable(known)
+    both_orders = judging.corpus_rows([*pairs, *known], held_out.prompts, asked_about)
     teacher_settings = judging.teacher_of(recipe)
     verdicts = Verdicts.read(held_out.judged(asked, teacher_settings, judge, both_orders))
     return verdicts, verdicts.record(judge, asked, known, len(pairs))
@@ -352,6 +358,19 @@ def _judged(
 def comparison(recipe: Recipe) -> Same:
     """Whether two answers are one by ``certify.match``, without asking a judge."""
     return matching.by_text(recipe.certify, question(recipe))
+
+
+def _decide(
+    settings: Certify, calibrate: WrittenRows, certified: WrittenRows
+) -> tuple[WrittenConfidence, list[Certificate]]:
+    """How answers are scored, and the certificates, the served one first."""
+    confidence, scored = _design(settings, calibrate, certified.outcomes)
+    rows = ScoredOutcomes(scores=certified.scores(confidence), outcomes=certified.outcomes)
+    certificates = [
+        certify_kind(kind, scored, rows, settings.alpha, settings.delta)
+        for kind in settings.guarantees
+    ]
+    return confidence, certificates
 
 
 def _design(

@@ -90,7 +90,8 @@ def city_of(row_id: str) -> str:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     sources = [made.row(f"{split} {i}", split)
-               for split in ("calibrate", "certify", "test") for i in range(120)]  # fmt: skip
+               for split, n in (("calibrate", 120), ("certify", 60), ("test", 20))
+               for i in range(n)]  # fmt: skip
     taught = [(row, of_teacher(city_of(row["id"]))) for row in sources]
     made.write_dataset(tmp_path / "t", settings().labels, [taught], codec=made.TOP3)
     engines = Engines()

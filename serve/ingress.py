@@ -171,13 +171,14 @@ class Ingress:
         journal, auditor = None, None
         if kept := settings.feedback:
             journal = _journal(kept)
-            auditor = Auditor(
-                rule.policy,
-                cascade,
-                student,
-                busy=lambda: cascade.waiting.n_waiting > 0 or self._teacher.asleep,
-                patience_s=settings.request_timeout_s,
-            )
+            if watch is not None:
+                auditor = Auditor(
+                    rule.policy,
+                    cascade,
+                    student,
+                    busy=lambda: cascade.waiting.n_waiting > 0 or self._teacher.asleep,
+                    patience_s=settings.request_timeout_s,
+                )
             answering = Recording(
                 answering, journal, kept.audit_rate, bundle.bundle_id, auditor=auditor
             )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from journeyman.cascade.drift import Audit, Watch, start_watch
-from journeyman.certify.bundle import Bundle
+from journeyman.certify.bundle import Bundle, WrittenBundle
 from journeyman.certify.thresholds import ESCALATE_EVERYTHING
 from journeyman.errors import DataError
 from journeyman.folder import Folder
@@ -29,8 +29,11 @@ UNANSWERED = Audit(score=-np.inf, loss=0)
 
 def watch_of(bundle: Bundle) -> Watch | None:
     """The watch before its first audit; None where there is nothing to watch: the student answers
-    nothing, or the promise is one against gold, which traffic does not bring along."""
+    nothing, or the promise is one against gold, which traffic does not bring along, or by a judge,
+    whom serving does not ask."""
     served = bundle.served
+    if isinstance(bundle, WrittenBundle) and bundle.match == "judge":
+        return None
     if served.kind == "accuracy" or bundle.accept_above == ESCALATE_EVERYTHING:
         return None
     return start_watch(served.kind, served.alpha, _rungs(bundle))

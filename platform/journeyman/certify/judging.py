@@ -48,18 +48,6 @@ class Pair:
     known: Known | None = None
 
 
-def check(recipe: Recipe) -> None:
-    """Raises RecipeError where no judge can be asked, or serving would have to ask one."""
-    teacher_of(recipe)
-    feedback = recipe.cascade.feedback
-    if feedback and feedback.audit_rate:
-        raise RecipeError(
-            "certify.match: judge: audits compare what was served as the certificate did, and "
-            "serving asks no judge; set cascade.feedback.audit_rate: 0 to keep escalated texts "
-            "alone, or compare by exact or parsed."
-        )
-
-
 def teacher_of(recipe: Recipe) -> Teacher:
     """Settings of the model that judges; raises RecipeError where it cannot be asked."""
     settings = recipe.certify.judge.teacher or recipe.teacher
@@ -212,7 +200,8 @@ def words(record: JudgeRecord | None) -> str:
         return ""
     return (
         f" What differs is what a judge says ({record.n_pairs:,} pairs of answers, each in both "
-        f"orders): the promise is about its verdicts. {_errors(record)}."
+        f"orders): the promise is about its verdicts. {_errors(record)}. Serving asks no judge: "
+        "audits are kept for the next certificate, and do not watch over this one."
     )
 
 

@@ -144,7 +144,7 @@ def check(recipe: Recipe) -> Generate:
             "that all nodes share, for a student that writes."
         )
     if settings.match == "judge":
-        judging.check(recipe)
+        judging.teacher_of(recipe)
     return writing.asked_of_student(labels, temperature=0.0, top_p=1.0, **_BESIDE)
 
 

@@ -135,7 +135,7 @@ def _stability(index: float | None) -> str:
 
 def _audits(watch: dict[str, Any] | None) -> str:
     if watch is None:
-        return "not watched (cascade.feedback)"
+        return "not watched: no cascade.feedback, or a promise against gold or by a judge"
     unknown = {"lost (errors, for all anyone knows)": watch["lost"],
                "left out (the teacher cannot answer the text)": watch["left_out"]}  # fmt: skip
     said = "".join(f", {n:,} {what}" for what, n in unknown.items() if n)

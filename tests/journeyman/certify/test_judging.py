@@ -13,6 +13,7 @@ import pytest
 from scipy.stats import binomtest
 
 from journeyman import corpus, models, recipe
+from journeyman.cascade import watching
 from journeyman.certify import bundle as bundles
 from journeyman.certify import judging, written
 from journeyman.certify.bundle import WrittenBundle
@@ -120,6 +121,7 @@ def test_answers_in_other_words_agree_and_the_promise_says_whose_word_that_is(ru
     assert bundle.judge is not None and bundle.judge.model == "teacher"
     assert "what a judge says" in bundle.recommendation
     assert "the promise is about its verdicts" in bundle.recommendation
+    assert watching.watch_of(bundle) is None and "do not watch" in bundle.recommendation
     assert "took 0 of 50 pairs of answers to different requests" in bundle.recommendation
     assert bundles.load_any(tmp_path / "bundle") == bundle
 
@@ -240,16 +242,10 @@ def test_a_judge_that_cannot_be_asked_is_refused(values: dict[str, Any], match: 
 
 
 def test_what_a_judge_cannot_do_is_said():
-    kept = settings(**JUDGED).model_dump(mode="json", exclude_unset=True)
-    kept["cascade"] = {"feedback": {"to": "kept"}}
-    with pytest.raises(RecipeError, match=r"audit_rate: 0"):
-        written.check(recipe.parse(kept))
-    kept["cascade"]["feedback"]["audit_rate"] = 0
-    written.check(recipe.parse(kept))
     spoken = settings(**JUDGED)
     teacher = spoken.teacher.model_copy(update={"column": "said"})
     with pytest.raises(RecipeError, match=r"certify\.judge\.teacher: \{model"):
-        judging.check(spoken.model_copy(update={"teacher": teacher}))
+        written.check(spoken.model_copy(update={"teacher": teacher}))
     assert "judge" not in settings(alpha=0.3).certify.decisive()
 
 

@@ -118,9 +118,11 @@ def _prompt_arrays(kept: Any) -> tuple[np.ndarray, np.ndarray]:
 def _sample_arrays(kept: Any) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(kept, list):
         return _flat_arrays(kept)
+    # A step has as many entries as any request in its batch asked for, so some have more.
+    width = min(step.logprobs.shape[1] for step in kept)
     return (
-        _joined([step.logprob_token_ids for step in kept]),
-        _joined([step.logprobs for step in kept]),
+        _joined([step.logprob_token_ids[:, :width] for step in kept]),
+        _joined([step.logprobs[:, :width] for step in kept]),
     )
 
 

@@ -219,7 +219,7 @@ def test_what_is_sampled_of_a_request_is_drawn_as_it_was_for_the_certificate(
     values = tiny.a_recipe(tmp_path).model_dump(mode="json", exclude_unset=True) | {
         "labels": {"kind": "generate", "prompt": "Say more: {{ text }}", "max_tokens": 2},
         "student": {"model": str(tmp_path / "student"), "kind": "causal"},
-        "certify": {"alpha": 0.2, "samples": 20, "sample_temperature": 0.7},
+        "certify": {"alpha": 0.2, "samples": 20, "sample_temperature": 0.2},
     }
     asked = recipe.parse(values)
     texts = {"calibrate": tiny.TEXTS[24:30], "certify": tiny.TEXTS[:24]}
@@ -230,13 +230,13 @@ def test_what_is_sampled_of_a_request_is_drawn_as_it_was_for_the_certificate(
         asked, tmp_path / "t" / "labels", tmp_path / "t" / "corpus", student, student,
         tmp_path / "answers", tmp_path / "bundle", inputs="i", on_progress=lambda _: None,
     )  # fmt: skip
-    samples = tmp_path / "answers" / "samples-20-at-0.7"
+    samples = tmp_path / "answers" / "samples-20-at-0.2"
     drawn = consistency.read(samples)
     assert set(drawn) == {row["id"] for row in rows} and {len(d) for d in drawn.values()} == {20}
     certified = written.read(
         asked, tmp_path / "t" / "labels", tmp_path / "answers" / "labels", "certify", samples
     )
-    of_samples = {"score": "self_consistency", "samples": {"n": 20, "temperature": 0.7}}
+    of_samples = {"score": "self_consistency", "samples": {"n": 20, "temperature": 0.2}}
     served = WrittenBundle.model_validate(
         bundle.model_dump(exclude={"score", "deferral_head"}) | of_samples
     )

@@ -53,7 +53,7 @@ from journeyman.labels import finishing, pipeline, planning
 from journeyman.labels.store import LabelStore
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
-REPLICAS = (2, 20, 60, 120)
+REPLICAS = (2, 20, 60)
 ALL = 1_000  # replicas that the figures of fewer are drawn out to
 _ENOUGH = 50  # replicas at least, whose figures are
 MOST_GROWTH = 2.0

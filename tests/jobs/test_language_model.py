@@ -33,6 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return output / "logits", done.stdout
 
 
+@pytest.mark.slow
 def test_run_ends_with_a_student_that_learned(run: tuple[Path, str]) -> None:
     folder, printed = run
     record = json.loads((folder / "student" / "journeyman.json").read_text())
@@ -47,12 +48,14 @@ def test_run_ends_with_a_student_that_learned(run: tuple[Path, str]) -> None:
     assert f"{last['agreement']:.1%}" in page and "Nothing is promised of it yet" in page
 
 
+@pytest.mark.slow
 def test_it_is_skipped_when_nothing_has_changed(run: tuple[Path, str]) -> None:
     output = run[0].parent
     current = steps.Run(recipe.load(RECIPE, [*SMALL, f"output={output}"]))
     assert current.execute("train").seconds is None
 
 
+@pytest.mark.slow
 def test_students_stand_side_by_side(run: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = run
     compared = journeyman("compare", str(folder), str(folder / "student"))

@@ -161,7 +161,8 @@ def test_a_row_that_is_no_number_is_named_and_what_was_learned_before_is_kept(
     assert all(weight.isfinite().all() for weight in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["classifier", pytest.param("causal", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classifier", "causal"])
 def test_a_rate_that_is_far_too_high(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_gguf_package_becomes_a_folder_with_the_same_weights(teacher_model: Model):
     """Against transformers reading the GGUF itself."""
     source = models._package_resource(GGUF)

@@ -44,7 +44,7 @@ def families(n: int, rng: random.Random) -> list[str]:
 
 
 @pytest.mark.parametrize("similarity", [0.5, 0.8, 0.9])
-@pytest.mark.parametrize("shingle", [1, 3])
+@pytest.mark.parametrize("shingle", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_goes_and_what_stays_is_what_a_search_of_all_pairs_says(similarity, shingle):
     rng = random.Random(f"{similarity} {shingle}")
     texts = families(150, rng)

@@ -1,9 +1,6 @@
 """Which steps a recipe has."""
 
-import pytest
-
 from journeyman import recipe, steps
-from journeyman.errors import RecipeError
 from tests.conftest import DEMO
 
 CLASSES = recipe.load(DEMO)
@@ -15,13 +12,11 @@ def test_labels_alone_need_no_student():
     assert steps.names(alone) == ("prepare", "label")
 
 
-def test_a_classifier_ends_with_a_report_and_a_student_that_writes_with_itself():
+def test_students_end_with_a_page_and_one_that_writes_is_certified_when_asked():
     assert steps.names(CLASSES) == steps.NAMES
-    writes = CLASSES.model_copy(update={"labels": recipe.Generate.model_validate(GENERATE)})
-    assert steps.names(writes) == ("prepare", "label", "train")
-
-
-def test_a_page_of_a_student_that_writes_is_refused_with_what_draws_it_instead():
-    writes = CLASSES.model_copy(update={"labels": recipe.Generate.model_validate(GENERATE)})
-    with pytest.raises(RecipeError, match=r"compare runs/\w+ --plot FILE draws it"):
-        steps.Run(writes).execute("report")
+    changes = {
+        "labels": recipe.Generate.model_validate(GENERATE),
+        "student": CLASSES.learner().model_copy(update={"kind": "causal"}),
+    }
+    writes = CLASSES.model_copy(update=changes)
+    assert steps.names(writes) == ("prepare", "label", "train", "report")

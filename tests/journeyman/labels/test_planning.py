@@ -73,7 +73,7 @@ print(json.dumps({"left": left, "s": seconds, "mb": mb("VmHWM") - before}))
 """
 
 
-@pytest.mark.parametrize("rows_per_shard", [2000, 100])
+@pytest.mark.parametrize("rows_per_shard", [2000, pytest.param(100, marks=pytest.mark.slow)])
 def test_planning_ten_million_rows_is_quick_and_small(tmp_path: Path, rows_per_shard: int):
     n_shards = 10_000_000 // rows_per_shard
     names = [f"part-{i:05d}.parquet" for i in range(n_shards)]

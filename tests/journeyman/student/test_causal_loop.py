@@ -61,6 +61,7 @@ def test_exported_folder_writes_with_plain_transformers(trained: loop.TrainResul
     assert "pipeline_tag: text-generation" in card and f"{trained.best.kl:.3f}" in card
 
 
+@pytest.mark.slow
 def test_a_row_with_damaged_labels_stops_the_run_by_name(
     ray_cluster: None, tiny_llama: Model, tmp_path: Path
 ) -> None:

@@ -152,7 +152,7 @@ def test_onnx_answers_as_pytorch_whatever_the_batch_and_length(
         np.testing.assert_allclose(answered, there, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["classifier", "causal"])
+@pytest.mark.parametrize("kind", ["classifier", pytest.param("causal", marks=pytest.mark.slow)])
 def test_exports_are_checked_and_weighed_on_held_out_rows(
     kind: str, tiny_encoder: Model, tiny_llama: Model, tmp_path: Path
 ) -> None:
@@ -217,6 +217,7 @@ def test_agreement_and_divergence_are_those_of_plain_formulas(
     assert copy.gold_accuracy == pytest.approx(right.mean())
 
 
+@pytest.mark.slow
 def test_a_copy_that_answers_otherwise_is_not_kept(
     tiny_llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +298,7 @@ def test_tokenizers_that_llama_cpp_would_read_otherwise_are_refused(
         gguf.write(causal.load(tiny_llama.path), tiny_llama.path, tmp_path, "tiny", "f32")
 
 
+@pytest.mark.slow
 def test_every_tensor_and_setting_is_that_of_the_published_file(
     teacher_model: Model, tmp_path: Path
 ) -> None:

@@ -207,6 +207,7 @@ def test_killed_run_goes_on_as_if_it_had_not_been(
         assert a == pytest.approx(b, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_no_better_stops_on_all_workers_and_stays_stopped(
     trained: loop.TrainResult,
     tiny_encoder: Model,
@@ -269,6 +270,7 @@ def test_a_run_that_gets_no_better_stops_on_all_workers_and_stays_stopped(
     assert losses == pytest.approx(others[: len(losses)], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_row_that_is_no_number_stops_the_run_by_name(
     ray_cluster: None, tiny_encoder: Model, tmp_path: Path
 ) -> None:

@@ -359,6 +359,7 @@ def waiting(load: Load, is_read: Path) -> Load:
     return waits
 
 
+@pytest.mark.slow
 def test_a_training_is_followed_from_its_first_step_to_its_last(followed: Followed) -> None:
     pytest.importorskip("tensorboard")
     result = followed.result
@@ -372,6 +373,7 @@ def test_a_training_is_followed_from_its_first_step_to_its_last(followed: Follow
     assert [v for _, v in found["evaluation/agreement"]] == pytest.approx(agreements)
 
 
+@pytest.mark.slow
 def test_prometheus_reads_what_the_live_line_says_and_the_newest_evaluation(
     followed: Followed,
 ) -> None:

@@ -223,7 +223,7 @@ def model_of(kind: str, encoder: Model, llama: Model, folder: Path) -> Path:
     [
         ("classifier", 1, "ddp"),
         ("causal", 3, "ddp"),
-        ("classifier", 3, "fsdp"),
+        pytest.param("classifier", 3, "fsdp", marks=pytest.mark.slow),
         ("causal", 3, "fsdp"),
     ],
 )
@@ -264,6 +264,7 @@ def test_gradients_are_scaled_to_the_largest_norm_and_no_further(
             np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-9, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("kind", "then"), [("classifier", "fsdp"), ("causal", "alone")])
 def test_sharded_students_go_on_from_whole_checkpoints(
@@ -346,7 +347,7 @@ def of_tokens(model: torch.nn.Module, learner: Causal, rows: list[int]) -> list[
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kind", ["classifier", "causal"])
+@pytest.mark.parametrize("kind", ["classifier", pytest.param("causal", marks=pytest.mark.slow)])
 def test_weighted_rows_take_the_step_of_dense_float64(
     kind: str, tiny_encoder: Model, tiny_llama: Model, tmp_path: Path
 ) -> None:

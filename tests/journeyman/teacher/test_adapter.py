@@ -51,7 +51,9 @@ def tiny(teacher_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Mode
     return models.resolve(str(folder))
 
 
-@pytest.fixture(scope="module", params=["layers", "output layer"])
+@pytest.fixture(
+    scope="module", params=["layers", pytest.param("output layer", marks=pytest.mark.slow)]
+)
 def base(request: pytest.FixtureRequest, teacher_model: Model, tiny: Model) -> Model:
     return teacher_model if request.param == "layers" else tiny
 

@@ -46,6 +46,7 @@ def drawn(teacher_model: Model, tmp_path_factory: pytest.TempPathFactory):
     return np.stack(rows), again, behind, full
 
 
+@pytest.mark.slow
 def test_draws_have_the_full_distribution(drawn):
     """Chi-square with the vocabulary in bins of at least 20 expected draws, all positions."""
     rows, _, _, full = drawn
@@ -64,6 +65,7 @@ def test_draws_have_the_full_distribution(drawn):
     assert chi2.sf(statistic, freedom) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_rows_draws_are_its_own_wherever_they_are_made(drawn):
     rows, again, behind, _ = drawn
     np.testing.assert_array_equal(again, rows[7])

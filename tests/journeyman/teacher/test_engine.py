@@ -193,6 +193,7 @@ def test_logits_behind_a_context_leave_the_context_out(replica: Replica, referen
     np.testing.assert_allclose(got.recorded.logprobs, wanted, atol=ATOL)
 
 
+@pytest.mark.slow
 def test_prompts_that_the_engine_takes_in_several_pieces_are_scored_the_same(
     replica: Replica, reference
 ):

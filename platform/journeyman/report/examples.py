@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from journeyman.report.data import BoolArray, TestRows
+from journeyman.report.data import BoolArray, FloatArray, TestRows
 
 ROWS_PER_GROUP = 4
 _LONGEST_TEXT = 600
@@ -106,6 +106,15 @@ def _against_gold(rows: TestRows, labels: Sequence[str]) -> tuple[ExampleGroup, 
     )
 
 
+def ordered(
+    chosen: BoolArray, confidence: FloatArray, ids: Sequence[str], *, most_confident: bool
+) -> list[int]:
+    """The chosen rows by their confidence, the most or the least confident first; equal ones by
+    id. chosen: bool[n]; confidence: float64[n]."""
+    sign = -1 if most_confident else 1
+    return sorted(np.flatnonzero(chosen).tolist(), key=lambda i: (sign * confidence[i], ids[i]))
+
+
 def _group(
     rows: TestRows,
     labels: Sequence[str],
@@ -115,10 +124,7 @@ def _group(
     *,
     most_confident: bool = False,
 ) -> ExampleGroup:
-    sign = -1 if most_confident else 1
-    index = sorted(
-        np.flatnonzero(chosen).tolist(), key=lambda i: (sign * rows.confidence[i], rows.ids[i])
-    )
+    index = ordered(chosen, rows.confidence, rows.ids, most_confident=most_confident)
     return ExampleGroup(
         title=title,
         rule=rule,

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from journeyman.certify.bundle import WrittenBundle
 from journeyman.certify.curve import CostQualityCurve, cost_quality_curve
 from journeyman.probabilities import FloatArray
 from journeyman.report import figures, page, tables
 from journeyman.report.data import BoolArray, TrainedData
-from journeyman.report.examples import ROWS_PER_GROUP, cut
+from journeyman.report.examples import ROWS_PER_GROUP, cut, ordered
 from journeyman.report.figures import Figure
 from journeyman.report.measure import Measured, against_gold
 from journeyman.report.verdict import verdict
@@ -164,10 +162,7 @@ def pick(rows: WrittenTest) -> tuple[WrittenGroup, ...]:
 def _group(
     rows: WrittenTest, title: str, rule: str, chosen: BoolArray, surest: bool
 ) -> WrittenGroup:
-    sign = -1 if surest else 1
-    index = sorted(
-        np.flatnonzero(chosen).tolist(), key=lambda i: (sign * rows.confidence[i], rows.ids[i])
-    )
+    index = ordered(chosen, rows.confidence, rows.ids, most_confident=surest)
     return WrittenGroup(
         title=title,
         rule=rule,

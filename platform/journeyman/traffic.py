@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from journeyman.errors import ClusterError
@@ -27,8 +28,9 @@ _TIMEOUT_S = 300.0
 class Traffic:
     """What was measured over HTTP.
 
-    student_rows_per_s and teacher_rows_per_s: the same texts, in requests of 32, two at a time;
-    the student's is the median of five passes. The other figures: each text as a request of its
+    student_rows_per_s and teacher_rows_per_s: the same texts, two requests at a time of 32 rows
+    each, of fewer where the teacher does not answer so many within a request's deadline; the
+    student's is the median of five passes. The other figures: each text as a request of its
     own to the cascade, from eight clients.
     """
 
@@ -67,12 +69,12 @@ async def _send(
     async with httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT_S) as client:
         on_progress("the teacher alone")
         same = texts[:compared]
-        await _rows_per_s(client, "teacher", same[:_BATCH_ROWS])  # the first batch warms it up
+        await _teachers_rows_per_s(client, same[:_BATCH_ROWS])  # warms it up
         await _rows_per_s(client, "student", same)
-        teacher = await _rows_per_s(client, "teacher", same)
+        teacher, batch = await _teachers_rows_per_s(client, same)
         on_progress("the student alone")
         student = statistics.median(
-            [await _rows_per_s(client, "student", same) for _ in range(_REPEATS)]
+            [await _rows_per_s(client, "student", same, batch) for _ in range(_REPEATS)]
         )
         on_progress(f"{len(texts)} requests to the cascade")
         started = time.perf_counter()
@@ -92,10 +94,28 @@ async def _send(
     )
 
 
-async def _rows_per_s(client: httpx.AsyncClient, model: str, texts: list[Row]) -> float:
-    batches = [texts[i : i + _BATCH_ROWS] for i in range(0, len(texts), _BATCH_ROWS)]
+class _LateError(ClusterError):
+    """A request took longer than its deadline."""
+
+
+async def _teachers_rows_per_s(client: httpx.AsyncClient, texts: list[Row]) -> tuple[float, int]:
+    """And in how many rows a request: a slow machine's teacher answers few in time."""
+    batch = _BATCH_ROWS
+    while True:
+        try:
+            return await _rows_per_s(client, "teacher", texts, batch), batch
+        except _LateError:
+            if batch == 1:
+                raise
+            batch = max(1, batch // 4)
+
+
+async def _rows_per_s(
+    client: httpx.AsyncClient, model: str, texts: list[Row], batch_rows: int = _BATCH_ROWS
+) -> float:
+    batches = [texts[i : i + batch_rows] for i in range(0, len(texts), batch_rows)]
     started = time.perf_counter()
-    await _pool(2, [_post(client, {"input": batch, "model": model}) for batch in batches])
+    await _pool(2, [partial(_post, client, {"input": batch, "model": model}) for batch in batches])
     return len(texts) / (time.perf_counter() - started)
 
 
@@ -107,17 +127,25 @@ async def _each_alone(
         answer = await _post(client, {"input": text})
         return answer, 1000 * (time.perf_counter() - started)
 
-    return await _pool(_CLIENTS, [timed(text) for text in texts])
+    return await _pool(_CLIENTS, [partial(timed, text) for text in texts])
 
 
-async def _pool(size: int, coroutines: Sequence[Any]) -> list[Any]:
+async def _pool(size: int, requests: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:
+    """So many at a time; none is under way once one has failed."""
     slots = asyncio.Semaphore(size)
 
-    async def run(coroutine: Any) -> Any:
+    async def run(request: Callable[[], Awaitable[Any]]) -> Any:
         async with slots:
-            return await coroutine
+            return await request()
 
-    return await asyncio.gather(*(run(coroutine) for coroutine in coroutines))
+    tasks = [asyncio.ensure_future(run(request)) for request in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    except ClusterError:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 async def _post(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
@@ -127,12 +155,15 @@ async def _post(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, An
         response = await client.post("/v1/classify", json=body)
     except httpx.HTTPError as error:
         raise ClusterError(
-            f"{client.base_url}v1/classify: no answer ({type(error).__name__}: {error}); look at "
+            f"{client.base_url}/v1/classify: no answer ({type(error).__name__}: {error}); look at "
             "Ray Serve's log files (/tmp/ray/session_latest/logs/serve)."
         ) from error
     if response.status_code != 200:
-        raise ClusterError(
-            f"{client.base_url}v1/classify answered {response.status_code}: {response.text[:300]}"
+        failure = (
+            _LateError if response.status_code == httpx.codes.GATEWAY_TIMEOUT else ClusterError
+        )
+        raise failure(
+            f"{client.base_url}/v1/classify answered {response.status_code}: {response.text[:300]}"
         )
     return response.json()
 

@@ -3,7 +3,7 @@
     .venv/bin/python tests/benchmarks/scale.py --quick
     .venv/bin/python tests/benchmarks/scale.py --json scale.json      # half an hour or more
 
-The driver's own code runs; only replicas are simulated, each in an actor of its own.
+The driver's own code runs; only replicas are simulated.
 
 Shards, of each size in a process of its own. Commits are put into a store in memory, so that no
 disk is timed: what a store's answers take is its latency times the requests.
@@ -12,12 +12,14 @@ disk is timed: what a store's answers take is its latency times the requests.
 - resume: the shards to do, of a dataset that has half of them;
 - finish: all commits are read, checked, summed up, compacted, and the manifest is written.
 
-Replicas, as many as there is memory for (--replicas), all on this machine:
+Replicas, all on this machine: each an actor of Ray, as many as there is memory for (--replicas);
+and up to a thousand that are actors to Ray Data in the driver and share eight processes (--hosted).
 - handing out: as above, in microseconds of the clock, of the driver, and of what else is on its
   node. The clock's are of the machine, whose cores the replicas share with the driver: a limit
   from above. What the driver itself takes is what a cluster's would;
 - at work: shares of a processor while every replica is in a shard, reports, and is not done.
-  A line through these shares is drawn out to a thousand replicas.
+  Ray's control store has as many actors as there are processes: a line through its shares of the
+  real actors is drawn out to a thousand.
 
 Reports of a thousand replicas to the tally's actor, from other processes, as often as a busy
 replica makes them; and requests to the store, of real replicas whose teacher is a column.
@@ -54,7 +56,8 @@ from journeyman.labels.store import LabelStore
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 REPLICAS = (2, 20, 60)
-ALL = 1_000  # replicas that the figures of fewer are drawn out to
+ALL = 1_000
+HOSTED = (2, 60, ALL)
 _ENOUGH = 50  # replicas at least, whose figures are
 MOST_GROWTH = 2.0
 MOST_CORES = 0.5  # of a processor, by what is one process however many replicas there are
@@ -72,6 +75,7 @@ class Plan:
 
     sizes: Sequence[int] = SIZES
     replicas: Sequence[int] = REPLICAS
+    hosted: Sequence[int] = HOSTED
     blocks: int = 1_000
     per_block: int = 10
     slow_s: float = 15.0
@@ -83,6 +87,7 @@ class Plan:
 QUICK = Plan(
     sizes=(200, 800),
     replicas=(4,),
+    hosted=(40,),
     blocks=300,
     per_block=1,
     slow_s=1.5,
@@ -98,6 +103,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
     parser.add_argument("--sizes", type=int, nargs="*", metavar="N", help="shards, of each run")
     parser.add_argument("--replicas", type=int, nargs="*", metavar="N", help="of each run")
+    parser.add_argument("--hosted", type=int, nargs="*", metavar="N", help="of each run")
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)  # in a process of its own
     options = parser.parse_args()
     if options.part:
@@ -106,7 +112,9 @@ def main() -> int:
         return 0
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
           f"ray {metadata.version('ray')}")  # fmt: skip
-    given = {k: v for k in ("sizes", "replicas") if (v := getattr(options, k)) is not None}
+    given = {
+        k: v for k in ("sizes", "replicas", "hosted") if (v := getattr(options, k)) is not None
+    }
     found = measured(replace(QUICK if options.quick else Plan(), **given))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
@@ -121,11 +129,12 @@ def measured(plan: Plan) -> dict[str, Any]:
           flush=True)  # fmt: skip
     part = in_a_process if plan.apart else here
     found["sizes"] = {n: shown_size(part("size", n=n)) for n in plan.sizes}
-    found["replicas"] = {}
-    for n in plan.replicas:
-        told = part("replicas", n=n, n_blocks=plan.blocks, per_block=plan.per_block,
-                    slow_s=plan.slow_s)  # fmt: skip
-        found["replicas"][n] = shown_replicas(n, told)
+    for kind, numbers in (("replicas", plan.replicas), ("hosted", plan.hosted)):
+        found[kind] = {}
+        for n in numbers:
+            told = part("replicas", n=n, n_blocks=plan.blocks, per_block=plan.per_block,
+                        slow_s=plan.slow_s, in_hosts=kind == "hosted")  # fmt: skip
+            found[kind][n] = shown_replicas(n, kind, told)
     found["tally"] = {}
     for load in plan.loads:
         told = part("tally", per_s=load * found["reports_per_s"], window_s=plan.window_s)
@@ -166,10 +175,10 @@ def shown_size(told: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
-def shown_replicas(n: int, told: dict[str, Any]) -> dict[str, Any]:
+def shown_replicas(n: int, kind: str, told: dict[str, Any]) -> dict[str, Any]:
     us = "  ".join(f"{who} {spread(thirds)}" for who, thirds in told["us"].items())
     cores = "  ".join(f"{who} {share:.3f}" for who, share in told["cores"].items())
-    print(f"{n:>5,} replicas of {told['replica_mb']:.0f} MB, there after {told['start_s']:.0f} s   "
+    print(f"{n:>5,} {kind} of {told['replica_mb']:.0f} MB, there after {told['start_s']:.0f} s   "
           f"handing out {told['shards']:,}, us/shard: {us}   at work, cores: {cores}, "
           f"{told['reports_per_s']:.0f} reports/s", flush=True)  # fmt: skip
     return told
@@ -194,8 +203,12 @@ def goals(found: dict[str, Any]) -> int:
     met = True
     if len(found["sizes"]) > 1:
         met &= size_goals(found["sizes"])
-    if len(found["replicas"]) > 1:
-        met &= replica_goals(found["replicas"])
+    if len(found["hosted"]) > 1:
+        met &= driver_goals(found["hosted"])
+    if max(found["replicas"], default=0) >= _ENOUGH:
+        at_all = drawn_out({n: told["cores"]["control"] for n, told in found["replicas"].items()})
+        met &= goal(f"control store's cores, {ALL:,} replicas at work, drawn out", MOST_CORES,
+                    [at_all])  # fmt: skip
     cores = [window["cores"] for window in found["tally"][1]]
     met &= goal(f"tally's cores, {ALL:,} replicas", MOST_CORES, cores)
     labeling = [sum(found["requests"][step].values()) for step in ("label", "finish")]
@@ -217,17 +230,13 @@ def size_goals(sizes: dict[int, dict[str, Any]]) -> bool:
     return met
 
 
-def replica_goals(replicas: dict[int, dict[str, Any]]) -> bool:
-    least, most = min(replicas), max(replicas)
-    driver = {n: replicas[n]["us"]["driver"] for n in (least, most)}
-    before = statistics.median(driver[least])
-    growth = [us / before for us in driver[most]]
+def driver_goals(hosted: dict[int, dict[str, Any]]) -> bool:
+    least, most = min(hosted), max(hosted)
+    before = statistics.median(hosted[least]["us"]["driver"])
+    growth = [us / before for us in hosted[most]["us"]["driver"]]
     met = goal(f"driver's time a shard, {most:,} vs {least:,} replicas", MOST_GROWTH, growth)
-    for who in ("driver", "control") if most >= _ENOUGH else ():
-        at_all = drawn_out({n: told["cores"][who] for n, told in replicas.items()})
-        met &= goal(f"{who}'s cores, {ALL:,} replicas at work, drawn out from {most:,}",
-                    MOST_CORES, [at_all])  # fmt: skip
-    return met
+    return met & goal(f"driver's cores, {most:,} replicas at work", MOST_CORES,
+                      [hosted[most]["cores"]["driver"]])  # fmt: skip
 
 
 def drawn_out(of: dict[int, float]) -> float:
@@ -308,9 +317,11 @@ def peak() -> int:
 # --- many replicas ---
 
 
-def replicas(n: int, n_blocks: int, per_block: int, slow_s: float) -> dict[str, Any]:
+def replicas(
+    n: int, n_blocks: int, per_block: int, slow_s: float, in_hosts: bool
+) -> dict[str, Any]:
     scale_replicas.warm()
-    return scale_replicas.handing_out(n, n_blocks, per_block, slow_s)
+    return scale_replicas.handing_out(n, n_blocks, per_block, slow_s, in_hosts)
 
 
 def tally(per_s: float, window_s: float) -> list[dict[str, float]]:

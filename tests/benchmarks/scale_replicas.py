@@ -1,15 +1,16 @@
-"""Simulated replicas in actors of their own: what they take of the driver, and of the tally.
+"""Simulated replicas: what they take of the driver, and of the tally.
 
 What runs is ``pipeline``'s: its pass of Ray Data, its actors, its tally. Only the replica inside an
 actor is another, which is done with quick shards at once, and with slow ones when it is told to
 be. Actors ask for no CPU, so that one machine has many: each is a process, as many as its memory
-holds.
+holds, or hosts keep many of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import sys
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from typing import Any
 import psutil
 import ray
 import ray.data
+from scale_hosts import at_the_end_of_start, hosted
 
 from journeyman import cluster, recipe
 from journeyman.labels import pipeline, planning
@@ -94,27 +96,37 @@ class SimulatedReplica:
         report(self._name, Counts())
         if not self._silent:
             threading.Thread(target=self._beat, daemon=True).start()
-        (self._crowd / f"{_HERE}{os.getpid()}").touch()
-        self._until_told(_GO)
+        (self._crowd / f"{_HERE}{self._name}-{os.getpid()}").touch()
+        at_the_end_of_start(_told(self._crowd / _GO).wait)
 
     def label(self, work: Work) -> Commit:
         """As a replica's, the end of a shard is reported; that of a slow one, which stands for a
         part of a minute's, is not."""
         if work.shard.startswith(_SLOW):
-            (self._crowd / f"{_SLOW}{os.getpid()}").touch()
-            self._until_told(_END)
+            (self._crowd / f"{_SLOW}{self._name}").touch()
+            _told(self._crowd / _END).wait()
         elif not self._silent:
             self._report(self._name, _REPORT)
         return commit_of(work.shard)
-
-    def _until_told(self, what: str) -> None:
-        while not (self._crowd / what).exists():
-            time.sleep(_POLL_S)
 
     def _beat(self) -> None:
         while True:
             time.sleep(self._interval_s)
             self._report(self._name, _REPORT)
+
+
+@functools.cache
+def _told(file: Path) -> threading.Event:
+    """Set once there is this file, which one thread of a process looks for."""
+    event = threading.Event()
+
+    def look() -> None:
+        while not file.exists():
+            time.sleep(_POLL_S)
+        event.set()
+
+    threading.Thread(target=look, daemon=True).start()
+    return event
 
 
 class Labeler(pipeline._ShardLabeler):
@@ -184,9 +196,9 @@ class Watched(pipeline._Run):
     def _conduct(self) -> None:
         """Have all replicas begin at once, and look at them while they are at work."""
         crowd = Path(self._spec.corpus_dir)
-        self.pids = [int(name.removeprefix(_HERE)) for name in self._until_all(_HERE)]
+        self.pids = {int(name.rpartition("-")[2]) for name in self._until_all(_HERE)}
         memory = [psutil.Process(pid).memory_full_info().uss for pid in self.pids]
-        self.replica_bytes = sum(memory) // len(memory)
+        self.replica_bytes = sum(memory) // self._spec.recipe.cluster.replicas.max
         self.noted.append(self._spent())
         (crowd / _GO).touch()
         if self._slow_s:
@@ -235,14 +247,19 @@ def processor_s(process: psutil.Process) -> float:
 
 
 def run(
-    asked: recipe.Recipe, shards: Sequence[str], of: dict[str, Any], slow_s: float = 0.0
+    asked: recipe.Recipe,
+    shards: Sequence[str],
+    of: dict[str, Any],
+    slow_s: float = 0.0,
+    *,
+    in_hosts: bool = False,
 ) -> Watched:
     """Label shards of a corpus with this manifest."""
     with tempfile.TemporaryDirectory() as crowd:
         spec = ReplicaSpec(recipe=asked, teacher=asked.teacher, model=MODEL,
                            corpus_dir=Path(crowd), labels="none", identity={})  # fmt: skip
         watched = Watched(spec, [Work(shard=shard) for shard in shards], of, slow_s)
-        with simulated():
+        with simulated(), hosted() if in_hosts else contextlib.nullcontext():
             watched.run()
     _until_gone(watched.pids)
     return watched
@@ -258,7 +275,7 @@ def simulated() -> Iterator[None]:
         pipeline._ShardLabeler = own  # type: ignore[misc]
 
 
-def _until_gone(pids: Sequence[int]) -> None:
+def _until_gone(pids: Collection[int]) -> None:
     """Or the next measurement has less of the machine."""
     deadline = time.monotonic() + _PATIENCE_S
     while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
@@ -268,9 +285,12 @@ def _until_gone(pids: Sequence[int]) -> None:
 # --- what is measured ---
 
 
-def handing_out(n_replicas: int, n_blocks: int, per_block: int, slow_s: float) -> dict[str, Any]:
+def handing_out(
+    n_replicas: int, n_blocks: int, per_block: int, slow_s: float, in_hosts: bool
+) -> dict[str, Any]:
     """Quick shards as fast as they go, and then so many seconds in which all replicas are at work
-    and none is done. n_blocks: at least, and as many as a run of so many replicas has.
+    and none is done. n_blocks: at least, and as many as a run of so many replicas has. in_hosts:
+    few processes keep all replicas.
 
     us: of a quick shard, by third. cores: shares of a processor while all are at work.
     """
@@ -283,7 +303,7 @@ def handing_out(n_replicas: int, n_blocks: int, per_block: int, slow_s: float) -
     shards += [f"{_SLOW}{i:05d}.parquet" for i in range(n_slow)]
     assert planning.shards_per_block(len(shards), slots) == per_block
     started = time.perf_counter()
-    watched = run(asked, shards, manifest(shards), slow_s)
+    watched = run(asked, shards, manifest(shards), slow_s, in_hosts=in_hosts)
     thirds = [after.since(before) for before, after in itertools.pairwise(watched.noted)]
     at_work = watched.at_work
     return {

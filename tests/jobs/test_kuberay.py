@@ -2,15 +2,21 @@
 
 The models below name what our manifests use, out of KubeRay's published API reference (v1.7) and
 the Kubernetes API's; a field that is misspelt, misplaced or of another type is refused.
+
+KubeRay's own CRDs come in no Python package. Where KUBERAY_CRDS names a folder that has them, as
+``helm pull kuberay/kuberay-operator --untar`` leaves one in kuberay-operator/crds, the manifests
+are held to these, too, as strictly as ``kubectl apply --validate=strict``.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import jsonschema
 import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -163,6 +169,69 @@ def service() -> RayService:
 
 def clusters() -> list[RayClusterSpec]:
     return [*(job(path).spec.ray_cluster_spec for path in JOBS), service().spec.ray_cluster_config]
+
+
+@pytest.mark.skipif("KUBERAY_CRDS" not in os.environ, reason="KUBERAY_CRDS names no folder")
+@pytest.mark.parametrize("path", [*JOBS, SERVICE], ids=lambda path: path.stem)
+def test_manifests_are_as_the_published_crds_ask(path: Path):
+    manifest = yaml.safe_load(path.read_text())
+    documents = Path(os.environ["KUBERAY_CRDS"]).glob("*.yaml")
+    kinds = {crd["spec"]["names"]["kind"]: crd for crd in map(yaml.safe_load, map(read, documents))}
+    refused(manifest, kinds[manifest["kind"]])
+
+
+def read(path: Path) -> str:
+    return path.read_text()
+
+
+def refused(manifest: dict[str, Any], crd: dict[str, Any]) -> None:
+    """Raises jsonschema.ValidationError where an API server with this CRD would refuse it."""
+    group, _, asked = manifest["apiVersion"].partition("/")
+    assert group == crd["spec"]["group"]
+    [version] = [v for v in crd["spec"]["versions"] if v["name"] == asked and v["served"]]
+    schema = strict(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}  # the API server's own matter
+    jsonschema.Draft202012Validator(schema).validate(manifest)
+
+
+def strict(schema: Any) -> Any:
+    """A structural schema in which a field that it does not name is an error."""
+    if isinstance(schema, list):
+        return [strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {name: strict(value) for name, value in schema.items()}
+    named = isinstance(schema.get("properties"), dict) and schema.get("type") == "object"
+    if named and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        schema.setdefault("additionalProperties", False)
+    return schema
+
+
+def test_a_field_that_a_crd_does_not_name_is_refused():
+    quantity = {"anyOf": [{"type": "integer"}, {"type": "string"}],
+                "x-kubernetes-int-or-string": True}  # fmt: skip
+    spec = {"type": "object", "required": ["entrypoint"], "properties": {
+        "entrypoint": {"type": "string"},
+        "limits": {"type": "object", "additionalProperties": quantity},
+        "anything": {"type": "object", "properties": {"named": {"type": "string"}},
+                     "x-kubernetes-preserve-unknown-fields": True},
+    }}  # fmt: skip
+    named = {"apiVersion": {"type": "string"}, "kind": {"type": "string"},
+             "metadata": {"type": "object"}, "spec": spec}  # fmt: skip
+    schema = {"openAPIV3Schema": {"type": "object", "properties": named}}
+    versions = [{"name": "v1", "served": True, "schema": schema}]
+    crd = {"spec": {"group": "ray.io", "versions": versions}}
+
+    def manifest(**spec: Any) -> dict[str, Any]:
+        return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": "a"},
+                "spec": spec}  # fmt: skip
+
+    refused(manifest(entrypoint="a", limits={"cpu": 1, "memory": "1Gi"}, anything={"b": 1}), crd)
+    for wrong, words in (({"entrypoint": "a", "entryPoint": "b"}, "entryPoint"),
+                         ({"entrypoint": 1}, "'string'"), ({}, "required"),
+                         ({"entrypoint": "a", "limits": {"cpu": 1.5}}, "not valid")):  # fmt: skip
+        with pytest.raises(jsonschema.ValidationError, match=words):
+            refused(manifest(**wrong), crd)
 
 
 def test_there_is_a_job_for_labeling_training_and_the_whole():

@@ -70,14 +70,16 @@ _WINDOWS, _REPORTERS = 3, 2  # in which the tally is watched; processes that rep
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """blocks, per_block: of Ray Data, that are handed out to many replicas, and how many shards are
-    in each; slow_s: they are at work; loads: of the tally, as shares of what it has to bear;
-    window_s: of each; apart: each measurement in a process of its own, with a Ray of its own."""
+    in each; per_hosted_block: fewer, for a thousand replicas have twenty times as many blocks;
+    slow_s: they are at work; loads: of the tally, as shares of what it has to bear; window_s: of
+    each; apart: each measurement in a process of its own, with a Ray of its own."""
 
     sizes: Sequence[int] = SIZES
     replicas: Sequence[int] = REPLICAS
     hosted: Sequence[int] = HOSTED
     blocks: int = 1_000
     per_block: int = 10
+    per_hosted_block: int = 2
     slow_s: float = 15.0
     loads: Sequence[float] = (1, 5)
     window_s: float = 10.0
@@ -90,6 +92,7 @@ QUICK = Plan(
     hosted=(40,),
     blocks=300,
     per_block=1,
+    per_hosted_block=1,
     slow_s=1.5,
     loads=(1,),
     window_s=1.0,
@@ -129,10 +132,13 @@ def measured(plan: Plan) -> dict[str, Any]:
           flush=True)  # fmt: skip
     part = in_a_process if plan.apart else here
     found["sizes"] = {n: shown_size(part("size", n=n)) for n in plan.sizes}
-    for kind, numbers in (("replicas", plan.replicas), ("hosted", plan.hosted)):
+    for kind, numbers, per_block in (
+        ("replicas", plan.replicas, plan.per_block),
+        ("hosted", plan.hosted, plan.per_hosted_block),
+    ):
         found[kind] = {}
         for n in numbers:
-            told = part("replicas", n=n, n_blocks=plan.blocks, per_block=plan.per_block,
+            told = part("replicas", n=n, n_blocks=plan.blocks, per_block=per_block,
                         slow_s=plan.slow_s, in_hosts=kind == "hosted")  # fmt: skip
             found[kind][n] = shown_replicas(n, kind, told)
     found["tally"] = {}

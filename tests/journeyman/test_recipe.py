@@ -243,9 +243,43 @@ def test_a_setting_that_nothing_reads_is_refused_and_its_default_is_not(
         recipe.load(DEMO, [*overrides, f"training.{setting}"])
 
 
+@pytest.mark.parametrize(
+    ("given", "where", "why"),
+    [
+        ((BY_URL,), "teacher", "behind a URL"),
+        (
+            (GENERATE, "corpus.columns.meta=[reply]", "teacher.column=reply"),
+            "teacher",
+            "in a column",
+        ),
+        (("ensemble.b={model: m, url: http://host/v1}",), "ensemble.b", "behind a URL"),
+        (
+            (
+                GENERATE,
+                "student.kind=causal",
+                "certify={match: judge, judge: {teacher: {model: m, url: http://host/v1}}}",
+            ),
+            "certify.judge.teacher",
+            "behind a URL",
+        ),
+    ],
+)
+def test_a_revision_of_a_teacher_that_is_no_repository_is_refused(
+    given: tuple[str, ...], where: str, why: str
+):
+    recipe.load(DEMO, given)
+    words = sentence(*given, f"{where}.revision=v2")
+    assert words.endswith(
+        f"{DEMO.name}: {where}.revision would change nothing: it is of a repository on the hub, "
+        f"and this teacher is {why}; leave it out."
+    )
+    assert "\n" not in words
+
+
 def test_the_recipe_of_a_finished_run_is_read_with_settings_that_nothing_reads():
     finished = recipe.load(DEMO).model_dump(mode="json")
     finished["training"]["divergence"] = "reverse_kl"
+    finished["teacher"] |= {"url": "http://api/v1", "revision": "v2"}
     assert recipe.parse(finished).training.divergence == "reverse_kl"
 
 

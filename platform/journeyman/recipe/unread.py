@@ -1,4 +1,5 @@
-"""Settings of ``training`` and ``certify`` that nothing would read, by what is learned: one table.
+"""Settings of ``training``, ``certify`` and teachers that nothing would read; of ``training``, by
+what is learned, one table.
 
 A recipe that sets one to another value than its default is refused where its file is loaded, and
 not where it is read again from a finished run. ``student`` looks after its own.
@@ -6,13 +7,14 @@ not where it is read again from a finished run. ``student`` looks after its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from journeyman.recipe.labels import Classes, Generate, Logits, Rationales
 from journeyman.recipe.serving import Certify
 from journeyman.recipe.student import Training
+from journeyman.recipe.teacher import Teacher
 
 if TYPE_CHECKING:
     from journeyman.recipe.loading import Recipe
@@ -123,6 +125,12 @@ def sentences(recipe: Recipe) -> list[str]:
         f"training.{name} would change nothing: it goes with {_READ[name][1]}; {LEAVE_OUT}."
         for name in names(recipe)
     ]
+    said += [
+        f"{where}.revision would change nothing: it is of a repository on the hub, and this "
+        f"teacher is {'behind a URL' if teacher.url else 'in a column'}; leave it out."
+        for where, teacher in _teachers(recipe)
+        if teacher.revision is not None and teacher.gives_text_alone
+    ]
     if recipe.student and recipe.student.kind != "causal":
         fields = Certify.model_fields
         said += [
@@ -132,3 +140,12 @@ def sentences(recipe: Recipe) -> list[str]:
             if getattr(recipe.certify, name) != fields[name].default
         ]
     return said
+
+
+def _teachers(recipe: Recipe) -> Iterator[tuple[str, Teacher]]:
+    """All of them, by YAML path."""
+    yield "teacher", recipe.teacher
+    for name, teacher in recipe.ensemble.items():
+        yield f"ensemble.{name}", teacher
+    if recipe.certify.judge.teacher:
+        yield "certify.judge.teacher", recipe.certify.judge.teacher

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from journeyman.errors import DataError
-from journeyman.labels import confidence
 from journeyman.labels.dataset import ClassRows
 from journeyman.probabilities import expected_calibration_error
 from journeyman.recipe import Student, Training
-from journeyman.student import acceleration, batches, flops, losses, models, row_weights
+from journeyman.student import (
+    acceleration,
+    batches,
+    class_rows,
+    flops,
+    losses,
+    models,
+    row_weights,
+)
 from journeyman.student.batches import TokenRows
 from journeyman.student.inputs import Inputs
-from journeyman.student.learner import Measured, no_rows
+from journeyman.student.learner import Measured
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +58,9 @@ class Classifying:
         def tokenised(rows: ClassRows) -> TokenRows:
             return batches.tokenise(self._tokenizer, inputs.all(rows.columns), student.max_length)
 
-        self._train, self._held_out = _read(read_rows(), tokenised)
+        self._train, self._held_out = class_rows.read(
+            read_rows(), tokenised, hard_labels=training.hard_labels
+        )
         self._tokens, self._held_out_tokens = self._train.tokens, self._held_out.tokens
         self._labels = self._train.labels
         self.module = models.build(folder or model_dir, self._labels, training.seed)
@@ -65,14 +73,10 @@ class Classifying:
         self.row_ids = self._train.ids
         self.lengths = self._tokens.lengths
         self.sizes = self.n_learned = np.ones(len(self._train.ids), np.int64)
-        self._targets = self._train.logprobs
-        if training.hard_labels:
-            self._targets = losses.first_choices(self._targets)
         self._class_weights = self._weigh_classes(device)
         self._weights: np.ndarray | None = None
         if training.row_weight != "none":
-            sure = confidence.of_classes(self._train.logprobs)
-            self._weights = row_weights.normalised(sure, self.sizes)
+            self._weights = row_weights.normalised(self._train.sure, self.sizes)
 
     def _weigh_classes(self, device: torch.device) -> torch.Tensor | None:
         """float32[c]; raises DataError where a class that has no rows would be balanced."""
@@ -82,7 +86,7 @@ class Classifying:
         if wanted == "none":
             return None
         if wanted == "balanced":
-            found = losses.balanced(np.exp(self._targets))
+            found = losses.balanced(self._train.class_counts)
             if not np.isfinite(found).all():
                 absent = labels[int(np.argmax(~np.isfinite(found)))]
                 raise DataError(
@@ -119,7 +123,7 @@ class Classifying:
             logits = parallel(input_ids=input_ids, attention_mask=mask).logits
         loss = losses.distillation(
             logits.float(),
-            torch.from_numpy(self._targets[batch]).to(device, torch.float32),
+            torch.from_numpy(self._train.targets(batch)).to(device),
             torch.from_numpy(self._train.gold[batch]).to(device),
             temperature=self._training.temperature,
             gold_weight=self._training.gold_weight,
@@ -169,45 +173,3 @@ class Classifying:
 
     def export(self, folder: Path) -> None:
         self.write(self.module, folder)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
-    """The rows of a split as they are learned; arrays as in ``ClassRows``."""
-
-    labels: tuple[str, ...]
-    ids: list[str]
-    tokens: TokenRows
-    gold: np.ndarray
-    logprobs: np.ndarray
-
-
-def _read(
-    parts: Iterable[ClassRows], tokenised: Callable[[ClassRows], TokenRows]
-) -> tuple[_Rows, _Rows]:
-    """Train and calibrate rows; raises DataError where one of the two has none."""
-    found: dict[str, list[_Rows]] = {"train": [], "calibrate": []}
-    for part in parts:
-        for split, read in found.items():
-            rows = part.split(split)
-            if len(rows):
-                read.append(
-                    _Rows(
-                        labels=rows.labels, ids=rows.ids, tokens=tokenised(rows), gold=rows.gold,
-                        logprobs=rows.logprobs,
-                    )
-                )  # fmt: skip
-    train, calibrate = (_joined(read, split) for split, read in found.items())
-    return train, calibrate
-
-
-def _joined(parts: list[_Rows], split: str) -> _Rows:
-    if not parts:
-        raise no_rows(split)
-    return _Rows(
-        labels=parts[0].labels,
-        ids=[row_id for part in parts for row_id in part.ids],
-        tokens=batches.joined([part.tokens for part in parts]),
-        gold=np.concatenate([part.gold for part in parts]),
-        logprobs=np.concatenate([part.logprobs for part in parts]),
-    )

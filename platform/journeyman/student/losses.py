@@ -46,22 +46,20 @@ def soft_divergence(
     return temperature**2 * divergence.sum(dim=-1)
 
 
-def balanced(probabilities: np.ndarray) -> np.ndarray:
+def balanced(counts: np.ndarray) -> np.ndarray:
     """Weights that give all classes the same part in the loss: float64[c].
 
-    n / (c · count), as scikit-learn's ``compute_class_weight``, where a count is the sum of a
-    class's probabilities, float[n, c], over the rows; inf for a class that has none.
+    n / (c · count), as scikit-learn's ``compute_class_weight``; counts: float[c], the sum of each
+    class's probabilities over the n rows; inf for a class that has none.
     """
-    counts = probabilities.sum(axis=0, dtype=np.float64)
     with np.errstate(divide="ignore"):
-        return len(probabilities) / (len(counts) * counts)
+        return counts.sum(dtype=np.float64) / (len(counts) * np.asarray(counts, np.float64))
 
 
-def first_choices(logprobs: np.ndarray) -> np.ndarray:
-    """Distributions that are sure of each row's most likely class, the first of equal ones:
-    float64[n, c], natural logs; logprobs: float[n, c]."""
-    sure = np.full(logprobs.shape, -np.inf)
-    np.put_along_axis(sure, logprobs.argmax(axis=1)[:, None], 0.0, axis=1)
+def certain(classes: np.ndarray, n_classes: int) -> np.ndarray:
+    """Distributions that are sure of a class each: float32[n, c], natural logs; classes: int[n]."""
+    sure = np.full((len(classes), n_classes), -np.inf, np.float32)
+    sure[np.arange(len(classes)), classes] = 0.0
     return sure
 
 

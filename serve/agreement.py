@@ -169,7 +169,8 @@ class Member:
     last: Agreed | None = field(default=None, init=False)
     failure: str | None = field(default=None, init=False)  # why it goes on alone
     _leaves: bool = field(default=False, init=False)
-    _batch: int = field(default=0, init=False)
+    # Numbers of a bundle that comes back to the same replica go on behind those from before.
+    _batch: int = field(default_factory=time.monotonic_ns, init=False)
     _audits: tuple[Audit, ...] = field(default=(), init=False)  # of this batch, not handed on yet
 
     async def run(self) -> None:

@@ -123,8 +123,14 @@ class Ingress:
     def _worked(self, seconds: float) -> None:
         self._busy_s += seconds
 
-    async def _load(self, bundle: str) -> Served:
-        loaded = await asyncio.to_thread(loading.load, bundle)
+    async def _load(self, bundle: str | None, but_not: str) -> Served | None:
+        """bundle: None is the application's own; but_not: the id of one that answers already, of
+        which there is not to be a second."""
+        loaded = self._spec.loaded
+        if bundle is not None:
+            loaded = await asyncio.to_thread(loading.load, bundle)
+        if loaded.bundle.bundle_id == but_not:
+            return None
         loading.check_fits(loaded, self._spec.loaded)
         if self._writers:
             await writers.started(self._writers, loaded)

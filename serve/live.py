@@ -7,6 +7,7 @@ request is dropped and each is answered by one bundle from its beginning to its 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import hashlib
 import logging
@@ -18,9 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from journeyman.cascade.recording import Answering
 from journeyman.certify.bundle import PolicyBundle, WrittenBundle
-from journeyman.errors import JourneymanError
+from journeyman.errors import BundleMismatch, ClusterError, JourneymanError
 
 _log = logging.getLogger("ray.serve")
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # before a bundle that was out of reach is tried again
 _MOST_SHADOWED = 256  # texts that wait for a shadow at a time; further ones are not tried
 
 
@@ -45,7 +47,7 @@ class UserConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    bundle: str | None = None
+    bundle: str | None = Field(None, description="Without one the application's own answers.")
     candidate: Candidate | None = None
 
 
@@ -65,14 +67,20 @@ class Live:
     """Holds what answers, and exchanges it."""
 
     def __init__(
-        self, first: Served, load: Callable[[str], Awaitable[Served]], close_after_s: float
+        self,
+        first: Served,
+        load: Callable[[str | None, str], Awaitable[Served | None]],
+        close_after_s: float,
     ) -> None:
-        """load: raises JourneymanError; close_after_s: the longest that a request may take."""
+        """load: where a bundle lies, None being the first one's place, and the id of one that
+        is not to be loaded, for which it returns None; raises JourneymanError. close_after_s: the
+        longest that a request may take."""
         self._load, self._close_after_s = load, close_after_s
         self._main = first
         self._candidate: Served | None = None
         self._tried: Candidate | None = None
-        self._wanted = UserConfig()
+        self._wanted = self._is = UserConfig()
+        self._changed = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._leaving: list[Served] = []  # that still answer what they began
@@ -137,33 +145,46 @@ class Live:
         except ValidationError as error:
             self._fail(f"user_config: {error.errors()[0]['msg']}")
             return
+        self._changed.set()
         if self._following is None or self._following.done():
             self._following = self._begin(self._follow())
 
     async def _follow(self) -> None:
-        wanted: UserConfig | None = None
-        while wanted is not self._wanted:  # it may change while a bundle is loaded
+        pause_s = _FIRST_PAUSE_S
+        while True:  # it may change while a bundle is loaded
             wanted = self._wanted
+            self._changed.clear()
             try:
                 await self._become(wanted)
                 self.failure = None
+            except ClusterError as error:  # of a store that is away, say
+                self._fail(str(error))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                continue
             except JourneymanError as error:
                 self._fail(str(error))
             except Exception as error:  # a good replica must outlive any bad bundle
                 self._fail(f"{type(error).__name__}: {error}")
+            if wanted is self._wanted:
+                return
 
     async def _become(self, wanted: UserConfig) -> None:
-        if wanted.bundle is not None:
-            fresh = await self._load(wanted.bundle)
-            if fresh.bundle.bundle_id == self._main.bundle.bundle_id:
-                self._close(fresh)
-            else:
+        if wanted.bundle is not None or self._is.bundle is not None:
+            fresh = await self._load(wanted.bundle, self.bundle.bundle_id)
+            if fresh is not None:
                 self._main, before = fresh, self._main
                 _log.info("bundle %s answers in place of %s", fresh.bundle.bundle_id,
                           before.bundle.bundle_id)  # fmt: skip
                 self._close(before)
+            self._is = wanted
         if wanted.candidate != self._tried:
-            tried = await self._load(wanted.candidate.bundle) if wanted.candidate else None
+            tried = None
+            if wanted.candidate:
+                tried = await self._load(wanted.candidate.bundle, self.bundle.bundle_id)
+                if tried is None:
+                    raise BundleMismatch(f"candidate: {wanted.candidate.bundle} answers already.")
             self._candidate, before_it = tried, self._candidate
             self._tried = wanted.candidate
             self._n_not_shadowed = 0

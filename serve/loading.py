@@ -115,11 +115,7 @@ def check_fits(loaded: Loaded, running: Loaded) -> None:
     """Raises BundleMismatch unless the teacher that runs for one can answer for the other, and the
     students of both have room where one runs."""
     bundle = loaded.bundle
-    asked = ["teacher_digest", "teacher_tokenizer_digest", "prompt_digest", "label_names",
-             "columns"]  # fmt: skip
-    differing = [
-        name for name in asked if getattr(bundle, name, None) != getattr(running.bundle, name, None)
-    ]
+    differing = fitting.differing(bundle, running.bundle)
     if differing:
         raise BundleMismatch(
             f"bundle {bundle.bundle_id} was certified with another teacher or prompt than what "

@@ -175,6 +175,30 @@ def test_a_member_hands_on_once_and_goes_on_alone_where_nobody_answers(tmp_path:
     assert [len(one.audits) for one in sent] == [12, 12, 1]
 
 
+def test_audits_of_a_bundle_that_comes_back_to_its_replica_are_heard(tmp_path: Path):
+    shared = Agreement(30.0)
+
+    def member(*outcomes: Audit) -> Member:
+        auditor = Auditor(None, None, None, busy=lambda: True)  # type: ignore[arg-type]
+        auditor._outcomes += outcomes
+        return Member(
+            replica="a", bundle="b", fresh=a_watch(), feedback=str(tmp_path),
+            breaker=Breaker(Settings()), auditor=auditor,
+            tighten=lambda _: None, ask=shared.exchange, heard=lambda _: None,
+        )  # fmt: skip
+
+    async def scenario() -> Member:
+        before, after = member(RIGHT), member(RIGHT)
+        for _ in range(3):
+            await before.exchange()
+        await before.leave()
+        await after.exchange()
+        return after
+
+    last = asyncio.run(scenario()).last
+    assert last and last.n_audits == 2
+
+
 def bill(
     to: Path, number: int, dollars: float, replica: str = "a", holds: float | None = None
 ) -> Bill:

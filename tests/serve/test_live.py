@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest
 
-from journeyman.errors import BundleMismatch
+from journeyman.errors import BundleMismatch, ClusterError
 from serve.live import Live, Served
 
 
@@ -21,11 +21,16 @@ class Bundles:
         self.may_load = asyncio.Event()
         self.may_load.set()
         self.away: set[str] = set()
+        self.out_of_reach: set[str] = set()
 
-    async def load(self, bundle: str) -> Served:
+    async def load(self, bundle: str | None, but_not: str) -> Served | None:
         await self.may_load.wait()
-        name = bundle.rpartition("/")[2]
+        name = (bundle or "a").rpartition("/")[2]
+        if name == but_not:
+            return None
         self.loaded.append(name)
+        if name in self.out_of_reach:
+            raise ClusterError(f"{name}: no answer from its store")
         if name == "bad":
             raise BundleMismatch("bad does not fit")
         if name == "broken":
@@ -125,7 +130,46 @@ def test_the_same_bundle_again_is_not_exchanged():
         before = live.served(["x"])
         live.follow({"bundle": "a"})
         await settled(live)
-        assert live.served(["x"]) is before and bundles.closed == ["a"]  # the second one
+        assert live.served(["x"]) is before and not bundles.loaded and not bundles.closed
+        live.follow({"bundle": "a", "candidate": {"bundle": "b"}})
+        await settled(live)
+        assert live.served(["x"]) is before and bundles.loaded == ["b"]
+        live.follow({"candidate": {"bundle": "a"}})
+        await settled(live)
+        assert live.failure == "candidate: a answers already."
+
+    run(test)
+
+
+def test_without_a_bundle_the_applications_own_answers_again():
+    async def test(live: Live, bundles: Bundles) -> None:
+        live.follow({"bundle": "b"})
+        await settled(live)
+        assert now(live) == "b"
+        live.follow({})
+        await settled(live)
+        assert now(live) == "a" and bundles.closed == ["a", "b"]
+
+    run(test)
+
+
+def test_a_bundle_that_was_out_of_reach_is_tried_again(monkeypatch):
+    monkeypatch.setattr("serve.live._FIRST_PAUSE_S", 0.005)
+
+    async def test(live: Live, bundles: Bundles) -> None:
+        bundles.out_of_reach = {"b", "c"}
+        live.follow({"bundle": "b"})
+        await asyncio.sleep(0.05)
+        assert now(live) == "a" and live.failure == "b: no answer from its store"
+        assert 2 <= bundles.loaded.count("b") <= 5  # after pauses that grow
+        bundles.out_of_reach = {"c"}
+        await settled(live)
+        assert now(live) == "b" and live.failure is None
+        live.follow({"bundle": "c"})
+        await asyncio.sleep(0.02)
+        live.follow({"bundle": "d"})  # is not kept waiting by a pause
+        await settled(live)
+        assert now(live) == "d" and live.failure is None
 
     run(test)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from journeyman.certify.bundle import PolicyBundle, WrittenBundle
+from journeyman.certify.bundle import Bundle, PolicyBundle, WrittenBundle
 from journeyman.errors import BundleMismatch
 from journeyman.models import Model
 from journeyman.recipe import Classes, Generate
@@ -36,6 +36,14 @@ def check(
             f"{', nor '.join(differing)}. Run `journeyman certify` for what is here, or serve "
             "what was certified."
         )
+
+
+def differing(bundle: Bundle, other: Bundle) -> list[str]:
+    """Of what both were certified for, the fields in which they differ: with none, the teacher
+    that runs for one can answer for the other."""
+    asked = ["teacher_digest", "teacher_tokenizer_digest", "prompt_digest", "label_names",
+             "columns"]  # fmt: skip
+    return [name for name in asked if getattr(bundle, name, None) != getattr(other, name, None)]
 
 
 def _short(value: str | tuple[str, ...]) -> str:

@@ -20,6 +20,7 @@ from journeyman.cli import (
     jobs,
     labels,
     results,
+    rollout,
     trying,
 )
 from journeyman.cli.arguments import add_feedback, add_recipe, command, load, positive
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add_recipe(run)
     run.add_argument("--new", action="store_true", help=_NEW)
     add_feedback(run, "train on its escalations too, and certify on its audits")
+    rollout.add_options(run)
     for name, words in _STEPS.items():
         if name == "label":
             step = command(commands, name, words, _label, _LABEL, _LABEL_EXAMPLES)
@@ -180,10 +182,11 @@ def _run(options: argparse.Namespace) -> int:
     from journeyman.summary import written
 
     loaded = load(options)
-    print(f"run       {steps.Run(loaded).where}", flush=True)
+    run = steps.Run(loaded)
+    rollout.check(options, run)
+    print(f"run       {run.where}", flush=True)
     done = steps.run(loaded, _print_result, new_labels=options.new)
     print()
-    run = steps.Run(loaded)
     if loaded.student is None:
         print(summary.table(summary.costs(run)))
         print(f"\nlabel     {run.labels}")
@@ -194,6 +197,10 @@ def _run(options: argparse.Namespace) -> int:
     if writes:
         print(f"\ntrain     {run.path('train')}")
     print(f"{'' if writes else chr(10)}report    {done[-1].manifest['page']}")
+    if options.from_feedback and writes:
+        print("next      the same words behind `journeyman certify`, which certifies it")
+    elif options.from_feedback:
+        rollout.end(options, run)
     return 0
 
 

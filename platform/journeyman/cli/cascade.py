@@ -123,8 +123,36 @@ def _rows(ready: dict[str, Any], bundle: dict[str, Any], figures: dict[str, Any]
         ("breaker", "open: the teacher fails" if figures["breaker_open"] else "closed"),
         ("stability", _stability(figures["population_stability"])),
         ("audits", _audits(figures["watch"])),
+        *_candidate(figures["candidate"]),
         *(("failing", f"{what}: {figures[name]}") for name, what in _FAILURES if figures[name]),
     ]  # fmt: skip
+
+
+def _candidate(tried: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Of a shadow its student's decisions are counted; of a canary, who answered."""
+    if tried is None:
+        return []
+    shadows = tried["mode"] == "shadow"
+    verb = "decides on" if shadows else "answers"
+    left = f", {tried['not_shadowed']:,} left out" if tried["not_shadowed"] else ""
+    lines = [
+        ("candidate", f"{tried['bundle']}, a {tried['mode']}: it {verb} {tried['share']:.0%} of "
+                      f"texts{left}"),
+        ("  last minute", _decided(tried["last_minute"], shadows)),
+        ("  since tried", _decided(tried["totals"], shadows)),
+    ]  # fmt: skip
+    if tried["unready"]:
+        lines.append(("  left out", f"its student is away: {tried['unready']}"))
+    return [*lines, ("  promote", "serve deploy promote.yaml, which is in its run's folder")]
+
+
+def _decided(of: dict[str, int], shadows: bool) -> str:
+    escalated = of["teacher"] + of["void"]
+    n = of["student"] + escalated
+    if not n:
+        return "nothing yet"
+    would = "would be " if shadows else ""
+    return f"{escalated / n:.1%} of {n:,} texts {would}escalated"
 
 
 def _stability(index: float | None) -> str:

@@ -6,10 +6,12 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from journeyman.cli import rollout
 from journeyman.cli.arguments import add_feedback, add_recipe, command, load
 from journeyman.cli.text import table
 from journeyman.errors import RecipeError
 from journeyman.recipe import Recipe
+from journeyman.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from journeyman.certify.planning import PlannedRows
@@ -37,12 +39,21 @@ def add_command(commands: Any, words: str, do: Callable[[argparse.Namespace], in
     """do: the step itself."""
 
     def certify(options: argparse.Namespace) -> int:
-        return _plan(options) if options.plan else _refuse_plans_options(options) or do(options)
+        if options.plan:
+            return _plan(options)
+        _refuse_plans_options(options)
+        run = RunFolder(load(options))
+        rollout.check(options, run)
+        status = do(options)
+        if options.from_feedback:
+            rollout.end(options, run)
+        return status
 
     parser = command(commands, "certify", words, certify, _WORDS, _EXAMPLES)
     add_recipe(parser)
     parser.set_defaults(step="certify")
     add_feedback(parser, "certify the student that `journeyman run --from-feedback` trained")
+    rollout.add_options(parser)
     parser.add_argument("--plan", action="store_true", help="say how many certify rows are needed")
     for name, what in (
         ("expected", "what the threshold is expected to let through; default some shares of alpha"),
@@ -53,12 +64,11 @@ def add_command(commands: Any, words: str, do: Callable[[argparse.Namespace], in
         parser.add_argument(f"--{name}", metavar="SHARE", type=float, help=f"with --plan: {what}")
 
 
-def _refuse_plans_options(options: argparse.Namespace) -> int:
+def _refuse_plans_options(options: argparse.Namespace) -> None:
     given = [n for n in ("expected", "gains", "coverage", "chance")
              if getattr(options, n) is not None]  # fmt: skip
     if given:
         raise RecipeError(f"--{given[0]} goes with --plan.")
-    return 0
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -38,6 +38,7 @@ _ROOM_FOR_ACCEPTED = 500
 _UPSCALE_DELAY_S = 5.0  # an engine takes longer to start than a burst to show
 _LOOK_BACK_S = 5.0
 _REPORT_EVERY_S = 1.0
+_DRAIN_MARGIN_S = 5.0
 
 
 class AppArgs(BaseModel):
@@ -85,6 +86,7 @@ def build(bundle: str | Path) -> Application:
         logging_config={"enable_access_log": False},
         max_ongoing_requests=_ROOM_FOR_ACCEPTED,
         ray_actor_options=_actor(settings, 0),
+        graceful_shutdown_timeout_s=_drain_s(settings),
     ).bind(
         settings.cascade.breaker.probe_timeout_s,
         teacher_may_sleep=settings.cascade.teacher_replicas.min == 0,
@@ -104,6 +106,7 @@ def _ingress(settings: Recipe, n_cpus: float, **scaling: Any) -> Any:
         name=INGRESS,
         max_ongoing_requests=settings.cascade.max_queued_requests + _ROOM_FOR_ACCEPTED,
         ray_actor_options=_actor(settings, n_cpus),
+        graceful_shutdown_timeout_s=_drain_s(settings),
         **scaling,
     )
 
@@ -120,6 +123,7 @@ def _teacher(settings: Recipe, question: Labels, columns: Sequence[str]) -> Any:
         ray_actor_options=_actor(
             settings, cascade.teacher_cpus, 0 if spread else cascade.teacher_gpus
         ),
+        graceful_shutdown_timeout_s=_drain_s(settings),
         **_scaling(cascade.teacher_replicas, **_by_load(cascade.teacher_replicas)),
         **(routing.of_teacher(question, columns) if cascade.teacher_replicas.max > 1 else {}),
     )
@@ -133,8 +137,15 @@ def _student(settings: Recipe) -> Any:
         logging_config={"enable_access_log": False},
         max_ongoing_requests=cascade.max_student_queue + _ROOM_FOR_ACCEPTED,
         ray_actor_options=_actor(settings, cascade.student_cpus, cascade.student_gpus),
+        graceful_shutdown_timeout_s=_drain_s(settings),
         **_scaling(cascade.student_replicas, **by_load),
     )
+
+
+def _drain_s(settings: Recipe) -> float:
+    """A replica that is to go answers what it has begun: a request's deadline, and what its answer
+    takes on its way."""
+    return settings.cascade.request_timeout_s + _DRAIN_MARGIN_S
 
 
 def _actor(settings: Recipe, n_cpus: float, n_gpus: float = 0) -> dict[str, Any]:

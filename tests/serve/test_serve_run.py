@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray.serve import Application
 
 from journeyman.certify.bundle import load
 from journeyman.errors import BundleMismatch
@@ -106,3 +108,19 @@ def test_a_bundle_without_its_recipe_is_refused(copied: Path):
     (copied / "bundle" / "recipe.json").unlink()
     with pytest.raises(BundleMismatch, match=r"recipe\.json: missing or damaged"):
         build(copied / "bundle")
+
+
+def test_a_replica_that_goes_has_time_for_the_longest_request(run: tiny.Run):
+    deadline_s = run.recipe.cascade.request_timeout_s
+    names = set()
+
+    def look(application: Any) -> None:
+        deployment = application._bound_deployment
+        names.add(deployment.name)
+        assert deployment._deployment_config.graceful_shutdown_timeout_s == deadline_s + 5
+        for given in deployment.init_args:
+            if isinstance(given, Application):
+                look(given)
+
+    look(build(run.bundle_dir))
+    assert names == {"Cascade", "Teacher", "Agreement"}

@@ -66,6 +66,15 @@ class Head:
         http = {"host": "127.0.0.1", "port": http_port}
         config = {"proxy_location": "EveryNode", "http_options": http,
                   "applications": [application], **settings}  # fmt: skip
+        self.serve_deploy(folder, config)
+
+    @staticmethod
+    def deployed(folder: Path) -> dict[str, Any]:
+        """The config of the last ``deploy``."""
+        config: dict[str, Any] = yaml.safe_load((folder / "serve.yaml").read_text())
+        return config
+
+    def serve_deploy(self, folder: Path, config: dict[str, Any]) -> None:
         path = folder / "serve.yaml"
         path.write_text(yaml.safe_dump(config))
         subprocess.run(

@@ -9,6 +9,7 @@ import httpx
 import pyarrow.parquet as pq
 import pytest
 import scipy.stats
+import yaml
 
 from journeyman import corpus, recipe, steps
 from journeyman.cascade.feedback import table
@@ -103,10 +104,23 @@ def test_a_new_kind_of_request_is_escalated_then_learned_then_answered_by_the_st
         before = may_answer(url, first.path("certify"), fresh)
     assert by_student(new) < by_student(known) - 0.1, "the new kind must be escalated more"
 
+    deployed = {"name": "cascade", "import_path": "serve.app:app",
+                "args": {"bundle": str(first.path("certify"))}}  # fmt: skip
+    (tmp_path / "serve.yaml").write_text(json.dumps({"applications": [deployed]}))
     again = ["run", str(DEMO), *(word for o in overrides for word in ("--set", o))]
-    ran = journeyman(*again, "--from-feedback", str(tmp_path / "feedback"), timeout=1_500)
+    again += ["--from-feedback", str(tmp_path / "feedback"), "--shadow"]
+    ran = journeyman(*again, str(tmp_path / "serve.yaml"), timeout=1_500)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     second = tmp_path / "loop-feedback" / "bundle"
+    for name, expected in (
+        (
+            "shadow.yaml",
+            {"bundle": str(first.path("certify")), "candidate": {"bundle": str(second)}},
+        ),
+        ("promote.yaml", {"bundle": str(second)}),
+    ):
+        [application] = yaml.safe_load((second.parent / name).read_text())["applications"]
+        assert application["deployments"] == [{"name": "Cascade", "user_config": expected}]
     promises = [promise(folder) for folder in (first.path("certify"), second)]
     assert promises[0] == promises[1]
     with running(second) as url:

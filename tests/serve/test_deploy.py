@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from journeyman.cascade import rollout
 from journeyman.certify.bundle import save
 from tests import ray_head
 from tests.conftest import ROOT
@@ -64,9 +65,21 @@ def test_a_new_bundle_takes_over_without_dropping_a_request(
     asking = threading.Thread(target=ask)
     asking.start()
     try:
-        other = {"bundle": str(second), "candidate": {"bundle": str(first)}}
-        head.deploy(tmp_path, port, first, other)
+        planned = rollout.plan(head.deployed(tmp_path), str(second), lambda _: True)
+        head.serve_deploy(tmp_path, planned.shadow)
+        until(lambda: decided(figures(url)["candidate"]) >= 2 * len(tiny.TEXTS), 200)
+        tried = figures(url)["candidate"]
+        assert (tried["bundle"], tried["mode"]) == (second_id, "shadow")
+        # It decides by its own threshold, and nobody sees its answers.
+        assert tried["totals"]["student"] / decided(tried) == pytest.approx(30 / 40, abs=0.1)
+        assert set(answers) == {(200, first_id)}
+        head.serve_deploy(tmp_path, planned.promote)
         until(lambda: answers[200, second_id] >= 2 * len(tiny.TEXTS), 200)
+        canary = {"bundle": str(first), "mode": "canary", "share": 0.5}
+        head.deploy(tmp_path, port, first, {"bundle": str(second), "candidate": canary})
+        seen = answers[200, first_id]
+        until(lambda: answers[200, first_id] >= seen + len(tiny.TEXTS), 200)
+        assert figures(url)["bundle"] == second_id
         head.deploy(tmp_path, port, first, {"bundle": str(tmp_path / "none")})
         until(lambda: figures(url)["reload_failure"], 60)
     finally:
@@ -85,6 +98,11 @@ def test_a_new_bundle_takes_over_without_dropping_a_request(
     audited = [row for row in rows if row["split"] == "certify"]
     assert 0 < len(audited) < sum(answers.values()) / 2
     assert {row["answered_by"] for row in audited} == {"student", "teacher"}
+
+
+def decided(tried: dict | None) -> int:
+    """Texts that a candidate has decided on."""
+    return tried["totals"]["student"] + tried["totals"]["teacher"] if tried else 0
 
 
 def figures(url: str) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -23,16 +24,20 @@ import yaml
 from tests.conftest import ROOT
 
 BIN = Path(sys.executable).parent
+Node = subprocess.Popen[bytes]  # `ray start`, above all processes of one
 _OWN = ("RAY_ADDRESS", "PYTHONPATH", "RAY_API_SERVER_ADDRESS")
 
 
 @dataclass(frozen=True)
 class Head:
-    """environment: of commands that may use the cluster."""
+    """environment: of commands that may use the cluster; workers: nodes besides the head;
+    start_worker: adds one of one CPU."""
 
     address: str
     dashboard: str
     environment: dict[str, str]
+    workers: list[Node]
+    start_worker: Callable[..., Node]
 
     def journeyman(
         self, *arguments: str, cwd: Path = ROOT, timeout_s: float = 240
@@ -52,16 +57,23 @@ class Head:
         http_port: int,
         bundle: Path,
         user_config: dict[str, Any] | None = None,
+        import_path: str = "serve.app:app",
+        options: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        """``serve deploy`` of the cascade; the nodes were started at the repository's root."""
+        """``serve deploy`` of the cascade; the nodes were started at the repository's root.
+
+        options: further ones of the ingress; settings: of Serve.
+        """
         application = {
             "name": "cascade",
             "route_prefix": "/",
-            "import_path": "serve.app:app",
+            "import_path": import_path,
             "args": {"bundle": str(bundle)},
             "runtime_env": {"env_vars": {"PYTHONPATH": ".:platform"}},
-            "deployments": [{"name": "Cascade", "user_config": user_config or {}}],
+            "deployments": [
+                {"name": "Cascade", "user_config": user_config or {}, **(options or {})}
+            ],
         }
         http = {"host": "127.0.0.1", "port": http_port}
         config = {"proxy_location": "EveryNode", "http_options": http,
@@ -157,18 +169,23 @@ def cluster(
             options += _autoscaling(Path(folder) / "autoscaling.json", gcs, max_workers)
             of_nodes |= _AUTOSCALER
         url, address = f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}"
-        nodes = []
+        nodes: list[Node] = []
+
+        def start_worker(**own: str) -> Node:
+            there = f"--temp-dir={folder}/{len(nodes) + 1}"  # a disk of its own, as it were
+            nodes.append(_node(1, cwd, of_nodes | own, there, f"--address={address}"))
+            return nodes[-1]
+
+        first = _node(n_cpus, cwd, of_nodes, *options)
         try:
-            nodes.append(_node(n_cpus, cwd, of_nodes, *options))
             until(lambda: is_up(f"{url}/api/version"), 120)
-            for i, own in enumerate(workers, 1):  # each with a disk of its own, as it were
-                there = (f"--temp-dir={folder}/{i}", f"--address={address}")
-                nodes.append(_node(1, cwd, of_nodes | own, *there))
-            head = Head(address=address, dashboard=url, environment=environment)
-            until(lambda: head.n_nodes() == len(nodes), 240)
+            for own in workers:
+                start_worker(**own)
+            head = Head(address, url, environment, nodes, start_worker)
+            until(lambda: head.n_nodes() == len(nodes) + 1, 240)
             yield head
         finally:
-            _kill(nodes)
+            kill([first, *nodes])
 
 
 _HEAD_ID = "f" * 51 + "00000"  # as Ray's provider of fake nodes has it
@@ -228,21 +245,26 @@ _HEALTH_CHECK = {
 }
 
 
-def _kill(nodes: Sequence[subprocess.Popen[bytes]]) -> None:
+def kill(nodes: Sequence[Node]) -> None:
     """All processes of the nodes at once: to be asked first, they take half a minute."""
-    each = [psutil.Process(node.pid) for node in nodes if node.poll() is None]
-    below = [child for node in each for child in node.children(recursive=True)]
-    for process in (*each, *below):
+    trees = [processes(node) for node in nodes]
+    for process in itertools.chain(*trees):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(below, timeout=30)
+    psutil.wait_procs([process for tree in trees for process in tree[1:]], timeout=30)
     for node in nodes:
         node.wait(30)
 
 
-def _node(
-    n_cpus: int, cwd: Path, environment: dict[str, str], *options: str
-) -> subprocess.Popen[bytes]:
+def processes(node: Node) -> list[psutil.Process]:
+    """Of a node, none where it has ended."""
+    if node.poll() is not None:
+        return []
+    of_node = psutil.Process(node.pid)
+    return [of_node, *of_node.children(recursive=True)]
+
+
+def _node(n_cpus: int, cwd: Path, environment: dict[str, str], *options: str) -> Node:
     agent, client = free_ports(2)
     ports = [f"--dashboard-agent-listen-port={agent}"]
     if "--head" in options:

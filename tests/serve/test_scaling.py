@@ -1,15 +1,12 @@
 """As many replicas of the ingress as their students have work for; one that is lost."""
 
 import json
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import numpy as np
 import psutil
 import pytest
@@ -20,6 +17,7 @@ from tests import ray_head
 from tests.conftest import ROOT, children
 from tests.ray_head import free_ports, is_up, until
 from tests.serve import tiny
+from tests.serve.asking import asking
 
 
 def wanted(busy: Mapping[str, float], target: int = 2) -> float:
@@ -109,34 +107,6 @@ def test_a_rise_is_what_least_squares_is_sure_of():
     assert rise(list(zip(times, loads[::-1], strict=True)), smoothed_s=1.0) == 0
 
 
-@contextmanager
-def asking(url: str, texts: list[str], n_clients: int) -> Iterator[Counter[str]]:
-    """Clients that ask all the while; what became of their requests, by name."""
-    outcomes: Counter[str] = Counter()
-    stop = threading.Event()
-
-    def ask() -> None:
-        with httpx.Client(base_url=url, timeout=60) as client:
-            while not stop.is_set():
-                try:
-                    response = client.post("/v1/classify", json={"input": texts})
-                    outcomes[str(response.status_code)] += 1
-                except httpx.TimeoutException:
-                    outcomes["silence"] += 1
-                except httpx.HTTPError:
-                    outcomes["connection"] += 1
-
-    clients = [threading.Thread(target=ask) for _ in range(n_clients)]
-    for each in clients:
-        each.start()
-    try:
-        yield outcomes
-    finally:
-        stop.set()
-        for each in clients:
-            each.join()
-
-
 def with_settings(run: tiny.Run, folder: Path, **cascade: object) -> Path:
     """The run's bundle, to be served otherwise."""
     bundle = folder / "bundle"
@@ -191,13 +161,12 @@ def test_a_busy_ingress_gets_a_second_replica_and_one_that_is_killed_takes_only_
         head.deploy(tmp_path, port, bundle)
         until(lambda: is_up(f"{url}/readyz", 200), 300)
         assert len(ingresses()) == 1
-        with asking(url, run.accepted[:4], n_clients) as outcomes:
+        with asking(url, run.accepted[:4], n_clients) as asked:
             until(lambda: len(ingresses()) == 2, 200)
-            until(lambda: outcomes["200"] > 50, 60)
-            assert set(outcomes) == {"200"}
+            until(lambda: asked.outcomes["200"] > 50, 60)
+            assert set(asked.outcomes) == {"200"}
             ingresses()[0].kill()
             until(lambda: len(ingresses()) == 2, 200)
-            at_least = outcomes["200"] + 50
-            until(lambda: outcomes["200"] > at_least, 60)
-        lost = sum(outcomes.values()) - outcomes["200"]
-        assert outcomes["silence"] == 0 and lost <= 2 * n_clients, outcomes
+            at_least = asked.outcomes["200"] + 50
+            until(lambda: asked.outcomes["200"] > at_least, 60)
+        assert asked.outcomes["silence"] == 0 and asked.n_lost <= 2 * n_clients, asked.errors

@@ -235,6 +235,9 @@ def test_the_page_asks_the_cascade_and_shows_who_answered_and_why(cascade: Runni
         assert re.search(rf'<span class="who {by}" id="who">{by}</span>', page), page[-3000:]
         assert f"margin {result['confidence']:.3f}; it may answer above" in page
         assert re.search(r'id="by-student">[1-9]', page)
+        # The live escalation rate, as a figure and as a line.
+        assert re.search(r'id="rate">\d+(\.\d+)?\s?%', page), page[-3000:]
+        assert re.search(r'id="history"[^>]* points="\d+,\d', page)
         assert "Promised: the student answers and differs" in page
 
 

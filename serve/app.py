@@ -139,6 +139,7 @@ def _student(settings: Recipe) -> Any:
         ray_actor_options=_actor(settings, cascade.student_cpus, cascade.student_gpus),
         graceful_shutdown_timeout_s=_drain_s(settings),
         **_scaling(cascade.student_replicas, **by_load),
+        **(routing.by_load() if cascade.student_replicas.max > 1 else {}),
     )
 
 

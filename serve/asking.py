@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import contextvars
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
@@ -22,9 +22,14 @@ from serve.teacher import Unavailable
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+T = TypeVar("T")
+
 _PROBE_INTERVAL_S = 1.0
 _PROBE_TIMEOUT_S = 5.0  # of a busy machine
 _BACK_IN_S = 5.0  # no better is known of an engine that starts
+_AVOIDED_S = 5.0  # a replica that says that it cannot; asked again, it says so in milliseconds
+_MOST_ASKED = 8  # replicas, for one call
+_LOOK_TIMEOUT_S = 1.0  # of all replicas, for whether one is left
 # What was done for calls that were given up is asked for every second, until every replica has long
 # heard that the last of them is.
 _COME_EVERY_S = 1.0
@@ -35,6 +40,10 @@ _COME_TIMEOUT_S = 10.0
 class TeacherByHandle:
     """The teacher, or a student that writes, as the cascade sees it. Knows whether it may be asked
     at all: a call to a deployment without a replica would wait for one until its deadline.
+
+    A replica that says that it cannot is left alone for a while, and another is asked; only where
+    all say so is the teacher away. What was in an engine that died is not asked again: it may be
+    what ended it, and would end the others.
 
     One that may sleep is not probed, since each probe would keep it awake: whether a replica runs
     is what the others say, and a call that is left at the handle wakes it.
@@ -54,6 +63,8 @@ class TeacherByHandle:
         self._bill = bill
         self._given_up_at = 0.0  # the last call
         self._coming: asyncio.Task[None] | None = None
+        self._avoided_until: dict[str, float] = {}  # by replica
+        self._looking: asyncio.Task[None] | None = None
         self._may_sleep = may_sleep
         self._waking: asyncio.Task[None] | None = None
         self._started_in_s = _BACK_IN_S  # how long it took the last time
@@ -72,33 +83,67 @@ class TeacherByHandle:
 
     async def labels(self, texts: Sequence[str], hear: Hear | None = None) -> Sequence[Said]:
         """Raises TeacherUnavailable. hear: told of the one text's answer as it grows."""
+        if self._looking and not self._looking.done():
+            await asyncio.wait({self._looking})
         if self.asleep:
             self._wake()
             raise TeacherStarting(_words(self._starting), self._started_in_s)
         if self.unready:
             raise TeacherAway(_words(self.unready), _BACK_IN_S)
         try:
-            reply = await (self._written(texts, hear) if hear else self._labeled(texts))
+            reply = await self._of_one_that_can(
+                lambda avoid: (
+                    self._written(texts, hear, avoid) if hear else self._labeled(texts, avoid)
+                )
+            )
         except RayTaskError as error:  # of this request alone, for all anyone knows
             raise _unavailable(f"the {self._whose} failed on this request") from error
         except (RayError, RayServeException) as error:
-            self._know(self._gone)
-            raise _unavailable(self._gone) from error
+            self._look()
+            raise _unavailable(self._gone, getattr(error, "actor_id", None)) from error
         if isinstance(reply, Unavailable):
-            self._know(reply.reason)
-            raise _unavailable(reply.reason)
+            raise _unavailable(reply.reason, reply.replica or None)
         return reply
 
-    async def _labeled(self, texts: Sequence[str]) -> Sequence[Said] | Unavailable:
-        response = self._handle.label.remote(list(texts), *self._named)
+    async def _of_one_that_can(
+        self, ask: Callable[[dict[str, Any]], Awaitable[T | Unavailable]]
+    ) -> T | Unavailable:
+        """ask: with what tells the router whom to avoid."""
+        for _ in range(_MOST_ASKED):
+            avoided = self._avoided()
+            reply = await ask({"avoid": avoided} if avoided else {})
+            if not isinstance(reply, Unavailable):
+                break
+            self._avoided_until[reply.replica] = time.monotonic() + _AVOIDED_S
+            if reply.begun:
+                break
+            if reply.replica in avoided:  # there is no other
+                self._know(reply.reason)
+                self._avoided_until.clear()  # so that each is asked again whether it can
+                break
+        return reply
+
+    def _avoided(self) -> list[str]:
+        now = time.monotonic()
+        self._avoided_until = {
+            name: until for name, until in self._avoided_until.items() if now < until
+        }
+        return [*self._avoided_until]
+
+    async def _labeled(
+        self, texts: Sequence[str], avoid: dict[str, Any]
+    ) -> Sequence[Said] | Unavailable:
+        response = self._handle.label.remote(list(texts), *self._named, **avoid)
         with self._cancelled(response):
             reply: Sequence[Said] | Unavailable = await response
             return reply
 
-    async def _written(self, texts: Sequence[str], hear: Hear) -> Sequence[Said] | Unavailable:
+    async def _written(
+        self, texts: Sequence[str], hear: Hear, avoid: dict[str, Any]
+    ) -> Sequence[Said] | Unavailable:
         [text] = texts
-        response = self._handle.options(stream=True).speak.remote(text, *self._named)
-        said: Said | Unavailable = Unavailable(reason=self._gone)
+        response = self._handle.options(stream=True).speak.remote(text, *self._named, **avoid)
+        said: Said | Unavailable = Unavailable(reason=self._gone, begun=True)
         so_far = Whole()
         with self._cancelled(response):
             async for part in response:
@@ -129,10 +174,7 @@ class TeacherByHandle:
     def _come_for_given_up(self, ingress: str, bill: Callable[[Account, Spent], None]) -> None:
         self._given_up_at = time.monotonic()
         if self._coming is None or self._coming.done():
-            # Serve ends the tasks of a request with it: in a context of its own this one lives on.
-            self._coming = contextvars.Context().run(
-                asyncio.get_running_loop().create_task, self._came(ingress, bill)
-            )
+            self._coming = _outliving(self._came(ingress, bill))
 
     async def _came(self, ingress: str, bill: Callable[[Account, Spent], None]) -> None:
         asked_at = self._given_up_at
@@ -157,10 +199,7 @@ class TeacherByHandle:
 
     def _wake(self) -> None:
         if self._waking is None or self._waking.done():
-            # Serve ends the tasks of a request with it: in a context of its own this one lives on.
-            self._waking = contextvars.Context().run(
-                asyncio.get_running_loop().create_task, self._woken()
-            )
+            self._waking = _outliving(self._woken())
 
     async def _woken(self) -> None:
         since = time.monotonic()
@@ -170,19 +209,49 @@ class TeacherByHandle:
             self._started_in_s = time.monotonic() - since
 
     async def _probe(self) -> None:
-        response = self._handle.unready.remote(*self._which)
         try:
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
-                self.unready = await response
+                if await self._of_one_that_can(self._ask_whether) is None:
+                    self.unready = None
         except TimeoutError:
-            response.cancel()
             self.unready = self.unready or f"the {self._whose} does not answer"
         except (RayError, RayServeException):
-            self.unready = self._gone
+            self._look()
+
+    async def _ask_whether(self, avoid: dict[str, Any]) -> Unavailable | None:
+        response = self._handle.unready.remote(*self._which, **avoid)
+        try:
+            cannot: Unavailable | None = await response
+            return cannot
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+    def _look(self) -> None:
+        """A replica is gone: whether another is left, which requests wait for, as it is said at
+        once."""
+        if not self._may_sleep and (self._looking is None or self._looking.done()):
+            self._looking = _outliving(self._looked())
+
+    async def _looked(self) -> None:
+        """By asking all, since one would be waited for where there is none."""
+        found: list[Unavailable | BaseException | None] = []
+        with contextlib.suppress(RayError, RayServeException, TimeoutError):
+            asked = self._handle.broadcast("unready", *self._which)
+            found = await asked.results_async(timeout_s=_LOOK_TIMEOUT_S, return_exceptions=True)
+        if None in found:
+            return
+        reasons = [one.reason for one in found if isinstance(one, Unavailable)]
+        self._know(reasons[0] if reasons else self._gone)
 
 
-def _unavailable(reason: str) -> TeacherUnavailable:
-    return TeacherUnavailable(_words(reason), _BACK_IN_S)
+def _outliving(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Serve ends the tasks of a request with it: in a context of its own this one lives on."""
+    return contextvars.Context().run(asyncio.get_running_loop().create_task, work)
+
+
+def _unavailable(reason: str, replica: str | None = None) -> TeacherUnavailable:
+    return TeacherUnavailable(_words(reason), _BACK_IN_S, replica)
 
 
 def _words(reason: str) -> str:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from journeyman import models
 from journeyman.cascade.answering import Said, Unlabeled
@@ -40,9 +42,14 @@ _WATCH_INTERVAL_S = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unavailable:
-    """The teacher cannot answer now. A value, not an error: Serve logs errors with tracebacks."""
+    """The teacher cannot answer now. A value, not an error: Serve logs errors with tracebacks.
+
+    replica: that says so; begun: its engine had the texts, and one of them may be what ended it.
+    """
 
     reason: str
+    replica: str = ""
+    begun: bool = False
 
 
 class Teacher:
@@ -76,21 +83,22 @@ class Teacher:
         self._watching = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
 
     async def label(
-        self, texts: Sequence[str], account: Account | None = None
+        self, texts: Sequence[str], account: Account | None = None, avoid: Sequence[str] = ()
     ) -> list[Said] | Unavailable:
         """The teacher's answers, one for each text; stops when the call is cancelled, and then
-        keeps under this account what was read and written until then."""
-        if reason := await self.unready():
-            return Unavailable(reason=reason)
+        keeps under this account what was read and written until then. avoid: for the router."""
+        if cannot := await self.unready():
+            return cannot
         try:
             return await self._in_engine_loop(self._label(texts, account))
         except EngineDied:
-            return Unavailable(reason=self._restarting)
+            reason = self._restarting
         except TimeoutError:
-            return Unavailable(reason=f"the {self.whose}'s engine does not answer")
+            reason = f"the {self.whose}'s engine does not answer"
+        return Unavailable(reason=reason, replica=this_replica(), begun=True)
 
     async def speak(
-        self, text: str, account: Account | None = None
+        self, text: str, account: Account | None = None, avoid: Sequence[str] = ()
     ) -> AsyncIterator[More | Said | Unavailable]:
         """What the teacher's answer gains as it grows, and at last the whole of it, as ``label``
         gives it; stops when the call is cancelled. Reasonings that vote are heard once they have
@@ -121,11 +129,11 @@ class Teacher:
         """What was done for its requests that ended before their answer, since it last asked."""
         return self._given_up.take(ingress)
 
-    async def unready(self) -> str | None:
-        """Why the teacher cannot answer, None if it can."""
+    async def unready(self, avoid: Sequence[str] = ()) -> Unavailable | None:
+        """Why the teacher cannot answer, None if it can. avoid: for the router."""
         if self._engine.alive:
             return None
-        return self._failure or self._restarting
+        return Unavailable(reason=self._failure or self._restarting, replica=this_replica())
 
     @property
     def _restarting(self) -> str:
@@ -215,3 +223,12 @@ class Teacher:
     async def _in_engine_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         return await asyncio.wrap_future(future)
+
+
+def this_replica() -> str:
+    """Its id, as routers have it; "" outside of Serve."""
+    try:
+        name: str = serve.get_replica_context().replica_id.unique_id
+        return name
+    except RayServeException:
+        return ""

@@ -38,7 +38,7 @@ from serve import loading
 from serve.asking import TeacherByHandle
 from serve.loading import Loaded
 from serve.students import Rule
-from serve.teacher import Teacher, Unavailable
+from serve.teacher import Teacher, Unavailable, this_replica
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -145,13 +145,16 @@ class Student:
         self._failures: dict[str, tuple[str, float]] = {}  # and when
         self._closing: set[asyncio.Task[None]] = set()
 
-    async def label(self, texts: Sequence[str], student: str) -> list[Said] | Unavailable:
-        """Its answers, one for each text; stops when the call is cancelled."""
+    async def label(
+        self, texts: Sequence[str], student: str, avoid: Sequence[str] = ()
+    ) -> list[Said] | Unavailable:
+        """Its answers, one for each text; stops when the call is cancelled. avoid: for the
+        router."""
         engine = self._engines.get(student)
-        return await engine.label(texts) if engine else Unavailable(reason=self._absent(student))
+        return await engine.label(texts) if engine else self._absent(student)
 
-    async def unready(self, student: str) -> str | None:
-        """Why it cannot answer here, None if it can."""
+    async def unready(self, student: str, avoid: Sequence[str] = ()) -> Unavailable | None:
+        """Why it cannot answer here, None if it can. avoid: for the router."""
         engine = self._engines.get(student)
         return await engine.unready() if engine else self._absent(student)
 
@@ -197,9 +200,10 @@ class Student:
         """Nobody has asked for it as one that is tried, long after it last was one that answers."""
         return self._asked_at[student] - self._answers_at.get(student, -math.inf) <= _KEPT_S
 
-    def _absent(self, student: str) -> str:
+    def _absent(self, student: str) -> Unavailable:
         failure, _ = self._failures.get(student, (None, 0.0))
-        return failure if failure and student not in self._starting else _STARTING
+        reason = failure if failure and student not in self._starting else _STARTING
+        return Unavailable(reason=reason, replica=this_replica())
 
     async def _started(self, student: str, loaded: Loaded) -> None:
         try:

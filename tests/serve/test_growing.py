@@ -230,7 +230,7 @@ def test_a_teacher_behind_a_handle_is_heard():
     [whole] = asyncio.run(teacher.labels(["x"], lambda written: heard.append(written.text)))
     assert heard == ["The", "The sky"]
     assert isinstance(whole, Written) and whole.text == "The sky is blue."
-    parts[2] = Unavailable(reason="the teacher's engine died and is starting again")
+    parts[2] = Unavailable(reason="the teacher's engine died and is starting again", begun=True)
     with pytest.raises(TeacherUnavailable, match="engine died"):
         asyncio.run(teacher.labels(["x"], heard.append))  # type: ignore[arg-type]
 

@@ -72,8 +72,9 @@ def test_serve_asks_by_what_comes_first_in_the_prompt(cascade: Running):
         serve.delete("routed")
 
 
-def test_where_texts_do_not_begin_what_the_teacher_computes_serve_goes_by_load():
+def test_where_texts_do_not_begin_what_the_teacher_computes_load_decides():
     channel = {"scoring": "channel", "prompt": "{{ label }}:", "target": "{{ text }}"}
     filtered = {"prompt": "{{ text | upper }}"}
     for changed in (channel, filtered):
-        assert routing.of_teacher(Classes.model_validate(LABELS | changed), ["text"]) == {}
+        options = routing.of_teacher(Classes.model_validate(LABELS | changed), ["text"])
+        assert options["request_router_config"].get_request_router_class() is routing.ByLoad

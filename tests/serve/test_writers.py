@@ -163,7 +163,7 @@ def test_only_the_student_that_answers_takes_its_replica_along_when_it_dies():
         await student.check_health()
         await until(lambda: engines.closed == ["b"])
         why = "b: its engine does not start again"
-        assert await student.unready(key("b")) == why
+        assert await student.unready(key("b")) == Unavailable(reason=why)
         told = await student.keep(loaded("b"), answers=False)
         assert told == Standing(ready=False, failure=why)
         [said] = await student.label(["x"], key("a"))  # type: ignore[misc]

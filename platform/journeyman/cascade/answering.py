@@ -235,8 +235,8 @@ class Cascade:
             else:
                 self.breaker.abandoned()
             raise
-        except TeacherUnavailable:
-            self.breaker.failed(self._clock())
+        except TeacherUnavailable as refusal:
+            self.breaker.failed(self._clock(), refusal.replica, began)
             raise
         except BaseException:  # the caller went away, most likely: nothing is known
             self.breaker.abandoned()

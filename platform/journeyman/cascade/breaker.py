@@ -5,6 +5,8 @@ Pure: takes the time, in seconds of any clock that only goes forward. Knows noth
 
 from __future__ import annotations
 
+import math
+
 from journeyman.cascade.sharing import Closed, News, Opened, Shared
 from journeyman.recipe import Breaker as Settings
 
@@ -19,6 +21,7 @@ class Breaker:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._failures = 0  # in a row
+        self._failed_at: dict[str, float] = {}  # the last one that counted, by replica
         self._pause_s = settings.pause_s
         self._open_until: float | None = None
         self._probe_since: float | None = None
@@ -50,7 +53,13 @@ class Breaker:
             self.news = Closed()
         self._close()
 
-    def failed(self, now: float) -> None:
+    def failed(self, now: float, replica: str | None = None, began: float = math.inf) -> None:
+        """replica: of the teacher, where known; began: when it was asked. However many requests
+        were in a replica when it failed, they tell of one failure."""
+        if replica is not None:
+            if began < self._failed_at.get(replica, -math.inf):
+                return
+            self._failed_at[replica] = now
         self._failures += 1
         if self._probe_since is not None:  # each failed probe doubles the pause
             self._pause_s = min(2 * self._pause_s, self._settings.max_pause_s)
@@ -82,5 +91,6 @@ class Breaker:
 
     def _close(self) -> None:
         self._failures = 0
+        self._failed_at.clear()
         self._pause_s = self._settings.pause_s
         self._open_until = self._probe_since = None

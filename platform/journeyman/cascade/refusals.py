@@ -41,7 +41,13 @@ class NoClasses(Refusal):
 
 
 class TeacherUnavailable(Refusal):
-    """The teacher is starting, starting again, or gone."""
+    """The teacher is starting, starting again, or gone. replica: of it that failed, where known."""
+
+    def __init__(
+        self, sentence: str, retry_after_s: float | None = None, replica: str | None = None
+    ) -> None:
+        super().__init__(sentence, retry_after_s)
+        self.replica = replica
 
 
 class TeacherStarting(TeacherUnavailable):

@@ -77,3 +77,25 @@ def test_it_never_stays_shut(steps: list[tuple[float, str]]):
                 case "a":
                     breaker.abandoned()
     assert breaker.admit(now + SETTINGS.max_pause_s + SETTINGS.probe_timeout_s)
+
+
+def test_however_many_requests_were_in_a_replica_when_it_failed_it_failed_once():
+    breaker = Breaker(SETTINGS)
+    for now in (5.0, 5.0, 5.1, 6.0):
+        breaker.failed(now, "a", began=1.0)
+    assert breaker.is_closed
+    breaker.failed(7.0, "b", began=1.0)
+    assert breaker.is_closed
+    breaker.failed(7.1, "a", began=5.5)  # asked after it had failed: it failed again
+    assert not breaker.is_closed
+
+
+def test_one_that_was_under_way_is_not_taken_for_a_probe():
+    breaker = Breaker(SETTINGS)
+    for now in (1.0, 2.0, 3.0):
+        breaker.failed(now, "a", began=now)
+    assert breaker.admit(5.0)
+    breaker.failed(5.5, "a", began=0.5)
+    assert not breaker.admit(5.6)  # the probe is still out
+    breaker.succeeded()
+    assert breaker.is_closed

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
@@ -14,6 +14,7 @@ from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from journeyman.cascade.answering import Hear, Said
 from journeyman.cascade.refusals import TeacherAway, TeacherStarting, TeacherUnavailable
+from journeyman.recipe import Classes
 from journeyman.teacher.progress import Spent
 from serve.accounts import Account, account
 from serve.growth import More, Whole
@@ -83,6 +84,17 @@ class TeacherByHandle:
 
     async def labels(self, texts: Sequence[str], hear: Hear | None = None) -> Sequence[Said]:
         """Raises TeacherUnavailable. hear: told of the one text's answer as it grows."""
+        return await self._asked(
+            lambda avoid: self._written(texts, hear, avoid) if hear else self._labeled(texts, avoid)
+        )
+
+    async def judged(self, rows: Sequence[Mapping[str, Any]], asked: Classes) -> Sequence[Said]:
+        """For audits; raises TeacherUnavailable. asked: of each row."""
+        return await self._asked(lambda avoid: self._verdicts(rows, asked, avoid))
+
+    async def _asked(
+        self, call: Callable[[dict[str, Any]], Awaitable[Sequence[Said] | Unavailable]]
+    ) -> Sequence[Said]:
         if self._looking and not self._looking.done():
             await asyncio.wait({self._looking})
         if self.asleep:
@@ -91,11 +103,7 @@ class TeacherByHandle:
         if self.unready:
             raise TeacherAway(_words(self.unready), _BACK_IN_S)
         try:
-            reply = await self._of_one_that_can(
-                lambda avoid: (
-                    self._written(texts, hear, avoid) if hear else self._labeled(texts, avoid)
-                )
-            )
+            reply = await self._of_one_that_can(call)
         except RayTaskError as error:  # of this request alone, for all anyone knows
             raise _unavailable(f"the {self._whose} failed on this request") from error
         except (RayError, RayServeException) as error:
@@ -134,6 +142,15 @@ class TeacherByHandle:
         self, texts: Sequence[str], avoid: dict[str, Any]
     ) -> Sequence[Said] | Unavailable:
         response = self._handle.label.remote(list(texts), *self._named, **avoid)
+        with self._cancelled(response):
+            reply: Sequence[Said] | Unavailable = await response
+            return reply
+
+    async def _verdicts(
+        self, rows: Sequence[Mapping[str, Any]], asked: Classes, avoid: dict[str, Any]
+    ) -> Sequence[Said] | Unavailable:
+        # By keyword: what is routed by its beginning are texts, and these are none.
+        response = self._handle.judge.remote(rows=list(rows), asked=asked, **avoid)
         with self._cancelled(response):
             reply: Sequence[Said] | Unavailable = await response
             return reply

@@ -19,10 +19,12 @@ from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.budgets import Purse
 from journeyman.cascade.drift import Watch
 from journeyman.cascade.feedback import Journal
+from journeyman.cascade.judge import TeacherAsJudge
 from journeyman.cascade.keys import Key, Keyring
 from journeyman.cascade.recording import Answering, Recording
 from journeyman.cascade.remembering import Remembering
 from journeyman.cascade.stability import Stability
+from journeyman.certify import judging
 from journeyman.errors import ClusterError
 from journeyman.folder import Folder
 from journeyman.recipe import Feedback, digest
@@ -158,6 +160,44 @@ class Ingress:
             is_up=loaded is not self._spec.loaded,
         )
 
+    def _auditor(self, loaded: Loaded, rule: Rule, cascade: Cascade, student: Student) -> Auditor:
+        recipe, bundle, judge = loaded.recipe, loaded.bundle, None
+        if loading.is_judged(loaded):
+            judge = TeacherAsJudge(recipe, bundle.columns, self._teacher)
+        return Auditor(
+            rule.policy,
+            cascade,
+            student,
+            busy=lambda: (
+                cascade.waiting.n_waiting > 0
+                or self._teacher.asleep
+                or not cascade.breaker.is_closed
+            ),
+            patience_s=recipe.cascade.request_timeout_s,
+            judge=judge,
+        )
+
+    def _member(
+        self,
+        loaded: Loaded,
+        rule: Rule,
+        cascade: Cascade,
+        fresh: Watch | None,
+        auditor: Auditor | None,
+    ) -> Member:
+        feedback = loaded.recipe.cascade.feedback
+        return Member(
+            replica=self._replica,
+            bundle=loaded.bundle.bundle_id,
+            fresh=fresh,
+            feedback=feedback.to if feedback else None,
+            breaker=cascade.breaker,
+            auditor=auditor,
+            tighten=rule.tighten,
+            ask=self._agreement.exchange.remote,
+            heard=self._heard,
+        )
+
     def _served(
         self, loaded: Loaded, encoder: Classifier | None, watch: Watch | _Unknown | None
     ) -> Served:
@@ -177,28 +217,12 @@ class Ingress:
         journal, auditor = None, None
         if kept := settings.feedback:
             journal = _journal(kept)
-            if watch is not None:
-                auditor = Auditor(
-                    rule.policy,
-                    cascade,
-                    student,
-                    busy=lambda: cascade.waiting.n_waiting > 0 or self._teacher.asleep,
-                    patience_s=settings.request_timeout_s,
-                )
+            auditor = self._auditor(loaded, rule, cascade, student) if watch is not None else None
             answering = Recording(
                 answering, journal, kept.audit_rate, bundle.bundle_id, auditor=auditor
             )
-        member = Member(
-            replica=self._replica,
-            bundle=bundle.bundle_id,
-            fresh=watching.watch_of(bundle) if watch == _UNKNOWN else watch,
-            feedback=kept.to if kept else None,
-            breaker=cascade.breaker,
-            auditor=auditor,
-            tighten=rule.tighten,
-            ask=self._agreement.exchange.remote,
-            heard=self._heard,
-        )
+        fresh = watching.watch_of(bundle) if watch == _UNKNOWN else watch
+        member = self._member(loaded, rule, cascade, fresh, auditor)
         health = Health(member, self._purse, Stability(bundle.curve, bundle.served.n), journal)
         measured = Measured(
             answering,
@@ -244,10 +268,10 @@ _UNKNOWN: _Unknown = "unknown"
 
 
 def _watch(loaded: Loaded) -> Watch | _Unknown | None:
-    """As the audits have left it, unknown where their store is away, None where none are made;
-    raises DataError if that is damaged."""
+    """As the audits have left it, unknown where their store is away, None where none are made, or
+    what a judge said that serving does not run; raises DataError if that is damaged."""
     feedback = loaded.recipe.cascade.feedback
-    if not feedback:
+    if not feedback or (loading.is_judged(loaded) and not judging.teacher_judges(loaded.recipe)):
         return None
     fresh = watching.watch_of(loaded.bundle)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from journeyman import files, models, recipe
 from journeyman.cascade import fitting
 from journeyman.certify import bundle as bundles
-from journeyman.certify import written
+from journeyman.certify import judging, written
 from journeyman.certify.bundle import PolicyBundle, WrittenBundle
 from journeyman.certify.step import RECIPE_FILE
 from journeyman.errors import BundleMismatch, DataError, RecipeError
@@ -62,7 +62,7 @@ def load(where: str | Path) -> Loaded:
             "served yet."
         )
     teacher = models.teacher(settings.teacher)
-    fitting.check(bundle, student, teacher, labels)
+    fitting.check(bundle, student, teacher, labels, _asked_of_judge(settings, bundle))
     return Loaded(
         bundle=bundle, recipe=settings, student=student, teacher=teacher, where=str(where)
     )
@@ -73,6 +73,11 @@ def question(loaded: Loaded) -> Labels:
     if isinstance(loaded.bundle, PolicyBundle):
         return loaded.recipe.classes()
     return written.question(loaded.recipe)
+
+
+def is_judged(loaded: Loaded) -> bool:
+    """Whether the promise is by a judge's verdicts."""
+    return isinstance(loaded.bundle, WrittenBundle) and loaded.bundle.judge is not None
 
 
 def student_here(loaded: Loaded) -> Path:
@@ -144,6 +149,14 @@ def _asked(settings: recipe.Recipe, bundle: PolicyBundle | WrittenBundle) -> Cla
             "is one text: name it {{ text }} to serve a student that writes."
         )
     return written.check(settings)
+
+
+def _asked_of_judge(
+    settings: recipe.Recipe, bundle: PolicyBundle | WrittenBundle
+) -> Classes | None:
+    if not isinstance(bundle, WrittenBundle) or bundle.judge is None:
+        return None
+    return judging.asked_of_judge(settings, written.question(settings))
 
 
 def _student_folder(reference: str, bundle_dir: Path, where: str) -> Path:

@@ -43,7 +43,7 @@ class Health:
 
     def figures(self) -> dict[str, Any]:
         """watch: None where none is kept; rung: steps by which the audits have tightened the
-        threshold, None where all is escalated; lost, left_out: of this replica's audits."""
+        threshold, None where all is escalated; lost, left_out, judged: of this replica's."""
         agreed, auditor = self.member.last, self.member.auditor
         return {
             "watch": None
@@ -53,6 +53,7 @@ class Health:
                 "pending": auditor.n_pending,
                 "lost": auditor.n_lost,
                 "left_out": auditor.n_left_out,
+                "judged": auditor.n_judged,
                 "rung": agreed.rung,
                 "accept_above": written_threshold(agreed.accept_above),
             },

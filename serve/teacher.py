@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,13 +25,14 @@ from journeyman.columns import unpacked
 from journeyman.errors import ModelError
 from journeyman.labels.codec import Codec
 from journeyman.models import Model
-from journeyman.recipe import Generate, Labels
+from journeyman.recipe import Classes, Generate, Labels
 from journeyman.recipe import Teacher as TeacherSettings
 from journeyman.student import writing
 from journeyman.teacher import tasks
 from journeyman.teacher.answers import ClassLabels, GeneratedLabels, RationaleLabels, RowError
 from journeyman.teacher.engine import Engine, EngineDied
 from journeyman.teacher.progress import Begun, Spent, hearing, spending
+from journeyman.teacher.tasks import Task
 from serve.accounts import Account, GivenUp
 from serve.growth import More, gained
 
@@ -53,7 +54,7 @@ class Unavailable:
 
 
 class Teacher:
-    """Answers ``label``, ``speak``, ``given_up`` and ``unready`` by handle."""
+    """Answers ``label``, ``speak``, ``judge``, ``given_up`` and ``unready`` by handle."""
 
     whose = "teacher"  # in sentences
 
@@ -87,15 +88,15 @@ class Teacher:
     ) -> list[Said] | Unavailable:
         """The teacher's answers, one for each text; stops when the call is cancelled, and then
         keeps under this account what was read and written until then. avoid: for the router."""
-        if cannot := await self.unready():
-            return cannot
-        try:
-            return await self._in_engine_loop(self._label(texts, account))
-        except EngineDied:
-            reason = self._restarting
-        except TimeoutError:
-            reason = f"the {self.whose}'s engine does not answer"
-        return Unavailable(reason=reason, replica=this_replica(), begun=True)
+        return await self._while_ready(lambda: self._label(texts, account))
+
+    async def judge(
+        self, rows: Sequence[Mapping[str, Any]], asked: Classes, avoid: Sequence[str] = ()
+    ) -> list[Said] | Unavailable:
+        """Its verdicts on pairs of answers, one for each row, for audits; stops when the call is
+        cancelled. asked: by the bundle that answers, which may have been exchanged since; avoid:
+        for the router."""
+        return await self._while_ready(lambda: self._judge(rows, asked))
 
     async def speak(
         self, text: str, account: Account | None = None, avoid: Sequence[str] = ()
@@ -165,6 +166,19 @@ class Teacher:
         """Serve calls this when the replica stops."""
         self.stop()
 
+    async def _while_ready(
+        self, work: Callable[[], Coroutine[Any, Any, list[Said]]]
+    ) -> list[Said] | Unavailable:
+        if cannot := await self.unready():
+            return cannot
+        try:
+            return await self._in_engine_loop(work())
+        except EngineDied:
+            reason = self._restarting
+        except TimeoutError:
+            reason = f"the {self.whose}'s engine does not answer"
+        return Unavailable(reason=reason, replica=this_replica(), begun=True)
+
     async def _label(self, texts: Sequence[str], account: Account | None) -> list[Said]:
         spending.set(spent := Spent())  # of this call, whose task this is
         try:
@@ -173,9 +187,16 @@ class Teacher:
             self._given_up.add(account, spent)
             raise
 
+    async def _judge(self, rows: Sequence[Mapping[str, Any]], asked: Classes) -> list[Said]:
+        task = tasks.local(asked, self._engine)
+        return await asyncio.gather(*(self._said(task, row) for row in rows))
+
     async def _label_one(self, text: str) -> Said:
+        return await self._said(self._task, unpacked(text, self._columns))
+
+    async def _said(self, task: Task, row: Mapping[str, Any]) -> Said:
         try:
-            labels = await self._task.run(unpacked(text, self._columns))
+            labels = await task.run(row)
         except RowError as error:
             return Unlabeled(reason=str(error))
         if isinstance(labels, ClassLabels):

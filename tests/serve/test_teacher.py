@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from journeyman.cascade.answering import Cascade
+from journeyman.cascade.answering import Cascade, Unlabeled
 from journeyman.cascade.policy import Written
-from journeyman.cascade.refusals import DeadlinePassed
-from journeyman.recipe import Generate
-from journeyman.teacher.answers import GeneratedLabels
+from journeyman.cascade.refusals import DeadlinePassed, TeacherAway, TeacherUnavailable
+from journeyman.recipe import Classes, Generate
+from journeyman.teacher.answers import ClassLabels, ContextOverflow, GeneratedLabels
+from journeyman.teacher.engine import EngineDied
 from journeyman.teacher.progress import Begun, Spent, hearing, spending
 from serve import asking, teacher
 from serve.accounts import Account, account
@@ -205,12 +206,61 @@ def test_what_was_done_for_a_client_that_left_is_billed_to_its_key(
     assert bills == [(whose, Spent(n_prompt_tokens=7, n_output_tokens=3))]
 
 
+ASKED_OF_JUDGE = Classes(classes={"same": "Yes", "different": "No"}, prompt="{{ first }}")
+
+
+def test_a_judge_gives_each_pair_its_verdict_or_none_and_nobody_pays_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Over the handle of the teacher, in its engine's loop."""
+    asked: list[Any] = []
+
+    async def run(row: dict[str, str], *_: Any) -> ClassLabels:
+        if row["first"] == "long":
+            raise ContextOverflow(9, 8)
+        return ClassLabels(class_logprobs=np.log([0.9, 0.1]), label_mass=1.0, n_prompt_tokens=1,
+                           n_output_tokens=1)  # fmt: skip
+
+    async def scenario() -> list[Any]:
+        writing = replica(monkeypatch, run, ASKED)
+        task = SimpleNamespace(run=run)
+        monkeypatch.setattr(teacher.tasks, "local", lambda of, _: asked.append(of) or task)
+        judge = TeacherByHandle(InProcess(writing))  # type: ignore[arg-type]
+        with pytest.raises(TeacherAway, match="starting"):
+            await judge.judged([{"first": "a"}], ASKED_OF_JUDGE)
+        judge.unready = None
+        said = await judge.judged([{"first": "a"}, {"first": "long"}], ASKED_OF_JUDGE)
+        await writing.close()
+        return [*said]
+
+    verdict, none = asyncio.run(scenario())
+    assert verdict.class_logprobs == pytest.approx(np.log([0.9, 0.1]))
+    assert isinstance(none, Unlabeled) and "9 tokens" in none.reason
+    assert asked == [ASKED_OF_JUDGE]
+
+
+def test_a_judge_whose_engine_has_died_is_away(monkeypatch: pytest.MonkeyPatch):
+    async def run(*_: Any) -> None:
+        raise EngineDied
+
+    async def scenario() -> None:
+        writing = replica(monkeypatch, run, ASKED)
+        judge = TeacherByHandle(InProcess(writing))  # type: ignore[arg-type]
+        judge.unready = None
+        with pytest.raises(TeacherUnavailable, match="died"):
+            await judge.judged([{"first": "a"}], ASKED_OF_JUDGE)
+        await writing.close()
+
+    asyncio.run(scenario())
+
+
 class InProcess:
     """A handle to one replica in this process; cancels as Serve does."""
 
     def __init__(self, replica: Teacher) -> None:
         self._replica = replica
         self.label = SimpleNamespace(remote=lambda *a: Call(replica.label(*a)))
+        self.judge = SimpleNamespace(remote=lambda **k: Call(replica.judge(**k)))
         self.speak = SimpleNamespace(remote=lambda *a: Call(anext(replica.speak(*a))))
 
     def options(self, stream: bool) -> InProcess:

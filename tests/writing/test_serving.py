@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from journeyman import corpus, models, recipe
-from journeyman.certify import written
-from journeyman.certify.bundle import WrittenBundle, save
+from journeyman.certify import judging, written
+from journeyman.certify.bundle import JudgeRecord, Rate, WrittenBundle, save
 from journeyman.errors import BundleMismatch, RecipeError
+from journeyman.teacher.tasks import prompt_digest
 from serve import loading
 from tests.conftest import journeyman
 from tests.serve import tiny
@@ -250,6 +251,36 @@ def test_audits_find_the_promise_broken_and_what_was_kept_is_a_corpus(
     audited = {row["text"] for row in rows() if row["split"] == "certify"}
     assert {text for text, split in prepared.items() if split != "train"} == audited
     assert set(prepared) == {row["text"] for row in rows()} | {"mine"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_audits_of_a_judged_promise_ask_the_teacher_what_it_makes_of_both_answers(
+    cascade: Running, run: Written, tmp_path: Path
+):
+    """Of random models, whose answers are never the same by their text."""
+    feedback = {"to": str(tmp_path / "kept"), "audit_rate": 1.0}
+    values = settings_of(run.folder, feedback=feedback).model_dump(mode="json", exclude_unset=True)
+    settings = recipe.parse(values | {"certify": {"match": "judge"}})
+    asked = judging.asked_of_judge(settings, written.question(settings))
+    rate = Rate(count=0, n=50, low=0.0, high=0.1)
+    record = JudgeRecord(
+        model=run.bundle.teacher, model_digest=run.bundle.teacher_digest,
+        prompt_digest=prompt_digest(asked), n_pairs=9, false_agreement=rate, false_difference=rate,
+    )  # fmt: skip
+    judged = {"match": "judge", "judge": record}
+    bundle = WrittenBundle.model_validate(run.bundle.model_dump() | judged)
+    write(bundle, settings, tmp_path / "bundle")
+    cascade.switch(tmp_path / "bundle", bundle.bundle_id, TEXTS[0])
+    for text in TEXTS:
+        assert cascade.ask(text).status_code == 200
+    n_accepted = sum(map(run.accepted, TEXTS))
+    deadline = time.monotonic() + 60
+    while (watch := cascade.figures()["watch"])["judged"] < n_accepted or watch["pending"]:
+        assert time.monotonic() < deadline, watch
+        time.sleep(0.2)
+    assert watch["lost"] == 0 and "judged" in journeyman("cascade", "status", cascade.url).stdout
+    cascade.switch(run.folder / "bundle", run.bundle.bundle_id, TEXTS[0])
 
 
 def all_rows(folder: Path) -> list[dict]:

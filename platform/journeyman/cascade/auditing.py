@@ -1,6 +1,7 @@
 """What the teacher says of audited answers of the student, asked when it has nothing else to do.
 
-An audit never delays a request: it is queued, and asked for while no text waits for the teacher.
+An audit never delays a request: it is queued, and asked for while no text waits for the teacher;
+so is a judge, where the certificate asked one about answers that are worded differently.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from journeyman.cascade.answering import (
     EscalationRule,
@@ -30,16 +32,35 @@ _TIMEOUT_S = 60.0
 _MOST_FAILURES = 3  # on one text, to answer within its time among them
 
 
+class AnswerJudge(Protocol):
+    """Who says of answers that are worded differently whether they mean the same."""
+
+    async def same(self, text: str, one: str, other: str) -> bool:
+        """Of two answers to a text; raises TeacherUnavailable."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Waiting:
-    """decision: the student's, None where it is not known yet."""
+    """decision: the student's, None where it is not known yet; by_teacher: its answer, where that
+    is there, worded differently, and waits for the judge."""
 
     text: str
     decision: Decision | None
+    by_teacher: str | None = None
 
     @property
     def n_characters(self) -> int:
-        return len(self.text) + (len(self.decision.label) if self.decision else 0)
+        said = self.decision.label if self.decision else ""
+        return len(self.text) + len(said) + len(self.by_teacher or "")
+
+    @property
+    def failed(self) -> Audit:
+        """What it counts as where it cannot be finished. A pair on which the judge fails has no
+        verdict and so differs, as for the certificate; of another one nothing is known."""
+        if self.decision is None or self.by_teacher is None:
+            return LOST
+        return _audit(self.decision, same=False)
 
 
 class Auditor:
@@ -60,9 +81,12 @@ class Auditor:
         student: StudentDecisions,
         busy: Callable[[], bool],
         patience_s: float = _TIMEOUT_S,
+        judge: AnswerJudge | None = None,
     ) -> None:
         """busy: whether requests wait for the teacher; patience_s: that a request has with it, and
-        so an audit, which waits a minute at least."""
+        so an audit, which waits a minute at least; judge: of answers that the policy does not find
+        the same, where the certificate asked one."""
+        self._judge = judge
         self._policy, self._teacher, self._student, self._busy = policy, teacher, student, busy
         self._patience_s = max(patience_s, _TIMEOUT_S)
         self._queue: deque[_Waiting | Audit] = deque()  # not an Audit at its head
@@ -72,6 +96,7 @@ class Auditor:
         self.n_pending = 0  # audits without an outcome so far
         self.n_lost = 0  # whose outcome nobody will know: each counts as an error
         self.n_left_out = 0  # of texts that the teacher cannot answer
+        self.n_judged = 0  # that the judge was asked about
 
     def add(self, text: str, decision: Decision) -> None:
         """decision: what the request was answered with, or would have been."""
@@ -108,7 +133,7 @@ class Auditor:
             assert not isinstance(head, Audit)
             try:
                 async with asyncio.timeout(self._patience_s):
-                    outcome = await self._outcome(head)
+                    outcome = await self._step(head)
             except (TeacherAway, TeacherStarting, StudentUnavailable):  # they will be back
                 await asyncio.sleep(_LOOK_AGAIN_S)
                 continue
@@ -117,26 +142,41 @@ class Auditor:
                 if self._failures < _MOST_FAILURES:
                     await asyncio.sleep(_AGAIN_S * self._failures)
                     continue
-                outcome = LOST
+                outcome = head.failed
             if self._queue and self._queue[0] is head:
-                self._settle(outcome)
+                if isinstance(outcome, _Waiting):
+                    self._goes_on(outcome)
+                else:
+                    self._settle(outcome)
 
-    async def _outcome(self, audited: _Waiting) -> Audit | None:
-        """None: it is to be left out."""
+    async def _step(self, audited: _Waiting) -> Audit | _Waiting | None:
+        """Its outcome, None where it is to be left out; or itself as it waits for the judge, who
+        is asked when nothing else waits, as the teacher was."""
         decision = audited.decision
         if decision is None:
             decided = (await self._student.submit([audited.text]))[0]
             if isinstance(decided, Escalation):
                 return _unaccepted(decided.student)
             decision = decided
-        return self._compared(decision, (await self._teacher.labels([audited.text]))[0])
+        if audited.by_teacher is not None:
+            return await self._judged(audited.text, decision, audited.by_teacher)
+        label = (await self._teacher.labels([audited.text]))[0]
+        return self._compared(audited.text, decision, label)
 
-    def _compared(self, decision: Decision, label: Said) -> Audit | None:
-        assert decision.confidence is not None
+    def _compared(self, text: str, decision: Decision, label: Said) -> Audit | _Waiting | None:
         if isinstance(label, Unlabeled):
             return None
-        same = self._policy.same(decision.label, self._policy.escalated(label, decision).label)
-        return Audit(score=decision.confidence, loss=int(not same))
+        by_teacher = self._policy.escalated(label, decision).label
+        same = self._policy.same(decision.label, by_teacher)
+        if same or self._judge is None:
+            return _audit(decision, same=same)
+        return _Waiting(text=text, decision=replace(decision, written=None), by_teacher=by_teacher)
+
+    async def _judged(self, text: str, decision: Decision, by_teacher: str) -> Audit:
+        assert self._judge is not None
+        same = await self._judge.same(text, decision.label, by_teacher)
+        self.n_judged += 1
+        return _audit(decision, same=same)
 
     def _wait(self, one: _Waiting) -> None:
         self.n_pending += 1
@@ -146,6 +186,18 @@ class Auditor:
     def _push(self, one: _Waiting | Audit) -> None:
         self._queue.append(one)
         self._release()
+        self._make_room()
+
+    def _goes_on(self, one: _Waiting) -> None:
+        """In place of itself at the head."""
+        head = self._queue[0]
+        assert isinstance(head, _Waiting)
+        self._queue[0] = one
+        self._n_characters += one.n_characters - head.n_characters
+        self._failures = 0
+        self._make_room()
+
+    def _make_room(self) -> None:
         while len(self._queue) > _MOST_WAITING or self._n_characters > _MOST_CHARACTERS:
             self._settle(LOST)
 
@@ -167,6 +219,12 @@ class Auditor:
         while self._queue and isinstance(head := self._queue[0], Audit):
             self._outcomes.append(head)
             self._queue.popleft()
+
+
+def _audit(decision: Decision, *, same: bool) -> Audit:
+    """Of an answer of the student's."""
+    assert decision.confidence is not None
+    return Audit(score=decision.confidence, loss=int(not same))
 
 
 def _unaccepted(student: Decision | None) -> Audit:

@@ -10,11 +10,16 @@ from journeyman.teacher.tasks import prompt_digest
 
 
 def check(
-    bundle: PolicyBundle | WrittenBundle, student: Model, teacher: Model, labels: Classes | Generate
+    bundle: PolicyBundle | WrittenBundle,
+    student: Model,
+    teacher: Model,
+    labels: Classes | Generate,
+    judged: Classes | None = None,
 ) -> None:
     """Raises BundleMismatch, with all that differs, unless the bundle was made for these.
 
-    labels: what is asked: of the teacher; of students that write, of these.
+    labels: what is asked: of the teacher; of students that write, of these; judged: what the judge
+    is, where there is one.
     """
     pairs: dict[str, tuple[str | tuple[str, ...], str | tuple[str, ...]]] = {
         f"the student's weights ({student.path})": (bundle.student_digest, student.weights_digest),
@@ -25,6 +30,9 @@ def check(
     }
     if isinstance(bundle, PolicyBundle) and isinstance(labels, Classes):
         pairs["the recipe's labels"] = bundle.label_names, tuple(labels.classes)
+    if isinstance(bundle, WrittenBundle) and bundle.judge and judged:
+        made_for = bundle.judge.prompt_digest
+        pairs["the recipe's prompt to the judge"] = made_for, prompt_digest(judged)
     differing = [
         f"{name} (bundle: {_short(made_for)}, here: {_short(found)})"
         for name, (made_for, found) in pairs.items()

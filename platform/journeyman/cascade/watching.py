@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from journeyman.cascade.drift import Audit, Watch, start_watch
-from journeyman.certify.bundle import Bundle, WrittenBundle
+from journeyman.certify.bundle import Bundle
 from journeyman.certify.thresholds import ESCALATE_EVERYTHING
 from journeyman.errors import DataError
 from journeyman.folder import Folder
@@ -29,11 +29,15 @@ UNANSWERED = Audit(score=-np.inf, loss=0)
 
 def watch_of(bundle: Bundle) -> Watch | None:
     """The watch before its first audit; None where there is nothing to watch: the student answers
-    nothing, or the promise is one against gold, which traffic does not bring along, or by a judge,
-    whom serving does not ask."""
+    nothing, or the promise is one against gold, which traffic does not bring along.
+
+    It is over the quantity that was certified, at the same alpha: how often the student answers
+    and its answer differs from the teacher's (of ``selective_agreement``: among what it answers),
+    by the certificate's own ``match``. Of ``match: judge`` that is the rate of the judge's
+    verdicts, "different" or none at all, as the promise is about those: the judge's measured
+    errors are shown beside it, and correct neither the certificate's bound nor this watch.
+    """
     served = bundle.served
-    if isinstance(bundle, WrittenBundle) and bundle.match == "judge":
-        return None
     if served.kind == "accuracy" or bundle.accept_above == ESCALATE_EVERYTHING:
         return None
     return start_watch(served.kind, served.alpha, _rungs(bundle))

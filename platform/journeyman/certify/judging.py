@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from journeyman.labels.store import LabelStore
 from journeyman.models import Model
 from journeyman.recipe import Classes, Generate, Rationales, Recipe, Teacher, digest
 from journeyman.teacher.classes import prompting
+from journeyman.teacher.prompting import Prompting
 from journeyman.teacher.tasks import prompt_digest, row_values
 
 Known = Literal["same", "different"]
@@ -57,6 +58,11 @@ def teacher_of(recipe: Recipe) -> Teacher:
             "before: name one in certify.judge.teacher: {model: ...}."
         )
     return settings
+
+
+def teacher_judges(recipe: Recipe) -> bool:
+    """Whether the recipe's teacher judges, as it is set up to answer: serving can ask it then."""
+    return recipe.certify.judge.teacher in (None, recipe.teacher)
 
 
 def asked_of_judge(recipe: Recipe, question: Generate | Rationales) -> Classes:
@@ -125,15 +131,26 @@ def corpus_rows(
     rows = {}
     for pair in pairs:
         text, meta = sources[pair.row]
-        request = asked.render(row_values(text, meta)).text
-        for first, second in ((pair.one, pair.other), (pair.other, pair.one)):
-            added = {"request": request, "first": first, "second": second}
-            row_id = _id(pair.row, first, second)
+        for read in both_orders(row_values(text, meta), pair.one, pair.other, asked):
+            row_id = _id(pair.row, read["first"], read["second"])
+            beside = {name: value for name, value in read.items() if name != "text"}
             rows[row_id] = {
                 "id": row_id, "text": text, "label": pair.known, "split": pair.split,
-                "meta": json.dumps(meta | added, ensure_ascii=False), "count": 1,
+                "meta": json.dumps(beside, ensure_ascii=False), "count": 1,
             }  # fmt: skip
     return list(rows.values())
+
+
+def both_orders(
+    row: Mapping[str, Any], one: str, other: str, asked: Prompting
+) -> list[dict[str, Any]]:
+    """What the judge reads of two answers to a row, in each order; asked: how the row was put to
+    those who answered."""
+    request = asked.render(row).text
+    return [
+        {**row, "request": request, "first": first, "second": second}
+        for first, second in ((one, other), (other, one))
+    ]
 
 
 def check_measurable(known: Sequence[Pair]) -> None:
@@ -146,6 +163,18 @@ def check_measurable(known: Sequence[Pair]) -> None:
         )
 
 
+def p_same(classes: Sequence[str], class_logprobs: Sequence[float]) -> float:
+    """Probability that the first answer means what the second does; classes: that the judge was
+    asked for, in order."""
+    return math.exp(class_logprobs[classes.index(_SAME)])
+
+
+def mean_the_same(both: Iterable[float | None]) -> bool:
+    """Whether both orders say so; both: ``p_same`` of each, None without a verdict (too long for
+    the judge, say), which makes the answers different."""
+    return all(value is not None and value > _CHANCE for value in both)
+
+
 @dataclass(frozen=True, slots=True)
 class Verdicts:
     """What the judge said: probability that the first answer means what the second does, by the ids
@@ -156,14 +185,13 @@ class Verdicts:
     @classmethod
     def read(cls, labels: Path) -> Verdicts:
         """Raises DataError."""
-        of_same = [*dataset.finished_manifest(LabelStore(labels))["identity"]["labels"]["classes"]]
-        place, table = of_same.index(_SAME), dataset.read(labels).select(["id", "class_logprobs"])
-        return cls({r["id"]: math.exp(r["class_logprobs"][place]) for r in table.to_pylist()})
+        classes = [*dataset.finished_manifest(LabelStore(labels))["identity"]["labels"]["classes"]]
+        table = dataset.read(labels).select(["id", "class_logprobs"])
+        return cls({r["id"]: p_same(classes, r["class_logprobs"]) for r in table.to_pylist()})
 
     def same(self, row: str, one: str, other: str) -> bool:
-        """Whether both orders say so; a pair without a verdict (too long for it, say) differs."""
-        both = (self.p_same.get(_id(row, *order)) for order in ((one, other), (other, one)))
-        return all(value is not None and value > _CHANCE for value in both)
+        orders = (one, other), (other, one)
+        return mean_the_same(self.p_same.get(_id(row, *order)) for order in orders)
 
     def record(
         self, judge: Model, asked: Classes, pairs: Sequence[Pair], n_asked: int
@@ -194,14 +222,19 @@ class Verdicts:
         return record
 
 
-def words(record: JudgeRecord | None) -> str:
+def words(record: JudgeRecord | None, recipe: Recipe) -> str:
     """What a promise by a judge's verdicts is worth, as sentences behind others; empty without."""
     if record is None:
         return ""
+    watched = (
+        "Audits ask the teacher in the same way."
+        if teacher_judges(recipe)
+        else "Serving does not run this judge: audits are kept for the next certificate, and do "
+        "not watch over this one."
+    )
     return (
         f" What differs is what a judge says ({record.n_pairs:,} pairs of answers, each in both "
-        f"orders): the promise is about its verdicts. {_errors(record)}. Serving asks no judge: "
-        "audits are kept for the next certificate, and do not watch over this one."
+        f"orders): the promise is about its verdicts. {_errors(record)}. {watched}"
     )
 
 

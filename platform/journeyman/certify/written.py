@@ -208,7 +208,7 @@ def certify(
         ledger=ledger,
         recommendation=recommend(served, *right)
         + caveats(served, delta_spent(ledger, rows_digest(certified.ids)), n_groups)
-        + judging.words(judge)
+        + judging.words(judge, recipe)
         + consistency.cost(taken),
     )
     with files.replaced_directory(out_dir) as fresh:

@@ -163,10 +163,14 @@ def _stability(index: float | None) -> str:
 
 def _audits(watch: dict[str, Any] | None) -> str:
     if watch is None:
-        return "not watched: no cascade.feedback, or a promise against gold or by a judge"
-    unknown = {"lost (errors, for all anyone knows)": watch["lost"],
-               "left out (the teacher cannot answer the text)": watch["left_out"]}  # fmt: skip
-    said = "".join(f", {n:,} {what}" for what, n in unknown.items() if n)
+        return (
+            "not watched: no cascade.feedback, or a promise against gold, or by a judge that is "
+            "another model than the teacher"
+        )
+    of_them = {"lost (errors, for all anyone knows)": watch["lost"],
+               "left out (the teacher cannot answer the text)": watch["left_out"],
+               "judged (worded differently)": watch["judged"]}  # fmt: skip
+    said = "".join(f", {n:,} {what}" for what, n in of_them.items() if n)
     counts = f"{watch['audits']:,}, {watch['pending']:,} pending{said}; "
     if watch["rung"] is None:
         return counts + "the promise is broken at any threshold: the teacher answers all"

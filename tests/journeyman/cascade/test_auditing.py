@@ -168,6 +168,91 @@ def test_written_answers_are_compared_as_they_were_for_the_certificate():
     assert [a.loss for a in auditor.outcomes()] == [0, 1, 1]
 
 
+class Judge:
+    """Finds the same what begins alike; notes what it is asked, and fails as it is told to."""
+
+    def __init__(self, *fails: Exception) -> None:
+        self.asked: list[tuple[str, str, str]] = []
+        self.fails = [*fails]
+
+    async def same(self, text: str, one: str, other: str) -> bool:
+        self.asked.append((text, one, other))
+        if self.fails:
+            raise self.fails.pop(0)
+        return one[0] == other[0]
+
+
+def judged(teacher: Teacher, judge: Judge, busy: list[bool] | None = None) -> Auditor:
+    busy = [False] if busy is None else busy
+    return Auditor(POLICY, teacher, Student(), busy=lambda: busy[0], judge=judge)
+
+
+def test_a_judge_is_asked_of_answers_that_are_worded_differently_and_its_verdict_is_watched():
+    teacher, judge = Teacher(), Judge()
+    auditor = judged(teacher, judge)
+    for said in ("yes", "yeah", "no"):  # the teacher says yes to each
+        auditor.add("y", answer(said))
+    auditor.add("x", answer("yes"))  # it cannot answer
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
+    assert [(a.score, a.loss) for a in auditor.outcomes()] == [(0.8, 0), (0.8, 0), (0.8, 1)]
+    assert judge.asked == [("y", "yeah", "yes"), ("y", "no", "yes")]
+    assert (auditor.n_judged, auditor.n_left_out, auditor.n_lost) == (2, 1, 0)
+
+
+def test_a_judge_is_asked_while_no_request_waits_and_the_teacher_not_again(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(auditing, "_LOOK_AGAIN_S", 0.01)
+    busy = [False]
+
+    class Once(Teacher):
+        async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
+            busy[0] = True  # requests have come meanwhile
+            return await super().labels(texts)
+
+    teacher, judge = Once(), Judge(TeacherAway("away", 1.0))
+    auditor = judged(teacher, judge, busy)
+    auditor.add("y", answer("yeah"))
+
+    async def scenario() -> None:
+        task = asyncio.create_task(auditor.run())
+        await asyncio.sleep(0.1)
+        assert teacher.asked == ["y"] and judge.asked == [] and auditor.n_pending == 1
+        busy[0] = False
+        async with asyncio.timeout(5):
+            while auditor.n_pending:
+                await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(scenario())
+    assert teacher.asked == ["y"] and len(judge.asked) == 2
+    assert auditor.outcomes() == [Audit(score=0.8, loss=0)]
+
+
+def test_answers_that_a_judge_fails_on_again_and_again_differ_and_are_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """As a pair without a verdict does in the certificate: on the rungs that accept it."""
+    monkeypatch.setattr(auditing, "_AGAIN_S", 0.01)
+    teacher, judge = Teacher(), Judge(*[TypeError("a bug")] * 3)
+    auditor = judged(teacher, judge)
+    auditor.add("y", answer("yeah"))
+    auditor.add("y", answer("yeah"))
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
+    assert auditor.outcomes() == [Audit(score=0.8, loss=1), Audit(score=0.8, loss=0)]
+    assert len(judge.asked) == 4 and teacher.asked == ["y", "y"]
+    assert (auditor.n_lost, auditor.n_judged) == (0, 1)
+
+
+def test_what_waits_for_a_judge_holds_little_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(auditing, "_MOST_CHARACTERS", 7)
+    teacher = Teacher()
+    auditor = judged(teacher, Judge())
+    auditor.add("y", answer("yeah"))  # with the teacher's `yes` they are eight
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
+    assert auditor.outcomes() == [LOST] and auditor._n_characters == 0
+
+
 def wrote(text: str) -> Written:
     return Written(text=text, tokens=(), logprobs=np.array([-0.5, -0.1]), finish_reason="stop",
                    n_prompt_tokens=3, n_output_tokens=2)  # fmt: skip

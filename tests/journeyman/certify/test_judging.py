@@ -16,7 +16,7 @@ from journeyman import corpus, models, recipe
 from journeyman.cascade import watching
 from journeyman.certify import bundle as bundles
 from journeyman.certify import judging, written
-from journeyman.certify.bundle import WrittenBundle
+from journeyman.certify.bundle import JudgeRecord, WrittenBundle
 from journeyman.certify.judging import Verdicts
 from journeyman.certify.row_answers import RowAnswers
 from journeyman.errors import DataError, RecipeError
@@ -121,7 +121,10 @@ def test_answers_in_other_words_agree_and_the_promise_says_whose_word_that_is(ru
     assert bundle.judge is not None and bundle.judge.model == "teacher"
     assert "what a judge says" in bundle.recommendation
     assert "the promise is about its verdicts" in bundle.recommendation
-    assert watching.watch_of(bundle) is None and "do not watch" in bundle.recommendation
+    assert "Audits ask the teacher in the same way." in bundle.recommendation
+    watch = watching.watch_of(bundle)
+    assert watch is not None and watch.alpha == bundle.served.alpha
+    assert watch.thresholds[0] == bundle.accept_above
     assert "took 0 of 50 pairs of answers to different requests" in bundle.recommendation
     assert bundles.load_any(tmp_path / "bundle") == bundle
 
@@ -258,7 +261,20 @@ def test_another_judge_has_settings_and_a_template_of_its_own():
     assert (asked.scoring, asked.prompt, asked.prior_correction) == (
         "direct", "{{ first }} {{ second }}", "none",
     )  # fmt: skip
-    assert judging.teacher_of(settings(match="judge", judge=own)).model == "m"
+    other = settings(match="judge", judge=own)
+    assert judging.teacher_of(other).model == "m" and not judging.teacher_judges(other)
+    alike = settings(match="judge", judge={"teacher": other.teacher.model_dump(exclude_unset=True)})
+    assert judging.teacher_judges(alike) and judging.teacher_judges(settings(match="judge"))
+
+
+def test_a_promise_by_another_judge_says_that_nothing_watches_over_it(run):
+    rate = run().judge.false_agreement
+    record = JudgeRecord(model="m", model_digest="m", prompt_digest="p", n_pairs=3,
+                         false_agreement=rate, false_difference=rate)  # fmt: skip
+    other = settings(match="judge", judge={"teacher": {"model": "other"}})
+    assert "do not watch over this one" in judging.words(record, other)
+    assert "do not watch" not in judging.words(record, settings(match="judge"))
+    assert judging.words(None, settings()) == ""
 
 
 # --- with real engines ---

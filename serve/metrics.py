@@ -63,6 +63,30 @@ class Health:
         }
 
 
+@dataclass(slots=True)
+class Savings:
+    """What the student saves, where the teacher has answered enough to say: dollars. Texts that the
+    student answers are easier, and may be shorter, than those of the teacher: an estimate."""
+
+    paid: float = 0.0  # for answers; not for requests that were given up, nor for audits
+    saved: float = 0.0
+    _n_paid: int = 0
+    _n_unpriced: int = 0  # answered by the student before the teacher first answered
+
+    def more(self, by_student: int, by_teacher: int, paid: float) -> float:
+        """Texts of a request; returns what is saved by them, or known of by now."""
+        self._n_unpriced += by_student
+        if by_teacher:
+            self.paid += paid
+            self._n_paid += by_teacher
+        if not self._n_paid:
+            return 0.0
+        saved = self._n_unpriced * self.paid / self._n_paid
+        self._n_unpriced = 0
+        self.saved += saved
+        return saved
+
+
 class Measured:
     """Answers as ``inner`` does, and counts."""
 
@@ -97,6 +121,12 @@ class Measured:
         self._refused = counter("refusals", "Requests refused, by reason.", "reason")
         self._tokens = counter("teacher_tokens", "Tokens the teacher read and wrote.", "direction")
         self._dollars = counter("teacher_dollars", "Price of the teacher's tokens.")
+        self._saved_dollars = counter(
+            "saved_dollars",
+            "Estimate of what the teacher would have cost for texts that the student answered, "
+            "each at the mean of those that the teacher has answered.",
+        )
+        self._savings = Savings()
         self._unknown = counter(
             "audits_unknown",
             "Audits without an outcome, by why: lost (each counts as an error), or left out (the "
@@ -162,6 +192,8 @@ class Measured:
             "escalation_rate": escalated / answered if answered else None,
             "waiting": self._cascade.waiting.n_waiting,
             "breaker_open": not self._cascade.breaker.is_closed,
+            "teacher_dollars": self._savings.paid,
+            "saved_dollars": self._savings.saved,
             **self._health.figures(),
         }
 
@@ -184,6 +216,10 @@ class Measured:
         )
         for who, n in by.items():
             self._texts.inc(n, tags=self._tags | {"answered_by": who})
+        if asked == "cascade":
+            paid = self._price_of(answers.teacher_prompt_tokens, answers.teacher_output_tokens)
+            if saved := self._savings.more(by["student"], by["teacher"], paid):
+                self._saved_dollars.inc(saved, tags=self._tags)
         slowest = "teacher" if by["teacher"] else "student"
         self._seconds.observe(seconds, tags=self._tags | {"answered_by": slowest})
         if asked == "cascade":
@@ -198,13 +234,16 @@ class Measured:
         for direction, n in zip(("read", "written"), tokens, strict=True):
             if n:
                 self._tokens.inc(n, tags=self._tags | {"direction": direction})
+        if dollars := self._price_of(read, written):
+            self._dollars.inc(dollars, tags=self._tags)
+            self._health.purse.pay(key, dollars)
+
+    def _price_of(self, read: int, written: int) -> float:
+        """Dollars, for tokens of the teacher."""
         price = self._price
-        if dollars := (
-            tokens[0] * price.per_million_prompt_tokens
-            + tokens[1] * price.per_million_output_tokens
-        ):
-            self._dollars.inc(dollars / 1e6, tags=self._tags)
-            self._health.purse.pay(key, dollars / 1e6)
+        return (
+            read * price.per_million_prompt_tokens + written * price.per_million_output_tokens
+        ) / 1e6
 
     def _count_unknown(self, audits: Counter[str]) -> None:
         """audits: by why, since the start."""

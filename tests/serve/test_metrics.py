@@ -13,7 +13,7 @@ from journeyman.cascade.stability import Stability
 from journeyman.recipe import Price
 from journeyman.teacher.progress import Spent
 from serve.accounts import Account, GivenUp, account
-from serve.metrics import Health, Measured
+from serve.metrics import Health, Measured, Savings
 
 PRICE = Price(per_million_prompt_tokens=1e6, per_million_output_tokens=2e6)
 
@@ -41,3 +41,12 @@ def test_a_request_that_was_given_up_is_billed_to_the_key_that_asked():
         assert whose == Account(ingress="i", bundle="b", key="k")
         measured.given_up(whose.key, spent)
     assert purse.bill() == {"k": 6 + 2 * 2} and teachers.take("i") == {}
+
+
+def test_what_the_student_saves_is_at_the_teachers_mean_price():
+    savings = Savings()
+    assert savings.more(by_student=4, by_teacher=0, paid=0.0) == 0.0  # nobody knows a price yet
+    assert savings.more(by_student=1, by_teacher=2, paid=6.0) == 5 * 3.0
+    assert savings.more(by_student=0, by_teacher=1, paid=0.0) == 0.0  # a remembered answer, say
+    assert savings.more(by_student=3, by_teacher=0, paid=0.0) == 3 * 2.0
+    assert (savings.paid, savings.saved) == (6.0, 21.0)

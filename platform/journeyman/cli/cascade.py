@@ -119,6 +119,7 @@ def _rows(ready: dict[str, Any], bundle: dict[str, Any], figures: dict[str, Any]
         ("last minute", _counts(figures["last_minute"])),
         ("since start", _counts(figures["totals"])),
         ("escalated", "nothing was asked in the last minute" if rate is None else f"{rate:.1%}"),
+        *_dollars_of(figures),
         ("waiting", f"{figures['waiting']} texts for the teacher"),
         ("breaker", "open: the teacher fails" if figures["breaker_open"] else "closed"),
         ("stability", _stability(figures["population_stability"])),
@@ -126,6 +127,14 @@ def _rows(ready: dict[str, Any], bundle: dict[str, Any], figures: dict[str, Any]
         *_candidate(figures["candidate"]),
         *(("failing", f"{what}: {figures[name]}") for name, what in _FAILURES if figures[name]),
     ]  # fmt: skip
+
+
+def _dollars_of(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where the teacher's tokens have a price."""
+    paid, saved = figures["teacher_dollars"], figures["saved_dollars"]
+    if not paid:
+        return []
+    return [("dollars", f"{paid:,.2f} for the teacher's answers, some {saved:,.2f} saved")]
 
 
 def _candidate(tried: dict[str, Any] | None) -> list[tuple[str, str]]:

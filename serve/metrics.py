@@ -28,7 +28,8 @@ from serve.agreement import Member
 
 _WINDOW_S = 60.0
 _GAUGE_INTERVAL_S = 1.0
-_KINDS = ("student", "teacher", "void", "refused")  # void: the student for a failing teacher
+# void: the student for a failing teacher; remembered: nobody, it had been answered before.
+_KINDS = ("student", "teacher", "void", "remembered", "refused")
 _LATENCIES_S = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
 
 
@@ -212,8 +213,11 @@ class Measured:
 
     def _answered(self, answers: Answers, asked: Asked, seconds: float) -> None:
         by = Counter(
-            "void" if i in answers.void else d.answered_by for i, d in enumerate(answers.decisions)
-        )
+            "void" if i in answers.void
+            else "remembered" if i in answers.remembered
+            else decision.answered_by
+            for i, decision in enumerate(answers.decisions)
+        )  # fmt: skip
         for who, n in by.items():
             self._texts.inc(n, tags=self._tags | {"answered_by": who})
         if asked == "cascade":

@@ -180,7 +180,7 @@ def test_a_cluster_that_is_away_is_told_in_one_sentence(run: RunFolder, monkeypa
 
 
 def test_status_says_how_a_candidate_does_and_how_it_is_promoted(a_cluster: Cluster, capsys):
-    counts = {"student": 90, "teacher": 10, "void": 0, "refused": 0}
+    counts = {"student": 90, "teacher": 10, "void": 0, "remembered": 0, "refused": 0}
     figures = {
         "last_minute": counts,
         "totals": counts,

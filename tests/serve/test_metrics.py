@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 
 from journeyman.cascade.answering import Answers
 from journeyman.cascade.budgets import Purse, paying
+from journeyman.cascade.policy import Decision
 from journeyman.cascade.stability import Stability
 from journeyman.recipe import Price
 from journeyman.teacher.progress import Spent
@@ -50,3 +53,21 @@ def test_what_the_student_saves_is_at_the_teachers_mean_price():
     assert savings.more(by_student=0, by_teacher=1, paid=0.0) == 0.0  # a remembered answer, say
     assert savings.more(by_student=3, by_teacher=0, paid=0.0) == 3 * 2.0
     assert (savings.paid, savings.saved) == (6.0, 21.0)
+
+
+def test_answers_from_memory_are_no_escalations():
+    def decision(by: str) -> Decision:
+        return Decision(answered_by=by, label="a", confidence=0.5, probabilities=np.ones(1))  # type: ignore[arg-type]
+
+    class Inner:
+        async def answer(self, texts: Sequence[str], asked: str = "cascade") -> Answers:
+            by = [decision("student"), decision("teacher"), decision("teacher")]
+            return Answers(decisions=tuple(by), remembered=frozenset({1}))
+
+    health = Health(MagicMock(), Purse({}), Stability((), 1), None)
+    measured = Measured(Inner(), MagicMock(), "b", PRICE, health)
+    asyncio.run(measured.answer(["x", "y", "z"]))
+    figures = measured.figures()
+    assert figures["escalation_rate"] == 1 / 2
+    assert figures["totals"] == {"student": 1, "teacher": 1, "void": 0, "remembered": 1,
+                                 "refused": 0}  # fmt: skip

@@ -87,12 +87,14 @@ class Answers:
     """One decision for each text, in order, and what the teacher read and wrote for them.
 
     void: texts that the student answered in place of a failing teacher; nothing is promised.
+    remembered: texts that nobody was asked about, since they had been answered before.
     """
 
     decisions: tuple[Decision, ...]
     teacher_prompt_tokens: int = 0
     teacher_output_tokens: int = 0
     void: frozenset[int] = frozenset()
+    remembered: frozenset[int] = frozenset()
 
 
 class Cascade:

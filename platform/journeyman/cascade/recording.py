@@ -66,7 +66,10 @@ class Recording:
             decision = answers.decisions[i]
             void = i in answers.void
             self._audit(audited[i], text, Escalation(student=decision) if void else decision)
-        by_teacher = {i for i, d in enumerate(answers.decisions) if d.answered_by == "teacher"}
+        by_teacher = {
+            i for i, decision in enumerate(answers.decisions)
+            if decision.answered_by == "teacher" and i not in answers.remembered
+        }  # fmt: skip
         self._journal.add(
             worth_keeping(
                 texts,

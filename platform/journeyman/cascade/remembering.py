@@ -39,7 +39,6 @@ class Remembering:
     def __init__(self, inner: Answering, size: int) -> None:
         self._inner, self._size = inner, size
         self._known: OrderedDict[bytes, Decision] = OrderedDict()
-        self.hits = 0
         self._rule = 0  # counts its changes
 
     async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers:
@@ -51,7 +50,8 @@ class Remembering:
         found = [self._recall(key) for key in keys]
         missing = [i for i, decision in enumerate(found) if decision is None]
         if not missing:
-            return Answers(decisions=tuple(d for d in found if d))
+            decided = tuple(d for d in found if d)
+            return Answers(decisions=decided, remembered=frozenset(range(len(texts))))
         try:
             fresh = await self._inner.answer([texts[i] for i in missing])
         except TextRefused as refusal:
@@ -71,6 +71,7 @@ class Remembering:
             teacher_prompt_tokens=fresh.teacher_prompt_tokens,
             teacher_output_tokens=fresh.teacher_output_tokens,
             void=void,
+            remembered=frozenset(range(len(texts))) - frozenset(missing),
         )
 
     def forget(self) -> None:
@@ -82,7 +83,6 @@ class Remembering:
         decision = self._known.get(key)
         if decision is not None:
             self._known.move_to_end(key)
-            self.hits += 1
         return decision
 
     def _keep(self, key: bytes, decision: Decision) -> None:

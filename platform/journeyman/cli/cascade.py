@@ -190,7 +190,8 @@ def _audits(watch: dict[str, Any] | None) -> str:
 
 def _counts(of: dict[str, int]) -> str:
     void = f", {of['void']:,} by the student for a failing teacher" if of["void"] else ""
+    known = f", {of['remembered']:,} from memory" if of["remembered"] else ""
     return (
-        f"{of['student']:,} texts by the student, {of['teacher']:,} by the teacher{void}, "
+        f"{of['student']:,} texts by the student, {of['teacher']:,} by the teacher{void}{known}, "
         f"{of['refused']:,} requests refused"
     )

@@ -2,12 +2,15 @@
 
 import asyncio
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from journeyman.cascade.answering import Answers
 from journeyman.cascade.policy import Decision, Escalation
+from journeyman.cascade.recording import Recording
 from journeyman.cascade.refusals import TeacherUnavailable, TextRefused
 from journeyman.cascade.remembering import Remembering
 
@@ -51,10 +54,10 @@ def test_only_what_is_new_is_asked_and_answers_keep_their_places():
         answers = await cache.answer(["a", "b", "c", "d"])
         assert labels(answers) == ["a", "b", "c", "d"]
         assert inner.asked == [["b", "d"], ["a", "c"]]
-        assert answers.teacher_prompt_tokens == 20 and cache.hits == 2
+        assert answers.teacher_prompt_tokens == 20 and answers.remembered == {1, 3}
         again = await cache.answer(["a", "b", "c", "d"])
         assert labels(again) == ["a", "b", "c", "d"] and again.teacher_prompt_tokens == 0
-        assert len(inner.asked) == 2
+        assert len(inner.asked) == 2 and again.remembered == {0, 1, 2, 3}
 
     asyncio.run(test())
 
@@ -123,7 +126,7 @@ def test_what_an_older_rule_decided_is_not_kept():
         await cache.answer(["a"])
         inner.answer = answer  # type: ignore[method-assign]
         await cache.answer(["a"])
-        assert inner.asked == [["a"], ["a"]] and cache.hits == 0
+        assert inner.asked == [["a"], ["a"]]
 
     asyncio.run(test())
 
@@ -149,3 +152,16 @@ def test_a_refusal_says_of_every_text_what_was_decided():
         assert isinstance(c, Escalation) and c.student.label == "c"
 
     asyncio.run(test())
+
+
+def test_an_escalation_is_kept_as_feedback_once_however_often_its_text_comes_again():
+    kept: list[Any] = []
+    journal: Any = SimpleNamespace(add=kept.extend)
+    recording = Recording(Remembering(Inner(), size=10), journal, audit_rate=0.0, bundle="b")
+
+    async def test() -> None:
+        for _ in range(3):
+            await recording.answer(["a", "b"])
+
+    asyncio.run(test())
+    assert [seen.text for seen in kept] == ["a", "b"]

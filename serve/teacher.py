@@ -34,7 +34,7 @@ from journeyman.teacher.engine import Engine, EngineDied
 from journeyman.teacher.progress import Begun, Spent, hearing, spending
 from journeyman.teacher.tasks import Task
 from serve.accounts import Account, GivenUp
-from serve.growth import More, gained
+from serve.growth import More, Pieces, gained
 
 T = TypeVar("T")
 
@@ -116,9 +116,9 @@ class Teacher:
         whole = loop.create_task(self.label([text], account), context=listening)
         whole.add_done_callback(lambda _: heard.put_nowait(None))
         try:
-            so_far, n_tokens = "", 0
+            so_far, n_tokens, pieces = "", 0, self._pieces()
             while (begun := await heard.get()) is not None:
-                tokens = self._tokens(begun.token_ids[n_tokens:])
+                tokens = pieces.add(self._shown(begun.token_ids[n_tokens:]))
                 yield gained(so_far, begun.text, tokens)
                 so_far, n_tokens = begun.text, n_tokens + len(tokens)
             reply = await whole
@@ -213,7 +213,10 @@ class Teacher:
             if np.array_equal(likeliest[0][:, 0], labels.token_ids):  # greedy, that is
                 packed = self._codec.encode(*likeliest)
                 logprobs = self._codec.decode(packed, len(recorded)).logprobs[:, 0]
-            tokens = self._tokens(labels.token_ids.tolist())
+            pieces = self._pieces()
+            tokens = pieces.add(self._shown(labels.token_ids.tolist()))
+            if tokens:
+                tokens = (*tokens[:-1], tokens[-1] + pieces.rest())
         return Written(
             text=labels.output if isinstance(labels, GeneratedLabels) else labels.answer,
             tokens=tokens,
@@ -223,11 +226,12 @@ class Teacher:
             n_output_tokens=labels.n_output_tokens,
         )
 
-    def _tokens(self, ids: list[int]) -> tuple[str, ...]:
+    def _pieces(self) -> Pieces:
+        return Pieces(self._engine.tokenizer.decode)
+
+    def _shown(self, ids: list[int]) -> list[int]:
         """Without the one that ended the answer."""
-        tokenizer = self._engine.tokenizer
-        shown = ids[:-1] if ids and ids[-1] in tokenizer.all_special_ids else ids
-        return tuple(tokenizer.decode([token]) for token in shown)
+        return ids[:-1] if ids and ids[-1] in self._engine.tokenizer.all_special_ids else ids
 
     async def _watch(self) -> None:
         """Start the engine again whenever it has died; in the engine's loop, which it blocks."""

@@ -107,7 +107,7 @@ def read(run_dir: Path) -> Finished | Written:
     settings = run_dir / "bundle" / RECIPE_FILE
     if not settings.is_file() or files.read_json(settings)["labels"]["kind"] != "classes":
         student = comparison.read(run_dir)
-        if student.gold_accuracy is not None or student.perplexity is None:
+        if student.perplexity is None:  # it classifies
             raise DataError(f"{run_dir}: not certified yet; run journeyman run first.")
         if not settings.is_file():
             return Written(student=student)

@@ -56,6 +56,8 @@ class Causal:
         """folder: a checkpoint's weights, else those that ``student`` asks for, of model_dir.
         rows_dir: as ``token_rows.build`` wrote it. Raises DataError, ModelError."""
         self._rows, self._held_out = (TokenDataset(rows_dir / s) for s in token_rows.SPLITS)
+        gold = rows_dir / token_rows.GOLD
+        self._gold = TokenDataset(gold) if gold.exists() else None
         self._tokenizer = models.load_tokenizer(model_dir)
         if (rows_dir / token_rows.TOKENIZER).exists():  # the teacher's, with its chat template
             self._tokenizer = models.load_tokenizer(
@@ -165,12 +167,13 @@ class Causal:
         """On answers: reasonings are a task beside theirs."""
         self.module.eval()
         answers = np.flatnonzero(~self._held_out.reasoning)
-        order = answers[np.argsort(self._held_out.lengths[answers], kind="stable")]
-        parts = np.array_split(order, -(-len(order) // _EVALUATION_BATCH))
-        sums = np.zeros(5)
+        sums, n_right = np.zeros(5), 0
         with torch.no_grad():  # in inference mode sharded weights could not learn afterwards
-            for batch in take(token_dataset.prefetch(iter(parts), self._held_out)):
+            for batch in take(_by_length(self._held_out, answers)):
                 sums += self._measured(batch)
+            if self._gold:
+                for batch in take(_by_length(self._gold, np.arange(len(self._gold)))):
+                    n_right += self._n_written(batch)
         self.module.train()
         if not np.isfinite(sums).all():
             raise DataError(
@@ -181,12 +184,13 @@ class Causal:
         against = self._held_out.against
         return Measured(
             agreement=agreed / n_tokens,
-            n_rows=len(order),
+            n_rows=len(answers),
             against=against,
             kl=loss / n_tokens if against == "distributions" else None,
             cross_entropy=None if against == "distributions" else loss / n_tokens,
             perplexity=math.exp(min(nll / n_tokens, _LARGEST_EXPONENT)),
-            exact_match=n_exact / len(order),
+            exact_match=n_exact / len(answers),
+            gold_accuracy=n_right / len(self._gold) if self._gold else None,
         )
 
     def _measured(self, batch: TokenBatch) -> np.ndarray:
@@ -197,8 +201,7 @@ class Causal:
         hidden, weight, bias = self.module(**arguments)
         own, first = projection.projected_logprobs_at(hidden, weight, bias, targets[:, None])
         nll = -own[:, 0]
-        missed = batch.token_rows[(first != targets).cpu().numpy()]
-        exact = batch.n_rows - len(np.unique(missed))
+        missed, exact = _missed(batch, first, targets)
         if teacher is None or self._held_out.against == "text":
             same = len(nll) - len(missed)
             return np.array([len(nll), same, *2 * [nll.double().sum().item()], exact])
@@ -207,6 +210,15 @@ class Causal:
         loss, agreed = judged(each, first, teacher)
         sums = (values.double().sum().item() for values in (agreed, loss, nll))
         return np.array([len(nll), *sums, exact])
+
+    def _n_written(self, batch: TokenBatch) -> int:
+        """Texts of which every token is the first choice behind those before it: those that it
+        writes, greedily."""
+        arguments = self._arguments(batch)
+        hidden, weight, bias = self.module(**arguments)
+        targets = arguments["targets"]
+        _, first = projection.projected_logprobs_at(hidden, weight, bias, targets[:, None])
+        return _missed(batch, first, targets)[1]
 
     def write(self, module: Any, folder: Path) -> None:
         matrices = lora.adapter(module.model)
@@ -226,6 +238,20 @@ class Causal:
         with models.quiet():
             model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
+
+
+def _by_length(rows: TokenDataset, numbers: np.ndarray) -> Iterator[TokenBatch]:
+    order = numbers[np.argsort(rows.lengths[numbers], kind="stable")]
+    parts = np.array_split(order, -(-len(order) // _EVALUATION_BATCH))
+    return token_dataset.prefetch(iter(parts), rows)
+
+
+def _missed(
+    batch: TokenBatch, first: torch.Tensor, targets: torch.Tensor
+) -> tuple[np.ndarray, int]:
+    """Tokens that are not the first choice, by their row; rows that have none of these."""
+    missed = batch.token_rows[(first != targets).cpu().numpy()]
+    return missed, batch.n_rows - len(np.unique(missed))
 
 
 class _Projected(torch.nn.Module):

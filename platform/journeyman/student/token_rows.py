@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer"  # beside the splits: the one that their prompts are made with
 SPLITS = ("train", "calibrate")
+GOLD = "gold"  # beside the splits: gold answers to calibrate rows, which nothing learns
 ANSWER, _REASONING = "[label] ", "[rationale] "  # task prefixes (Hsieh et al. 2023, section 3.2)
 
 Rows = Callable[[dict[str, Any], dict[str, Any]], Sequence[TokenRow | None]]
@@ -56,6 +57,7 @@ def build(
 ) -> dict[str, int]:
     """Write the rows of each split to ``folder``/SPLIT; how many there are, how many were cut, and
     how many left out: those with nothing to learn, and those whose cut prompt is not found again.
+    Where answers are learned, those to calibrate rows that are gold go to ``folder``/GOLD.
 
     tokenizer: the teacher's; with as_text (no distributions) the student's, and so with
     ``teacher``, whose distributions are aligned with the student's tokens then. row_weight: what
@@ -99,6 +101,10 @@ def build(
                 "its tokenizer changes the text (to lower case, say); take another student, or "
                 "labels.kind: generate without training.divergence: uld, which is learned as text."
             )
+    if "calibrate" in splits and isinstance(labels, Generate | Rationales):
+        of_gold = _rows(labels_dir, corpus_dir, "calibrate", _of_gold(labels, tokenizer))
+        whole = (row for row in of_gold if row and len(row.tokens) - row.first < max_length)
+        token_dataset.write(folder / GOLD, (_fitted(row, max_length) for row in whole), None)
     return counts
 
 
@@ -294,6 +300,22 @@ def _of_rationales(labels: Rationales, encoder: Encoder, reasonings: bool) -> Ro
             one = _text(row, encoder, asked, row["reasoning"], ends=_ended(row))
             rows.append(dataclasses.replace(one, reasoning=True))
         return rows
+
+    return make
+
+
+def _of_gold(labels: Generate | Rationales, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """What would be right behind the prompt that the student is asked for its answer with."""
+    encoder = Encoder(tokenizer, max_tokens=2**31, overflow="truncate_left")
+    if isinstance(labels, Rationales):
+        labels = labels.model_copy(update={"prompt": ANSWER + labels.prompt})
+    asked = prompting(labels)
+
+    def make(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow]:
+        if row["gold"] is None:
+            return []
+        rendered = asked.render(columns, tokenizer=tokenizer)
+        return [_text(row, encoder, rendered, row["gold"], ends=True)]
 
     return make
 

@@ -158,7 +158,7 @@ def test_an_answer_learned_by_heart_is_written_to_the_letter(
     run: Path, tiny_llama: Model, tmp_path: Path
 ) -> None:
     found = learner(run, tiny_llama, tmp_path / "rows")
-    assert found.evaluate().exact_match == 0
+    assert found.evaluate().exact_match == 0 and found.evaluate().gold_accuracy is None
     found._held_out = found._rows  # what is trained on
     optimizer = torch.optim.Adam(found.module.parameters(), 0.01)
     for _ in range(60):
@@ -172,6 +172,39 @@ def test_an_answer_learned_by_heart_is_written_to_the_letter(
         asked = torch.tensor([tokenizer.encode(f"[label] the {question}")])
         written = found.module.model.generate(asked, max_new_tokens=8, do_sample=False)
         assert tokenizer.decode(written[0, asked.shape[1] :]) == f"{answer} <eos>"
+
+
+def test_gold_answers_that_a_student_writes_are_the_share_that_is_right(
+    tiny_llama: Model, tmp_path: Path
+) -> None:
+    """Of held-out rows, whatever the teacher said of them; two have none."""
+    gold = {"w1 w2 w3": "w10", "w2": "w13 w14", "w3 w3": "w20 w21", "w4": None}
+    shard = [(made.row(question), dataclasses.replace(made.rationales([answer]), reasoning=why))
+             for question, why, answer in TAUGHT]  # fmt: skip
+    held_out = [
+        (made.row(question, "calibrate", label), made.rationales(["w30"]))
+        for question, label in (*gold.items(), ("w5", None))
+    ]
+    for source, _ in held_out:
+        source["id"] += "-held-out"
+    made.write_dataset(tmp_path, settings().labels, [[*shard, *held_out]])
+    found = learner(tmp_path, tiny_llama, tmp_path / "rows")
+    optimizer = torch.optim.Adam(found.module.parameters(), lr=0.02)
+    for _ in range(60):
+        (batch,) = found.batches(iter([np.arange(3)]))
+        optimizer.zero_grad()
+        found.loss(found.module, batch)[0].backward()
+        optimizer.step()
+    tokenizer = load_tokenizer(tiny_llama.path)
+    right = []
+    for question, answer in gold.items():
+        asked = torch.tensor([tokenizer.encode(f"[label] the {question}")])
+        written = found.module.model.generate(asked, max_new_tokens=8, do_sample=False)
+        if answer is not None:
+            right.append(tokenizer.decode(written[0, asked.shape[1] :]) == f"{answer} <eos>")
+    measured = found.evaluate()
+    assert right == [True, False, True] and measured.gold_accuracy == 2 / 3
+    assert measured.exact_match == 0 and measured.n_rows == 5
 
 
 def test_a_reasoning_that_was_cut_off_does_not_end(

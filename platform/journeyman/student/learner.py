@@ -49,7 +49,7 @@ class Measured:
     against: Against = "distributions"
     kl: float | None = None  # mean KL(teacher ‖ student), nats; only where it can be known
     cross_entropy: float | None = None  # in its place, nats
-    # Over the rows that have gold; of a causal student the share of gold answers that it writes to
+    # Over the rows that have gold; of a causal student the share whose right answer it writes to
     # the letter, greedily (of ``rationales``, asked for its answer alone).
     gold_accuracy: float | None = None
     perplexity: float | None = None  # of the text's own tokens

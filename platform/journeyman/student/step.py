@@ -225,6 +225,7 @@ def write_rows(
         reasonings=recipe.training.rationale_weight > 0,
         teacher=load_tokenizer(teacher.path) if aligns else None,
         splits=splits,
+        gold=recipe.certify.answer_pattern is None,  # else it is a part of what is written
     )
     _say_what_is_missing(
         counts, sum(counts[split] for split in splits), recipe.learner().max_length

@@ -18,7 +18,7 @@ import numpy as np
 
 from journeyman import corpus
 from journeyman.errors import DataError
-from journeyman.labels import confidence, dataset
+from journeyman.labels import confidence, dataset, quality
 from journeyman.labels.codec import Codec
 from journeyman.labels.rows import columns_of
 from journeyman.labels.store import LabelStore
@@ -54,10 +54,12 @@ def build(
     reasonings: bool = True,
     teacher: PreTrainedTokenizerBase | None = None,
     splits: Sequence[str] = SPLITS,
+    gold: bool = True,
 ) -> dict[str, int]:
     """Write the rows of each split to ``folder``/SPLIT; how many there are, how many were cut, and
     how many left out: those with nothing to learn, and those whose cut prompt is not found again.
-    Where answers are learned, those to calibrate rows that are gold go to ``folder``/GOLD.
+    With gold, where answers are learned, what would be right of calibrate rows goes to
+    ``folder``/GOLD.
 
     tokenizer: the teacher's; with as_text (no distributions) the student's, and so with
     ``teacher``, whose distributions are aligned with the student's tokens then. row_weight: what
@@ -101,7 +103,7 @@ def build(
                 "its tokenizer changes the text (to lower case, say); take another student, or "
                 "labels.kind: generate without training.divergence: uld, which is learned as text."
             )
-    if "calibrate" in splits and isinstance(labels, Generate | Rationales):
+    if gold and "calibrate" in splits and isinstance(labels, Generate | Rationales):
         of_gold = _rows(labels_dir, corpus_dir, "calibrate", _of_gold(labels, tokenizer))
         whole = (row for row in of_gold if row and len(row.tokens) - row.first < max_length)
         token_dataset.write(folder / GOLD, (_fitted(row, max_length) for row in whole), None)
@@ -305,17 +307,23 @@ def _of_rationales(labels: Rationales, encoder: Encoder, reasonings: bool) -> Ro
 
 
 def _of_gold(labels: Generate | Rationales, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """What would be right behind the prompt that the student is asked for its answer with."""
+    """What would be right behind the prompt that the student is asked for its answer with: the
+    teacher's answer where it is (the form that is learned: "1,000", say), else the gold one."""
     encoder = Encoder(tokenizer, max_tokens=2**31, overflow="truncate_left")
     if isinstance(labels, Rationales):
         labels = labels.model_copy(update={"prompt": ANSWER + labels.prompt})
     asked = prompting(labels)
 
     def make(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow]:
-        if row["gold"] is None:
+        gold = row["gold"]
+        if gold is None:
             return []
+        said = row["answer" if isinstance(labels, Rationales) else "output"]
+        if isinstance(labels, Rationales):
+            gold = labels.classes.get(gold, gold)
+        right = said if quality.same_answer(said, row["gold"], labels) else gold
         rendered = asked.render(columns, tokenizer=tokenizer)
-        return [_text(row, encoder, rendered, row["gold"], ends=True)]
+        return [_text(row, encoder, rendered, right, ends=True)]
 
     return make
 

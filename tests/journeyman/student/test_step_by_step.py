@@ -207,6 +207,32 @@ def test_gold_answers_that_a_student_writes_are_the_share_that_is_right(
     assert measured.exact_match == 0 and measured.n_rows == 5
 
 
+def test_a_right_answer_has_the_form_that_is_learned(tiny_llama: Model, tmp_path: Path) -> None:
+    """The teacher's where it is right, and for a gold class the words that stand for it."""
+    asked = recipe.parse(
+        make_causal_recipe(workers=1).model_dump(mode="json")
+        | {"labels": {"kind": "rationales", "prompt": "the {{ text }}", "samples": 1,
+                      "classes": {"w9": "w10 w11", "w8": "w12"}}}
+    ).labels  # fmt: skip
+    said = {"w1": ("w9", "w9"), "w2": ("w12", "w9"), "w3": ("w12", None)}
+    shard = [(made.row("w4"), made.rationales(["w12"]))]
+    for question, (answer, gold) in said.items():
+        shard.append((made.row(question, "calibrate", gold), made.rationales([answer])))
+    made.write_dataset(tmp_path, asked, [shard])
+    tokenizer = load_tokenizer(tiny_llama.path)
+
+    def gold(folder: str, **kept: bool) -> list[str] | None:
+        token_rows.build(tmp_path / "labels", tmp_path / "corpus", asked, tokenizer, 64,
+                         tmp_path / folder, as_text=True, **kept)  # fmt: skip
+        if not (tmp_path / folder / token_rows.GOLD).exists():
+            return None
+        rows = TokenDataset(tmp_path / folder / token_rows.GOLD)
+        return [tokenizer.decode(rows.batch(np.array([i])).targets) for i in range(len(rows))]
+
+    assert gold("rows") == ["w9 <eos>", "w10 w11 <eos>"]
+    assert gold("none", gold=False) is None
+
+
 def test_a_reasoning_that_was_cut_off_does_not_end(
     run: Path, tiny_llama: Model, tmp_path: Path
 ) -> None:

@@ -203,7 +203,7 @@ class Cascade:
         while True:
             try:
                 return await self._ask(texts, deadline, hear)
-            except TeacherUnavailable as refusal:
+            except (TeacherUnavailable, DeadlinePassed) as refusal:  # the teacher's own deadline
                 pause_s = min(refusal.retry_after_s or _ASK_AGAIN_S, _ASK_AGAIN_S)
                 too_late = self._clock() + pause_s >= deadline
                 if self._settings.when_teacher_fails != "wait" or too_late:

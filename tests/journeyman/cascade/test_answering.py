@@ -261,6 +261,19 @@ def test_wait_holds_a_request_until_the_teacher_is_back():
     asyncio.run(test())
 
 
+def test_wait_asks_again_where_the_teacher_hangs_beyond_its_own_deadline():
+    async def test() -> None:
+        asked = Asked(when_teacher_fails="wait", teacher_timeout_s=0.05)
+        asked.teacher.may_answer.clear()
+        waiting = asyncio.create_task(asked.cascade.answer(["hm"]))
+        while not asked.teacher.cancelled:
+            await asyncio.sleep(0.01)
+        asked.teacher.may_answer.set()
+        assert who(await waiting) == ["teacher"]
+
+    asyncio.run(test())
+
+
 def test_wait_ends_at_the_deadline_with_the_teachers_reason():
     async def test() -> None:
         asked = Asked(when_teacher_fails="wait", timeout_s=0.3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,7 @@ from journeyman.cascade.refusals import TeacherAway, TeacherStarting, TeacherUna
 from journeyman.recipe import Classes
 from journeyman.teacher.progress import Spent
 from serve.accounts import Account, account
+from serve.failures import Failed
 from serve.growth import More, Whole
 from serve.teacher import Unavailable
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 T = TypeVar("T")
+_log = logging.getLogger("ray.serve")
 
 _PROBE_INTERVAL_S = 1.0
 _PROBE_TIMEOUT_S = 5.0  # of a busy machine
@@ -105,13 +108,16 @@ class TeacherByHandle:
         try:
             reply = await self._of_one_that_can(call)
         except RayTaskError as error:  # of this request alone, for all anyone knows
-            raise _unavailable(f"the {self._whose} failed on this request") from error
+            _log.warning("the %s failed on a request: %s", self._whose, _kind(error))
+            away = _unavailable(f"the {self._whose} failed on this request")
         except (RayError, RayServeException) as error:
             self._look()
-            raise _unavailable(self._gone, getattr(error, "actor_id", None)) from error
-        if isinstance(reply, Unavailable):
-            raise _unavailable(reply.reason, reply.replica or None)
-        return reply
+            away = _unavailable(self._gone, getattr(error, "actor_id", None))
+        else:
+            if not isinstance(reply, Unavailable):
+                return reply
+            away = _unavailable(reply.reason, reply.replica or None)
+        raise away  # not chained to an error, whose words may quote a text
 
     async def _of_one_that_can(
         self, ask: Callable[[dict[str, Any]], Awaitable[T | Unavailable]]
@@ -265,6 +271,11 @@ class TeacherByHandle:
 def _outliving(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """Serve ends the tasks of a request with it: in a context of its own this one lives on."""
     return contextvars.Context().run(asyncio.get_running_loop().create_task, work)
+
+
+def _kind(error: RayTaskError) -> str:
+    cause: object = error.cause
+    return str(cause) if isinstance(cause, Failed) else type(cause).__name__
 
 
 def _unavailable(reason: str, replica: str | None = None) -> TeacherUnavailable:

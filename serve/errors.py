@@ -27,6 +27,7 @@ from journeyman.cascade.refusals import (
     TeacherUnavailable,
     TextRefused,
 )
+from serve.failures import failed
 from serve.schema import MAX_TEXTS, ErrorAnswer, ErrorBody
 
 # Status, type, code and headers of each refusal. The OpenAI client sends 5xx again twice unless
@@ -80,9 +81,10 @@ def add_handlers(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> None:
         return response(error.status_code, "invalid_request_error", "no_such_route", message)
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        # Starlette raises it again after this answer, so that it reaches Serve's log.
-        message = f"the server failed ({type(error).__name__}); its log says more."
+    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
+        # Starlette raises it again after this answer, so that it reaches Serve's log, without its
+        # words (see Gate).
+        message = f"the server failed ({failed(error).kind}); its log says more."
         return response(500, "server_error", "internal_error", message)
 
 

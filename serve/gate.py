@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from journeyman.cascade.budgets import Purse, paying
 from journeyman.cascade.keys import Key, Keyring
 from serve import errors
+from serve.failures import without_words
 from serve.schema import MAX_CHARACTERS, MAX_TEXTS
 
 # As many of the longest texts as a request may have, of one byte a character on average, once more
@@ -31,7 +32,10 @@ _BODY_S = 60.0  # for a whole body to arrive
 
 
 class Gate:
-    """Refuses with 401, 413 or 429. keyring: None lets everyone in; purse: of keys with budgets."""
+    """Refuses with 401, 413 or 429, and raises Failed for what nobody caught.
+
+    keyring: None lets everyone in; purse: of keys with budgets.
+    """
 
     def __init__(
         self,
@@ -50,7 +54,7 @@ class Gate:
         headers = Headers(scope=scope)
         if refusal := self._refusal(_route_path(scope), headers):
             return await refusal(scope, receive, send)
-        await self._app(scope, self._counted(receive), send)
+        await without_words(self._app(scope, self._counted(receive), send))
 
     def _refusal(self, path: str, headers: Headers) -> JSONResponse | None:
         announced = headers.get("content-length", "0")

@@ -25,6 +25,7 @@ from journeyman.teacher.progress import Spent
 from serve import tracing
 from serve.accounts import Account, account
 from serve.agreement import Member
+from serve.failures import without_words
 
 _WINDOW_S = 60.0
 _GAUGE_INTERVAL_S = 1.0
@@ -156,13 +157,13 @@ class Measured:
         }
 
     async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers:
-        """Raises Refusal."""
+        """Raises Refusal, or Failed."""
         started = time.perf_counter()
         key = paying.get()
         account.set(Account(ingress=self._ingress, bundle=self._tags["bundle"], key=key))
         try:
             with tracing.answering(self._tags["bundle"], len(texts), asked) as span:
-                answers = await self._inner.answer(texts, asked)
+                answers = await without_words(self._inner.answer(texts, asked), Refusal)
                 span.answered(answers)
         except Refusal as refusal:
             self._refused.inc(tags=self._tags | {"reason": type(refusal).__name__})

@@ -34,6 +34,7 @@ from journeyman.teacher.engine import Engine, EngineDied
 from journeyman.teacher.progress import Begun, Spent, hearing, spending
 from journeyman.teacher.tasks import Task
 from serve.accounts import Account, GivenUp
+from serve.failures import failed, without_words
 from serve.growth import More, Pieces, gained
 
 T = TypeVar("T")
@@ -87,23 +88,24 @@ class Teacher:
         self, texts: Sequence[str], account: Account | None = None, avoid: Sequence[str] = ()
     ) -> list[Said] | Unavailable:
         """The teacher's answers, one for each text; stops when the call is cancelled, and then
-        keeps under this account what was read and written until then. avoid: for the router."""
+        keeps under this account what was read and written until then; raises Failed. avoid: for the
+        router."""
         return await self._while_ready(lambda: self._label(texts, account))
 
     async def judge(
         self, rows: Sequence[Mapping[str, Any]], asked: Classes, avoid: Sequence[str] = ()
     ) -> list[Said] | Unavailable:
         """Its verdicts on pairs of answers, one for each row, for audits; stops when the call is
-        cancelled. asked: by the bundle that answers, which may have been exchanged since; avoid:
-        for the router."""
+        cancelled; raises Failed. asked: by the bundle that answers, which may have been exchanged
+        since; avoid: for the router."""
         return await self._while_ready(lambda: self._judge(rows, asked))
 
     async def speak(
         self, text: str, account: Account | None = None, avoid: Sequence[str] = ()
     ) -> AsyncIterator[More | Said | Unavailable]:
         """What the teacher's answer gains as it grows, and at last the whole of it, as ``label``
-        gives it; stops when the call is cancelled. Reasonings that vote are heard once they have
-        voted."""
+        gives it; stops when the call is cancelled; raises Failed. Reasonings that vote are heard
+        once they have voted."""
         heard: asyncio.Queue[Begun | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -115,6 +117,7 @@ class Teacher:
             listening.run(hearing.set, hear)
         whole = loop.create_task(self.label([text], account), context=listening)
         whole.add_done_callback(lambda _: heard.put_nowait(None))
+        told = None
         try:
             so_far, n_tokens, pieces = "", 0, self._pieces()
             while (begun := await heard.get()) is not None:
@@ -123,8 +126,12 @@ class Teacher:
                 so_far, n_tokens = begun.text, n_tokens + len(tokens)
             reply = await whole
             yield reply if isinstance(reply, Unavailable) else reply[0]
+        except Exception as error:
+            told = failed(error)
         finally:
             whole.cancel()
+        if told:
+            raise told
 
     async def given_up(self, ingress: str) -> dict[Account, Spent]:
         """What was done for its requests that ended before their answer, since it last asked."""
@@ -172,7 +179,7 @@ class Teacher:
         if cannot := await self.unready():
             return cannot
         try:
-            return await self._in_engine_loop(work())
+            return await self._in_engine_loop(without_words(work(), EngineDied, TimeoutError))
         except EngineDied:
             reason = self._restarting
         except TimeoutError:

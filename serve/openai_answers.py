@@ -10,6 +10,7 @@ import numpy as np
 
 from journeyman.cascade.policy import Decision, Written
 from journeyman.certify.bundle import PolicyBundle, WrittenBundle
+from journeyman.teacher.pieces import fitted
 from serve.openai_schema import ChatRequest, CompletionRequest
 
 
@@ -71,17 +72,16 @@ def _written(written: Written, text: str, limit: int | None) -> Said:
     finish_reason: Literal["stop", "length"] = written.finish_reason
     if len(text) < len(written.text):
         finish_reason = "stop"
-    if limit is not None and limit < len(written.tokens):
-        within = "".join(written.tokens[:limit])
+    tokens = fitted(written.tokens, written.text)
+    if limit is not None and limit < len(tokens):
+        within = "".join(tokens[:limit])
         if len(within) < len(text):
             text, finish_reason = text[: len(within)], "length"
-    ends = itertools.accumulate(map(len, written.tokens))
-    n_tokens = sum(end <= len(text) for end in ends)
-    logprobs = written.logprobs[:n_tokens].tolist()  # none, where the tokens were drawn
-    tokens = written.tokens[: len(logprobs)]
+    sent = fitted(tokens, text)
+    logprobs = written.logprobs[: len(sent)].tolist()  # none, where the tokens were drawn
     return Said(
         text=text,
         finish_reason=finish_reason,
         whole=text == written.text,
-        ranked=[[pair] for pair in zip(tokens, logprobs, strict=True)],
+        ranked=[[pair] for pair in zip(sent[: len(logprobs)], logprobs, strict=True)],
     )

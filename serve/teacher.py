@@ -12,6 +12,7 @@ import contextvars
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,11 +32,12 @@ from journeyman.student import writing
 from journeyman.teacher import tasks
 from journeyman.teacher.answers import ClassLabels, GeneratedLabels, RationaleLabels, RowError
 from journeyman.teacher.engine import Engine, EngineDied
+from journeyman.teacher.pieces import Pieces
 from journeyman.teacher.progress import Begun, Spent, hearing, spending
 from journeyman.teacher.tasks import Task
 from serve.accounts import Account, GivenUp
 from serve.failures import failed, without_words
-from serve.growth import More, Pieces, gained
+from serve.growth import More, gained
 
 T = TypeVar("T")
 
@@ -234,7 +236,7 @@ class Teacher:
         )
 
     def _pieces(self) -> Pieces:
-        return Pieces(self._engine.tokenizer.decode)
+        return Pieces(partial(self._engine.tokenizer.decode, skip_special_tokens=True))
 
     def _shown(self, ids: list[int]) -> list[int]:
         """Without the one that ended the answer."""

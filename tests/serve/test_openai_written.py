@@ -24,9 +24,13 @@ BUNDLE = tiny.a_written_bundle(
 )
 
 
-def written(tokens: tuple[str, ...] = TOKENS, logprobs: tuple[float, ...] = LOGPROBS) -> Written:
+def written(
+    tokens: tuple[str, ...] = TOKENS,
+    logprobs: tuple[float, ...] = LOGPROBS,
+    text: str = "".join(TOKENS),
+) -> Written:
     return Written(
-        text="".join(TOKENS),
+        text=text,
         tokens=tokens,
         logprobs=np.array(logprobs),
         finish_reason="stop",
@@ -112,6 +116,28 @@ def test_logprobs_are_those_of_the_tokens_sent():
     cut = chat(logprobs=True, max_tokens=2).parse().choices[0].logprobs.content
     assert [token.token for token in cut] == ["The", " sky"]
     assert cut[0].top_logprobs == []
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("The sky is", ("The", " sky", " is", "\n", "Q:")),  # labels.stop: its tokens were written
+        ("The sky is", ("The", " sky", " is", ".\n")),
+        (" The sky is", ("The", " sky", " is", "\n")),  # as vLLM's text begins behind a prompt
+    ],
+)
+def test_tokens_of_an_answer_that_a_stop_string_ended_are_those_in_its_text(text, tokens):
+    said = written(tokens, LOGPROBS[: len(tokens)], text)
+    content = chat(said, logprobs=True).parse().choices[0]
+    assert content.message.content == text and content.finish_reason == "stop"
+    of_text = [token.token for token in content.logprobs.content]
+    assert "".join(of_text) == text and len(of_text) == 3
+    assert [token.logprob for token in content.logprobs.content] == list(LOGPROBS[:3])
+    assert chat(said, max_tokens=3).headers["x-journeyman-guarantee"] == "holds"
+    assert chat(said, max_tokens=2).parse().choices[0].message.content == text.removesuffix(" is")
+    within = chat(said, stop="s", logprobs=True).parse().choices[0]
+    assert within.message.content == text[: text.index("s")]
+    assert [token.token for token in within.logprobs.content] == of_text[:1]
 
 
 def test_completions_say_where_in_the_text_each_token_is():

@@ -17,7 +17,7 @@ from journeyman.cascade.answering import Cascade, Unlabeled
 from journeyman.cascade.policy import Written
 from journeyman.cascade.refusals import DeadlinePassed, TeacherAway, TeacherUnavailable
 from journeyman.recipe import Classes, Generate
-from journeyman.teacher.answers import ClassLabels, ContextOverflow, GeneratedLabels
+from journeyman.teacher.answers import ClassLabels, ContextOverflow, GeneratedLabels, Recorded
 from journeyman.teacher.engine import EngineDied
 from journeyman.teacher.progress import Begun, Spent, hearing, spending
 from serve import asking, teacher
@@ -98,7 +98,10 @@ class Engine:
 
     alive = True
     tokenizer = SimpleNamespace(
-        all_special_ids=[0], decode=lambda ids, **_: "".join("_abcde"[i] for i in ids)
+        all_special_ids=[0],
+        decode=lambda ids, skip_special_tokens=False: "".join(
+            "_abcde"[i] for i in ids if i or not skip_special_tokens
+        ),
     )
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -141,6 +144,29 @@ def test_a_teacher_is_heard_as_it_writes_and_at_last_as_a_whole(monkeypatch: pyt
         ("", ("a",)), ("a", ("a", "b")), ("ab", ("a", "b", "c")),
     ]  # fmt: skip
     assert (whole.text, whole.n_output_tokens) == ("abcd", 5)
+
+
+def test_special_tokens_within_an_answer_are_in_its_tokens_as_in_its_text(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    ids = np.array([1, 0, 2, 0])
+
+    async def run(*_: Any) -> GeneratedLabels:
+        recorded = Recorded(token_ids=ids[:, None], logprobs=np.full((4, 1), -0.5, np.float32))
+        return GeneratedLabels(
+            output="ab", token_ids=ids, output_logprob=None, recorded=recorded, n_prompt_tokens=2,
+            n_output_tokens=4, finish_reason="stop",
+        )  # fmt: skip
+
+    async def scenario() -> Any:
+        writing = replica(monkeypatch, run, ASKED)
+        [said] = await writing.label(["x"])  # type: ignore[misc]
+        await writing.close()
+        return said
+
+    said = asyncio.run(scenario())
+    assert (said.text, said.tokens) == ("ab", ("a", "", "b"))
+    assert said.logprobs == pytest.approx([-0.5] * 4, abs=0.01)  # the score takes all
 
 
 @pytest.mark.parametrize("heard", [False, True])

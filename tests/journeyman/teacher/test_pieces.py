@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from serve.growth import Pieces
+from journeyman.teacher.pieces import Pieces, fitted
 
 WORDS = ["a", "b", "ab", "ba", "\u2581", "\u2581a", "\u2581ab", "\u2581ba", "."]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -56,6 +57,36 @@ def test_pieces_of_a_text_are_the_text_and_so_are_its_beginnings(tokenizer, text
         decoded = tokenizer.decode(ids[:end])
         assert so_far == decoded or decoded.endswith("\ufffd")  # within a character
     assert so_far == tokenizer.decode(ids) and not pieces.rest()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text", "wholly_in_it"),
+    [
+        (("ab", " a", "."), "ab a.", 3),
+        (("ab", " a", ".", "\n", "b"), "ab a", 2),  # the stop string is of two tokens,
+        (("ab", " a.", "."), "ab a", 1),  # within one,
+        (("ab", ".b"), "", 0),  # all there is
+        (("a", "", "\u20ac"), "a", 1),  # what begins a character is not in it without the character
+        (("a", "", "\u20ac"), "a\u20ac", 3),
+    ],
+)
+def test_tokens_of_what_stands_in_front_of_a_stop_string(pieces, text: str, wholly_in_it: int):
+    assert fitted(pieces, text) == pieces[:wholly_in_it]
+
+
+@given(st.lists(st.sampled_from(WORDS[5:]), min_size=1, max_size=6), st.data())
+def test_an_engines_text_behind_a_prompt_has_the_blank_that_its_first_token_marks(words, data):
+    """What vLLM's text begins with, since it decodes behind the prompt's tokens."""
+    tokenizer = TOKENIZERS[0]
+    ids = tokenizer.convert_tokens_to_ids(words)
+    prompt = tokenizer.convert_tokens_to_ids(["a"])
+    behind = tokenizer.decode(prompt + ids).removeprefix("a")
+    pieces = Pieces(tokenizer.decode).add(ids)
+    n = data.draw(st.integers(0, len(words)))
+    text = "".join(word.replace("\u2581", " ") for word in words[:n])
+    assert behind.startswith(text)
+    kept = fitted(pieces, text)
+    assert "".join(kept) == text and len(kept) == n
 
 
 @given(st.lists(st.integers(0, 255), max_size=12))

@@ -100,8 +100,9 @@ class Ingress:
         if hasattr(self, "_live"):
             await self._live.close()
 
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve calls this when ``user_config`` has changed; see ``live.UserConfig``."""
+    async def reconfigure(self, user_config: dict[str, Any] | None, rank: object = None) -> None:
+        """Serve calls this when ``user_config`` has changed; see ``live.UserConfig``. rank: only a
+        method that takes it is told, too, that there is no ``user_config`` any more (Ray 2.60)."""
         self._live.follow(user_config)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

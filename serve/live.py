@@ -137,14 +137,15 @@ class Live:
         here = (self._main, self._candidate, *self._leaving)
         await asyncio.gather(*(served.close() for served in here if served))
 
-    def follow(self, user_config: dict[str, Any]) -> None:
+    def follow(self, user_config: dict[str, Any] | None) -> None:
         """Returns at once and never raises: Serve replaces a replica whose ``reconfigure`` fails,
-        and one that blocks answers nobody."""
+        and one that blocks answers nobody. user_config: None where the deployment has none."""
         try:
-            self._wanted = UserConfig.model_validate(user_config)
+            self._wanted = UserConfig.model_validate(user_config or {})
         except ValidationError as error:
             self._fail(f"user_config: {error.errors()[0]['msg']}")
             return
+        self._stop_trying(but=self._wanted.candidate)
         self._changed.set()
         if self._following is None or self._following.done():
             self._following = self._begin(self._follow())
@@ -171,6 +172,7 @@ class Live:
                 return
 
     async def _become(self, wanted: UserConfig) -> None:
+        self._stop_trying(but=wanted.candidate)
         if wanted.bundle is not None or self._is.bundle is not None:
             fresh = await self._load(wanted.bundle, self.bundle.bundle_id)
             if fresh is not None:
@@ -179,17 +181,18 @@ class Live:
                           before.bundle.bundle_id)  # fmt: skip
                 self._close(before)
             self._is = wanted
-        if wanted.candidate != self._tried:
-            tried = None
-            if wanted.candidate:
-                tried = await self._load(wanted.candidate.bundle, self.bundle.bundle_id)
-                if tried is None:
-                    raise BundleMismatch(f"candidate: {wanted.candidate.bundle} answers already.")
-            self._candidate, before_it = tried, self._candidate
-            self._tried = wanted.candidate
+        if wanted.candidate and self._candidate is None:
+            tried = await self._load(wanted.candidate.bundle, self.bundle.bundle_id)
+            if tried is None:
+                raise BundleMismatch(f"candidate: {wanted.candidate.bundle} answers already.")
+            self._candidate, self._tried = tried, wanted.candidate
             self._n_not_shadowed = 0
-            if before_it:
-                self._close(before_it)
+
+    def _stop_trying(self, but: Candidate | None) -> None:
+        """At once, whatever becomes of the rest of what is wanted."""
+        if self._candidate and self._tried != but:
+            self._close(self._candidate)
+            self._candidate = self._tried = None
 
     async def _shadow(self, candidate: Served, texts: Sequence[str]) -> None:
         try:

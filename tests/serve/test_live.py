@@ -141,12 +141,16 @@ def test_the_same_bundle_again_is_not_exchanged():
     run(test)
 
 
-def test_without_a_bundle_the_applications_own_answers_again():
+@pytest.mark.parametrize("without", [{}, {"bundle": None}, None])
+def test_without_a_bundle_the_applications_own_answers_again(without: dict | None):
     async def test(live: Live, bundles: Bundles) -> None:
+        live.follow(without)  # as where a replica starts
+        await settled(live)
+        assert not bundles.loaded
         live.follow({"bundle": "b"})
         await settled(live)
         assert now(live) == "b"
-        live.follow({})
+        live.follow(without)
         await settled(live)
         assert now(live) == "a" and bundles.closed == ["a", "b"]
 
@@ -190,6 +194,39 @@ def test_a_canary_answers_its_share_and_a_text_stays_with_one():
         live.follow({})
         await settled(live)
         assert {now(live, text) for text in texts} == {"a"} and bundles.closed == ["b"]
+
+    run(test)
+
+
+@pytest.mark.parametrize("beside", [{}, {"candidate": {"bundle": "c", "mode": "canary"}}])
+@pytest.mark.parametrize("bundle", ["bad", "broken", "far", "slow"])
+def test_a_candidate_that_is_not_named_any_more_stops_whatever_becomes_of_the_rest(
+    bundle: str, beside: dict
+):
+    async def test(live: Live, bundles: Bundles) -> None:
+        bundles.out_of_reach = {"far"}
+        live.follow({"candidate": {"bundle": "b", "mode": "canary"}})
+        await settled(live)
+        assert now(live) == "b"
+        if bundle == "slow":
+            bundles.may_load.clear()
+        live.follow({"bundle": bundle, **beside})
+        assert now(live) == "a"
+        await asyncio.sleep(0.03)
+        assert now(live) == "a" and bundles.closed == ["b"]
+
+    run(test)
+
+
+def test_a_candidate_that_was_on_its_way_when_it_was_taken_back_does_not_stay():
+    async def test(live: Live, bundles: Bundles) -> None:
+        bundles.may_load.clear()
+        live.follow({"candidate": {"bundle": "b", "mode": "canary"}})
+        await asyncio.sleep(0.005)
+        live.follow({})
+        bundles.may_load.set()
+        await settled(live)
+        assert now(live) == "a" and bundles.closed == bundles.loaded == ["b"]
 
     run(test)
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from journeyman.cascade.answering import Answers, listening
 from journeyman.cascade.policy import Decision
@@ -84,14 +85,27 @@ def as_it_grows(
         except Refusal as refusal:
             yield _event(errors.body_of(refusal))
             return
-        finally:
-            growing.whole.cancel()
         body.choices[0].message["content"] = text[len(sent) :]
         for chunk in chat_chunks(body, request)[1 if sent else 0 :]:
             yield _event(chunk)
         yield _DONE
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers=dict(headers))
+    return _Stream(growing, events(), media_type="text/event-stream", headers=dict(headers))
+
+
+class _Stream(StreamingResponse):
+    """Gives the answer up with its client, who may leave before there is a first event: then
+    nothing within the events would run."""
+
+    def __init__(self, growing: Growing, *content: Any, **options: Any) -> None:
+        super().__init__(*content, **options)
+        self._growing = growing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._growing.whole.cancel()
 
 
 def whole(chunks: list[dict[str, Any]], headers: Mapping[str, str]) -> StreamingResponse:

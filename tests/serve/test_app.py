@@ -7,8 +7,8 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from urllib.parse import urlencode
 
 import httpx
@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from journeyman.cascade.answering import Cascade
+from journeyman.cascade.answering import Cascade, listening
 from journeyman.cascade.policy import Policy
 from journeyman.cascade.refusals import DeadlinePassed
 from journeyman.certify.calibration import Calibrator
@@ -27,6 +27,7 @@ from journeyman.teacher.answers import ClassLabels
 from tests.conftest import children
 from tests.serve import tiny
 from tests.serve.conftest import Running
+from tests.serve.test_failures import logs_with
 
 
 def values(result: dict) -> np.ndarray:
@@ -156,7 +157,9 @@ def test_many_clients_at_once_get_their_own_answers(cascade: Running):
         assert values(response.json()["results"][0]) == pytest.approx(values(alone[text]), abs=1e-5)
 
 
-def test_a_deadline_stops_the_work_of_a_teacher_behind_a_handle(cascade: Running):
+@pytest.mark.parametrize("heard", [False, True])
+def test_a_deadline_stops_the_work_of_a_teacher_behind_a_handle(cascade: Running, heard: bool):
+    """Also where it is to be heard, and has not said a word."""
     from ray import serve
 
     from serve.asking import TeacherByHandle
@@ -174,6 +177,10 @@ def test_a_deadline_stops_the_work_of_a_teacher_behind_a_handle(cascade: Running
                 raise
             return []
 
+        async def speak(self, text: str) -> AsyncIterator[ClassLabels]:
+            for label in await self.label([text]):
+                yield label
+
         async def n_cancelled(self) -> int:
             return self.cancelled
 
@@ -184,6 +191,8 @@ def test_a_deadline_stops_the_work_of_a_teacher_behind_a_handle(cascade: Running
         teacher.unready = None
         policy = Policy.from_bundle(cascade.run.bundle)
         asked = Cascade(policy, None, teacher, Settings(request_timeout_s=1.0))  # type: ignore[arg-type]
+        if heard:
+            listening.set(lambda _: None)
         with pytest.raises(DeadlinePassed, match="no answer within 1 s"):
             await asked.answer(["text"], "teacher")
         assert asked.waiting.n_waiting == 0
@@ -207,14 +216,13 @@ def test_a_second_cascade_in_the_same_ray_is_refused(cascade: Running):
 
 
 def test_texts_stay_out_of_serves_logs(cascade: Running):
-    secret = "xyzzy-4711"
+    secret = "plugh-4712"
+    cascade.client.get("/", params={"text": secret})
     cascade.classify(f"book a {secret} flight")
     cascade.classify(secret * 100, model="teacher")
     cascade.classify([secret, 7])
     time.sleep(1)
-    session = Path("/tmp/ray/session_latest/logs/serve")
-    logs = [f for f in session.rglob("*.log") if f"{secret}" in f.read_text(errors="replace")]
-    assert not logs
+    assert not logs_with(secret)
 
 
 CHROMIUM = next(

@@ -118,10 +118,6 @@ class Client:
                 await self.gone.wait()
             return sent.pop() if sent else {"type": "http.disconnect"}
 
-        async def send(message: dict[str, Any]) -> None:
-            self.read += message.get("body", b"").decode()
-            self.more.set()
-
         scope = {
             "type": "http",
             "method": "POST",
@@ -129,7 +125,11 @@ class Client:
             "query_string": b"",
             "headers": [(b"content-type", b"application/json")],
         }
-        await of(scope, receive, send)
+        await of(scope, receive, self.send)
+
+    async def send(self, message: dict[str, Any]) -> None:
+        self.read += message.get("body", b"").decode()
+        self.more.set()
 
 
 def test_each_token_is_sent_when_the_teacher_says_it():
@@ -166,6 +166,45 @@ def test_a_client_that_goes_away_in_the_middle_takes_the_teachers_work_along():
         return teacher.cancelled
 
     assert asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_client_that_goes_away_before_the_first_piece_takes_the_teachers_work_along(
+    has_begun: bool,
+):
+    """Serve cancels its request: as nothing is said yet, or as the response begins."""
+
+    class Counting(Teacher):
+        n_cancelled = 0
+
+        async def labels(self, texts: Sequence[str], hear: Hear | None = None) -> list[Written]:
+            try:
+                if has_begun and hear:
+                    hear(wrote(TOKENS[:1]))
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.n_cancelled += 1
+                raise
+            return []
+
+    class Leaving(Client):
+        async def send(self, message: dict[str, Any]) -> None:
+            self.more.set()
+            await asyncio.Event().wait()
+
+    async def scenario() -> tuple[int, str]:
+        teacher, client = Counting(), Leaving()
+        request = asyncio.create_task(client.ask(app(teacher)))
+        if has_begun:
+            await client.more.wait()
+        else:
+            await asyncio.sleep(0.05)
+        request.cancel()
+        await asyncio.wait({request})
+        await asyncio.sleep(0)
+        return teacher.n_cancelled, client.read
+
+    assert asyncio.run(scenario()) == (1, "")
 
 
 def test_the_stream_says_the_same_as_one_answer_would():

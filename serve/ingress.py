@@ -264,6 +264,7 @@ class Ingress:
         )
 
 
+_ROLL_S, _ROLL_TO_STORE_S = 300.0, 60.0  # by default, as the recipe says
 _Unknown = Literal["unknown"]
 _UNKNOWN: _Unknown = "unknown"
 
@@ -284,7 +285,10 @@ def _watch(loaded: Loaded) -> Watch | _Unknown | None:
 
 def _journal(settings: Feedback) -> Journal:
     """The spool lies where the files go, if that is a local folder, else with this machine's
-    temporary files."""
+    temporary files, which are lost with it."""
     folder = Folder(settings.to)
-    spool = folder.directory or Path(tempfile.gettempdir()) / f"feedback-{digest(settings.to)}"
-    return Journal(spool, folder.put, settings.roll_rows, settings.roll_s)
+    spool, roll_s = folder.directory, _ROLL_S
+    if spool is None:
+        spool = Path(tempfile.gettempdir()) / f"feedback-{digest(settings.to)}"
+        roll_s = _ROLL_TO_STORE_S
+    return Journal(spool, folder.put, settings.roll_rows, settings.roll_s or roll_s)

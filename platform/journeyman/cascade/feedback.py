@@ -1,10 +1,11 @@
 """What the cascade escalates, and a random audit of all it is asked: the next corpus to label.
 
-    <to>/open/<host>.<process>.<name>.jsonl        rows of a replica that runs, one a line
+    <spool>/open/<host>.<process>.<name>.jsonl     rows of a replica that runs, one a line
     <to>/<UTC time>-<name>.parquet                 rows, rolled every so often
 
 A line is with the operating system before the next request is read, so that a replica that is
-killed loses nothing; what dead replicas of the same host left is rolled by the next one to start.
+killed loses nothing; what dead replicas left is rolled by others of the same host. With the host
+go the rows that are not rolled yet, where the spool is no folder that others have, too.
 The coin of an audit is tossed before anything is known of the text. Audited rows go to ``certify``,
 never to ``train``: they are a fair sample of the traffic and so can carry the next certificate,
 which audits of accepted answers alone cannot (broken in .70 against .08 of simulated draws).
@@ -109,10 +110,10 @@ def unanswered(
 
 
 class Journal:
-    """Takes rows at once and writes them in a thread of its own.
+    """Takes rows at once and writes them in a thread of its own; another one stores them.
 
     put: stores one finished file under its name, anywhere; raises OSError or JourneymanError, and
-    is then tried again with the next roll.
+    is then tried again with the next roll, or after roll_s.
     """
 
     def __init__(
@@ -125,11 +126,23 @@ class Journal:
         self._name = uuid.uuid4().hex[:8]
         self._queue: queue.SimpleQueue[list[Seen] | None] = queue.SimpleQueue()
         self._rows = 0
-        self._since = time.monotonic()
-        self.failure: str | None = None  # why rows wait in the spool, if they do
+        self._since = 0.0  # the first of them
+        self._unwritten: str | None = None
+        self._unstored: str | None = None
         self._file: io.FileIO | None = None  # open while it has rows
-        self._thread = threading.Thread(target=self._run, name="feedback", daemon=True)
-        self._thread.start()
+        self._path: Path | None = None  # of it
+        self._finished, self._ended = threading.Event(), False
+        works = {"feedback": self._write_all, "feedback-rolling": self._roll_all}
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True) for name, work in works.items()
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def failure(self) -> str | None:
+        """Why rows wait in the spool, or did not get there, if so."""
+        return self._unwritten or self._unstored
 
     def add(self, rows: list[Seen]) -> None:
         if rows:
@@ -138,27 +151,31 @@ class Journal:
     def close(self) -> None:
         """Write and roll all that was added."""
         self._queue.put(None)
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self) -> None:
-        self._roll_left_behind()
-        while True:
-            try:
-                rows = self._queue.get(timeout=self._roll_s)
-            except queue.Empty:
-                rows = []
-            if rows is None:
-                self._roll()
-                return
+    def _write_all(self) -> None:
+        while (rows := self._next()) is not None:
             try:
                 self._write(rows)
             except OSError as error:  # a full disk: these rows are lost, later ones need not be
-                self._roll()
-                self.failure = f"{type(error).__name__}: {error}"
+                self._unwritten = f"{type(error).__name__}: {error}"
+                self._finish()
                 continue
-            late = time.monotonic() - self._since > self._roll_s
+            late = time.monotonic() >= self._since + self._roll_s
             if self._rows >= self._roll_rows or (self._rows and late):
-                self._roll()
+                self._finish()
+        self._finish()
+        self._ended = True
+        self._finished.set()
+
+    def _next(self) -> list[Seen] | None:
+        """Rows to write; none where those that are written are due, None at the end."""
+        due_s = max(0.0, self._since + self._roll_s - time.monotonic()) if self._rows else None
+        try:
+            return self._queue.get(timeout=due_s)
+        except queue.Empty:
+            return []
 
     def _write(self, rows: list[Seen]) -> None:
         if rows and self._file is None:
@@ -169,25 +186,40 @@ class Journal:
             while line:  # a file that is not buffered may take less
                 line = line[self._file.write(line) :]
         self._rows += len(rows)
+        self._unwritten = None if rows else self._unwritten
 
-    def _roll(self) -> None:
-        """Make Parquet files of what is written; what cannot be stored stays for the next time."""
+    def _finish(self) -> None:
+        """Leave what is written to the other thread."""
         if self._file is not None:
             self._file.close()
-        self._file, self._rows = None, 0
-        self._roll_left_behind()
+        self._file, self._path, self._rows = None, None, 0
+        self._finished.set()
 
-    def _roll_left_behind(self) -> None:
-        self.failure = None
+    def _roll_all(self) -> None:
+        """A store that does not answer holds up no row on its way to the spool."""
+        while True:
+            ended = self._ended
+            self._roll()
+            if ended:
+                return
+            self._finished.wait(self._roll_s)
+            self._finished.clear()
+
+    def _roll(self) -> None:
+        """Make Parquet files of what is written, here and by replicas that are gone; what cannot be
+        stored stays for the next time."""
+        failure = None
         for path in sorted(self._open.glob(f"{socket.gethostname()}.*.jsonl")):
-            if _nobody_writes(path, self._name):
-                self._roll_file(path)
+            if path != self._path and _nobody_writes(path, self._name):
+                failure = self._roll_file(path) or failure
+        self._unstored = failure
 
-    def _roll_file(self, path: Path) -> None:
+    def _roll_file(self, path: Path) -> str | None:
+        """Why it cannot be stored now. Its name is made of the first row and the name here: rolled
+        twice, after an end between storing and deleting, it is one file all the same."""
         try:
             rows = _read(path)
             if rows:
-                # Named after the rows: rolled twice, after a kill, it is one file all the same.
                 first = datetime.fromtimestamp(rows[0]["received_at"], UTC)
                 self._put(
                     f"{first:%Y%m%dT%H%M%S}-{path.stem.split('.')[-1]}.parquet", _parquet(rows)
@@ -196,11 +228,14 @@ class Journal:
         except FileNotFoundError:  # another journal of this host was faster
             pass
         except Exception as error:  # a store that is away must not end the thread
-            self.failure = f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {error}"
+        return None
 
     def _new_file(self) -> io.FileIO:
-        name = f"{socket.gethostname()}.{os.getpid()}.{self._name}-{uuid.uuid4().hex[:8]}.jsonl"
-        return (self._open / name).open("ab", buffering=0)
+        process = _process(str(os.getpid()))
+        name = f"{socket.gethostname()}.{process}.{self._name}-{uuid.uuid4().hex[:8]}.jsonl"
+        self._path = self._open / name
+        return self._path.open("ab", buffering=0)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> pa.Table:
@@ -245,4 +280,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _nobody_writes(path: Path, name: str) -> bool:
     """Whether its process is gone, or it is this journal's own (which has closed it)."""
     process, journal = path.name.split(".")[-3:-1]
-    return journal.startswith(f"{name}-") or not Path(f"/proc/{process}").exists()
+    return journal.startswith(f"{name}-") or _process(process.partition("-")[0]) != process
+
+
+def _process(number: str) -> str | None:
+    """Its number and when it started (ticks since the machine did), as numbers are given anew, most
+    of all where a container starts again; None where none has it."""
+    try:
+        stat = Path(f"/proc/{number}/stat").read_text()
+    except OSError:
+        return None
+    return f"{number}-{stat.rpartition(')')[2].split()[19]}"

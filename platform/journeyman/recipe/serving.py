@@ -206,7 +206,12 @@ class Feedback(Section):
         "next student, and never trained on.",
     )
     roll_rows: Count = Field(10_000, description="Rows after which a file is finished,")
-    roll_s: Seconds = Field(300.0, description="or so long after its first row.")
+    roll_s: Seconds | None = Field(
+        None,
+        description="or so long after its first row. By default 300 in a folder, and 60 where `to` "
+        "is an object store: until then rows lie on the node that served them, and are lost with "
+        "it.",
+    )
 
 
 class TeacherReplicas(Range):

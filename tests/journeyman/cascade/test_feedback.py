@@ -7,9 +7,12 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +129,100 @@ def test_a_store_that_is_away_keeps_rows_in_the_spool_until_it_is_back(tmp_path:
     texts = {row["text"] for content in stored.values()
              for row in pq.read_table(io.BytesIO(content)).to_pylist()}  # fmt: skip
     assert texts == set("0123") and journal.failure is None
+
+
+def test_a_store_that_was_away_is_tried_again_without_a_further_row(tmp_path: Path):
+    n_tried = 0
+
+    def put(name: str, content: bytes) -> None:
+        nonlocal n_tried
+        n_tried += 1
+        if n_tried < 3:
+            raise ClusterError("the store cannot be reached")
+        Folder(tmp_path).put(name, content)
+
+    journal = Journal(tmp_path / "spool", put, roll_rows=1, roll_s=0.05)
+    journal.add([seen()])
+    until(lambda: len(read(tmp_path)) == 1)
+    assert journal.failure is None
+    journal.close()
+    assert n_tried == 3
+
+
+def test_a_store_that_does_not_answer_keeps_no_row_from_the_spool(tmp_path: Path):
+    asked, answers = threading.Event(), threading.Event()
+
+    def put(name: str, content: bytes) -> None:
+        asked.set()
+        answers.wait()
+        Folder(tmp_path).put(name, content)
+
+    journal = Journal(tmp_path / "spool", put, roll_rows=1, roll_s=60)
+    journal.add([seen("0")])
+    assert asked.wait(10)
+    for i in range(1, 5):
+        journal.add([seen(str(i))])
+    spool = tmp_path / "spool" / "open"
+    until(
+        lambda: len(list(spool.iterdir())) == 5 and all(p.stat().st_size for p in spool.iterdir())
+    )
+    answers.set()
+    journal.close()
+    assert sorted(row["text"] for row in read(tmp_path)) == list("01234")
+    assert not list(spool.iterdir())
+
+
+ENDS = """
+import json, os, sys
+from pathlib import Path
+from journeyman.cascade.feedback import Journal, Seen
+from journeyman.folder import Folder
+
+def put(name, content):
+    if sys.argv[4] == "stored":
+        Folder(sys.argv[1]).put(name, content)
+    os._exit(9)
+
+journal = Journal(Path(sys.argv[2]), put, roll_rows=3, roll_s=600)
+for i in range(3):
+    journal.add([Seen(**json.loads(sys.argv[3]) | {"text": str(i)})])
+journal.close()
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "stored"])
+def test_a_replica_that_ends_before_or_behind_an_upload_loses_no_row_and_writes_none_twice(
+    when: str, tmp_path: Path
+):
+    store, spool = tmp_path / "store", tmp_path / "spool"
+    fields = json.dumps({name: getattr(seen(), name) for name in Seen.__slots__})
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS, str(store), str(spool), fields, when], check=False
+    )
+    assert ended.returncode == 9 and len(list((spool / "open").iterdir())) == 1
+    assert len(read(store)) == (3 if when == "stored" else 0)
+    Journal(spool, Folder(store).put, roll_rows=10, roll_s=60).close()
+    assert [row["text"] for row in read(store)] == ["0", "1", "2"]
+    assert not list((spool / "open").iterdir())
+
+
+def test_a_process_that_has_the_number_of_one_that_is_gone_keeps_nothing_of_its_rows(
+    tmp_path: Path,
+):
+    """Where a container starts again, numbers do so, too."""
+    fields = {name: getattr(seen(), name) for name in Seen.__slots__}
+    (tmp_path / "open").mkdir()
+    left = tmp_path / "open" / f"{socket.gethostname()}.{os.getpid()}-17.abc-def.jsonl"
+    left.write_text(json.dumps(fields) + "\n")
+    Journal(tmp_path, Folder(tmp_path).put, roll_rows=10, roll_s=60).close()
+    assert len(read(tmp_path)) == 1 and not left.exists()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 WRITER = """

@@ -80,8 +80,7 @@ class Ingress:
         self._purse = Purse(limits)
         self._keyring = Keyring(spec.keys, time.monotonic)
         first = self._served(spec.loaded, classifier(spec.loaded), _watch(spec.loaded))
-        timeout_s = spec.loaded.recipe.cascade.request_timeout_s
-        self._live = Live(first, self._load, close_after_s=timeout_s)
+        self._live = Live(first, self._load)
         state = spec.loaded.recipe.cascade.state
         if limits and state:
             ask = agreement.settle.remote
@@ -260,6 +259,7 @@ class Ingress:
             figures=measured.figures,
             decide=shadow,
             close=close,
+            longest_s=settings.request_timeout_s,
             unready=lambda: student.unready,
         )
 

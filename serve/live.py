@@ -53,13 +53,14 @@ class UserConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """One bundle and what answers by it."""
+    """One bundle and what answers by it. longest_s: that a request may take with it."""
 
     bundle: PolicyBundle | WrittenBundle
     answering: Answering
     figures: Callable[[], dict[str, Any]]
     decide: Callable[[Sequence[str]], Awaitable[object]]  # by the student alone, and counted
     close: Callable[[], Coroutine[Any, Any, None]]
+    longest_s: float
     unready: Callable[[], str | None] = lambda: None  # why its student cannot decide now
 
 
@@ -70,12 +71,10 @@ class Live:
         self,
         first: Served,
         load: Callable[[str | None, str], Awaitable[Served | None]],
-        close_after_s: float,
     ) -> None:
         """load: where a bundle lies, None being the first one's place, and the id of one that
-        is not to be loaded, for which it returns None; raises JourneymanError. close_after_s: the
-        longest that a request may take."""
-        self._load, self._close_after_s = load, close_after_s
+        is not to be loaded, for which it returns None; raises JourneymanError."""
+        self._load = load
         self._main = first
         self._candidate: Served | None = None
         self._tried: Candidate | None = None
@@ -206,7 +205,7 @@ class Live:
         """Once its last request has its answer."""
 
         async def later() -> None:
-            await asyncio.sleep(self._close_after_s)
+            await asyncio.sleep(served.longest_s)
             self._leaving.remove(served)
             await served.close()
 

@@ -21,6 +21,7 @@ class Bundles:
         self.may_load = asyncio.Event()
         self.may_load.set()
         self.away: set[str] = set()
+        self.longest_s: dict[str, float] = {}
         self.out_of_reach: set[str] = set()
 
     async def load(self, bundle: str | None, but_not: str) -> Served | None:
@@ -54,6 +55,7 @@ class Bundles:
             figures=lambda: {"of": name},
             decide=decide,
             close=close,
+            longest_s=self.longest_s.get(name, 0.01),
             unready=lambda: "its engine is gone" if name in self.away else None,
         )
 
@@ -61,7 +63,7 @@ class Bundles:
 def run(test) -> None:
     async def go() -> None:
         bundles = Bundles()
-        await test(Live(bundles.served("a"), bundles.load, close_after_s=0.01), bundles)
+        await test(Live(bundles.served("a"), bundles.load), bundles)
 
     asyncio.run(go())
 
@@ -107,6 +109,19 @@ def test_a_bad_bundle_never_harms_the_one_that_answers(config: dict, why: str):
         live.follow({"bundle": "b"})
         await settled(live)
         assert now(live) == "b" and live.figures()["reload_failure"] is None
+
+    run(test)
+
+
+def test_each_bundle_has_its_own_longest_request_to_finish():
+    async def test(live: Live, bundles: Bundles) -> None:
+        bundles.longest_s = {"b": 0.3}
+        for name in "bc":
+            live.follow({"bundle": name})
+            await settled(live)
+        assert bundles.closed == ["a"]
+        await asyncio.sleep(0.4)
+        assert bundles.closed == ["a", "b"]
 
     run(test)
 
@@ -262,11 +277,13 @@ def test_a_candidate_whose_student_is_away_is_left_out_and_says_why(mode: str):
 
 def test_a_replica_that_stops_closes_every_bundle_it_has():
     async def test(live: Live, bundles: Bundles) -> None:
-        live._close_after_s = 60  # the one that was exchanged still answers what it began
-        live.follow({"bundle": "b", "candidate": {"bundle": "c"}})
-        await settled(live)
+        bundles.longest_s = {"b": 60}  # still answers what it began
+        for config in ({"bundle": "b"}, {"bundle": "c", "candidate": {"bundle": "d"}}):
+            live.follow(config)
+            await settled(live)
+        assert bundles.closed == ["a"]
         await live.close()
-        assert sorted(bundles.closed) == ["a", "b", "c"]
+        assert sorted(bundles.closed) == ["a", "b", "c", "d"]
 
     run(test)
 

@@ -83,9 +83,10 @@ def live(answering: Any, bundle: PolicyBundle | WrittenBundle) -> Live:
         raise AssertionError
 
     served = Served(
-        bundle=bundle, answering=answering, figures=dict, decide=never, close=lambda: never(None)
-    )
-    return Live(served, never, close_after_s=0)
+        bundle=bundle, answering=answering, figures=dict, decide=never, close=lambda: never(None),
+        longest_s=0,
+    )  # fmt: skip
+    return Live(served, never)
 
 
 def write_run(folder: Path) -> Run:

@@ -47,11 +47,30 @@ _REFUSALS: dict[type[Refusal], tuple[int, str, str, dict[str, str]]] = {
 _SAID = 5  # of all that is wrong with a body
 _OF_ANOTHER_BRANCH = ("string_type", "list_type", "dict_type")
 TOO_LARGE = ("invalid_request_error", "body_too_large")
+# Headers of errors, for OpenAPI.
+RETRY_AFTER = {"Retry-After": "Seconds until it may be asked again."}
+NEVER_RETRY = {"x-should-retry": "false where the same request would only fail again."}
+
+
+def described(what: str, headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Of an error, for OpenAPI; headers: what each one that it may carry says."""
+    return {
+        "description": what,
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}},
+        },
+        "headers": {
+            name: {"description": says, "schema": {"type": "string"}}
+            for name, says in (headers or {}).items()
+        },
+    }
+
+
 DESCRIBED: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The request is wrong, or a text is too long."},
     422: {"model": ErrorAnswer, "description": "The bundle needs other columns."},
-    503: {"model": ErrorAnswer, "description": "The teacher is away, or too much waits for it."},
-    504: {"model": ErrorAnswer, "description": "Not answered within the deadline."},
+    503: described("The teacher or the student is away, or too much waits for it.", RETRY_AFTER),
+    504: described("Not answered within the deadline.", NEVER_RETRY),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -29,6 +30,27 @@ MAX_BODY_BYTES = 2 * MAX_TEXTS * MAX_CHARACTERS
 _OPEN = {"", "/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", "/healthz",
          "/readyz"}  # fmt: skip
 _BODY_S = 60.0  # for a whole body to arrive
+
+
+def is_open(path: str) -> bool:
+    """Whether anybody may see it, with keys too."""
+    return path in _OPEN
+
+
+def described(path: str, *, has_body: bool, has_keys: bool) -> dict[str, Any]:
+    """What the gate answers there in place of the route, for OpenAPI: by status."""
+    found = {"413": errors.described("The body has too many bytes, read or announced.")}
+    if has_body:
+        found["408"] = errors.described(f"The body took longer than {_BODY_S:g} s.")
+    if has_keys and not is_open(path):
+        found["401"] = errors.described(
+            "No API key, or an unknown one.", {"WWW-Authenticate": "Bearer, the scheme of keys."}
+        )
+        found["429"] = errors.described(
+            "More requests a minute than the key has, or its budget of the day is spent.",
+            errors.RETRY_AFTER | errors.NEVER_RETRY,
+        )
+    return found
 
 
 class Gate:
@@ -60,7 +82,7 @@ class Gate:
         announced = headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > self._max_body_bytes:
             return errors.response(413, *errors.TOO_LARGE, self._too_large)
-        if self._keyring is None or path in _OPEN:
+        if self._keyring is None or is_open(path):
             return None
         scheme, _, presented = headers.get("authorization", "").partition(" ")
         key = self._keyring.find(presented.strip()) if scheme.lower() == "bearer" else None

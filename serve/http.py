@@ -16,14 +16,12 @@ from journeyman.cascade.budgets import Purse
 from journeyman.cascade.keys import Keyring
 from journeyman.cascade.refusals import NoClasses, TeacherUnavailable
 from journeyman.certify.bundle import WrittenBundle
-from serve import errors, openai_routes
-from serve.gate import Gate
+from serve import errors, gate, openai_routes
 from serve.live import Live
 from serve.openai_schema import ChatRequest, CompletionRequest
 from serve.schema import (
     ClassifyAnswer,
     ClassifyRequest,
-    ErrorAnswer,
     Health,
     Result,
     Usage,
@@ -54,7 +52,7 @@ def api(
         "/v1/completions": CompletionRequest,
     }
     errors.add_handlers(app, bodies)
-    app.add_middleware(Gate, keyring=keyring, purse=purse)
+    app.add_middleware(gate.Gate, keyring=keyring, purse=purse)
     app.include_router(openai_routes.routes(live))
 
     @app.post("/v1/classify", responses=errors.DESCRIBED)
@@ -83,7 +81,7 @@ def api(
         """200 while the process is up."""
         return Health(status="ok")
 
-    @app.get("/readyz", responses={503: {"model": ErrorAnswer}})
+    @app.get("/readyz", responses={503: errors.described("Something cannot answer yet.")})
     async def readyz() -> Health:
         """200 while student and teacher can answer; else 503 with the reason."""
         if reason := unready():
@@ -104,18 +102,26 @@ def api(
     async def page() -> HTMLResponse:
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
 
-    _document(app)
+    _document(app, has_keys=keyring is not None)
     return app
 
 
-def _document(app: FastAPI) -> None:
-    """Make the OpenAPI page, and take out FastAPI's own 422: a wrong request gets our 400."""
+def _document(app: FastAPI, has_keys: bool) -> None:
+    """Make the OpenAPI page: with what the gate answers, and without FastAPI's own 422, as a wrong
+    request gets our 400."""
     schema = app.openapi()
-    for operations in schema["paths"].values():
+    for path, operations in schema["paths"].items():
         for operation in operations.values():
             responses = operation["responses"]
             if responses.get("422", {}).get("description") == "Validation Error":
                 del responses["422"]
+            has_body = "requestBody" in operation
+            responses |= gate.described(path, has_body=has_body, has_keys=has_keys)
+            operation["responses"] = dict(sorted(responses.items()))
+            if has_keys and not gate.is_open(path):
+                operation["security"] = [{"key": []}]
+    if has_keys:
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for name in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(name, None)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
 
 from journeyman.cascade.answering import Answers, Asked
 from journeyman.cascade.policy import Decision
@@ -60,6 +61,14 @@ def routes(live: Live) -> APIRouter:
     async def models() -> ModelList:
         """The cascade, and each of its two models alone."""
         return ModelList(data=[ModelCard(id=name, created=since) for name in _MODELS])
+
+    @router.get("/v1/models/{name}", responses={404: errors.described("There is no such model.")})
+    async def model(name: str) -> ModelCard:
+        """One of them."""
+        for known in _MODELS:
+            if name == known:
+                return ModelCard(id=known, created=since)
+        raise HTTPException(404, f"no such model; there are {', '.join(_MODELS)}")
 
     @router.post("/v1/chat/completions", responses=_RESPONSES)
     async def chat(request: ChatRequest, response: Response) -> Chat:

@@ -46,6 +46,7 @@ _REFUSALS: dict[type[Refusal], tuple[int, str, str, dict[str, str]]] = {
 }
 _SAID = 5  # of all that is wrong with a body
 _OF_ANOTHER_BRANCH = ("string_type", "list_type", "dict_type")
+_NO_JSON = "the body is no JSON object (with Content-Type: application/json)"
 TOO_LARGE = ("invalid_request_error", "body_too_large")
 # Headers of errors, for OpenAPI.
 RETRY_AFTER = {"Retry-After": "Seconds until it may be asked again."}
@@ -86,7 +87,7 @@ def add_handlers(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        body = bodies.get(request.url.path)
+        body = bodies.get(request.scope["route"].path)
         sentence = _sentence(error, tuple(body.model_fields) if body else ())
         return response(400, "invalid_request_error", "invalid_request", sentence)
 
@@ -96,6 +97,8 @@ def add_handlers(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> None:
             return response(413, *TOO_LARGE, str(error.detail))
         if error.status_code == 408:
             return response(408, "timeout", "body_too_slow", str(error.detail))
+        if error.status_code == 400:  # FastAPI's, of a body in another encoding, or too deep
+            return response(400, "invalid_request_error", "invalid_request", f"{_NO_JSON}.")
         message = f"{request.method} {request.url.path}: {error.detail}; see /docs."
         return response(error.status_code, "invalid_request_error", "no_such_route", message)
 
@@ -140,7 +143,7 @@ def _words(problem: Mapping[str, Any], known: tuple[str, ...]) -> str:
     if kind == "value_error" and not location:  # of the body as a whole
         return said
     if kind == "json_invalid" or not location:
-        return "the body is no JSON object (with Content-Type: application/json)"
+        return _NO_JSON
     where = _where(location)
     if kind == "extra_forbidden":
         return f"unknown field {where}; known are {', '.join(known)}"

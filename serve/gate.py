@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import string
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import quote_from_bytes
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -73,6 +75,9 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        query = scope["query_string"]
+        if not query.isascii():  # which Starlette could not read where it makes a URL of it
+            scope = {**scope, "query_string": quote_from_bytes(query, string.punctuation).encode()}
         headers = Headers(scope=scope)
         if refusal := self._refusal(_route_path(scope), headers):
             return await refusal(scope, receive, send)
@@ -80,7 +85,8 @@ class Gate:
 
     def _refusal(self, path: str, headers: Headers) -> JSONResponse | None:
         announced = headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self._max_body_bytes:
+        # Not int, which has a limit of its own on digits.
+        if announced.isdecimal() and float(announced) > self._max_body_bytes:
             return errors.response(413, *errors.TOO_LARGE, self._too_large)
         if self._keyring is None or is_open(path):
             return None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from journeyman.cascade.answering import Asked
 from journeyman.cascade.policy import AnsweredBy
@@ -48,6 +49,21 @@ class Message(BaseModel):
         return self
 
 
+def _of_its_type(value: int) -> BeforeValidator:
+    """To Python, and so to a Literal, 1 is true and 0 is false."""
+
+    def check(given: object) -> object:
+        if type(given) is not type(value):
+            raise ValueError(f"input should be {json.dumps(value)}")
+        return given
+
+    return BeforeValidator(check)
+
+
+One = Annotated[Literal[1], _of_its_type(1)]
+Off = Annotated[Literal[False], _of_its_type(False)]
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -69,7 +85,7 @@ class _Common(Body):
     stop: str | Annotated[list[str], Field(max_length=4)] | None = Field(
         None, description="The answer ends in front of the first of these."
     )
-    n: Literal[1] | None = None
+    n: One | None = None
     user: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -102,7 +118,7 @@ class ChatRequest(_Common):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    store: Off | None = None
 
     @property
     def limit(self) -> int | None:
@@ -120,8 +136,8 @@ class CompletionRequest(_Common):
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+    echo: Off | None = None
+    best_of: One | None = None
     suffix: None = None
 
     @property

@@ -87,11 +87,13 @@ def test_a_wrong_request_is_told_what_is_wrong_with_it(bundle, body, sentence: s
     assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b'{"input": "\\ud800"}'])
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000, b'{"input": "\\ud800"}'])
 def test_a_body_that_is_no_json_or_no_text_is_refused(bundle, content: bytes):
     headers = {"Content-Type": "application/json"}
     response = send(bundle, Cascade(), "POST", "/v1/classify", content=content, headers=headers)
-    assert response.status_code == 400 and response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["message"]
+    assert error["code"] == "invalid_request"
 
 
 @pytest.fixture(scope="module")

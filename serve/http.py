@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 
@@ -20,6 +21,7 @@ from serve import errors, gate, openai_routes
 from serve.live import Live
 from serve.openai_schema import ChatRequest, CompletionRequest
 from serve.schema import (
+    ANSWER_HEADERS,
     ClassifyAnswer,
     ClassifyRequest,
     Health,
@@ -39,9 +41,11 @@ def api(
     unready: Callable[[], str | None],
     keyring: Keyring | None = None,
     purse: Purse | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The application; unready: why the cascade is not ready yet, None if it is; keyring: None
-    lets everyone ask; purse: of keys that have a budget."""
+    lets everyone ask; purse: of keys that have a budget; cors_origins: of web pages that may ask
+    from a browser."""
     app = FastAPI(
         title="Journeyman cascade",
         description="A student answers what it is certified for, its teacher the rest.",
@@ -53,6 +57,14 @@ def api(
     }
     errors.add_handlers(app, bodies)
     app.add_middleware(gate.Gate, keyring=keyring, purse=purse)
+    if cors_origins:  # around the gate: a preflight has no key, and pages may read its refusals
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[*cors_origins],
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[*errors.RETRY_AFTER, *errors.NEVER_RETRY, *ANSWER_HEADERS],
+        )
     app.include_router(openai_routes.routes(live))
 
     @app.post("/v1/classify", responses=errors.DESCRIBED)

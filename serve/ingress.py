@@ -92,7 +92,8 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the replica is made."""
         keyring = self._keyring if self._spec.keys else None
-        return api(self._live, self._unready, keyring, self._purse)
+        origins = self._spec.loaded.recipe.cascade.cors_origins
+        return api(self._live, self._unready, keyring, self._purse, origins)
 
     async def __del__(self) -> None:
         """Serve calls this when the replica stops: what is kept becomes files at once."""

@@ -152,6 +152,12 @@ def promise_of(
     return Promise(holds=not answers.void, kind=served.kind, alpha=served.alpha, delta=served.delta)
 
 
+# All that `headers_of` gives.
+ANSWER_HEADERS = tuple(
+    f"x-journeyman-{what}" for what in ("answered-by", "bundle", "guarantee", "confidence")
+)
+
+
 def headers_of(
     answers: Answers, bundle: PolicyBundle | WrittenBundle, asked: Asked, *, as_asked: bool = True
 ) -> dict[str, str]:

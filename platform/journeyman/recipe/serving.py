@@ -12,6 +12,9 @@ from journeyman.recipe.teacher import Teacher
 Guarantee = Literal["system_agreement", "selective_agreement", "accuracy"]
 Score = Literal["max_probability", "margin", "entropy", "deferral_head"]
 
+# As browsers write it: without a path, and never a wildcard.
+Origin = Annotated[str, Field(pattern=r"^https?://[^/*\s,]+$")]
+
 MOST_SAMPLES = 64  # of a student for one answer
 
 
@@ -278,6 +281,11 @@ class Cascade(Section):
         None,
         description="File of the keys that may ask, one a line, by their hashes (`journeyman "
         "cascade key` makes them); JOURNEYMAN_API_KEYS names one, too. By default all may ask.",
+    )
+    cors_origins: tuple[Origin, ...] = Field(
+        (),
+        description="Web pages of these origins (https://app.example.com) may ask from a browser; "
+        "by default none may but the cascade's own.",
     )
     state: str | None = Field(
         None,

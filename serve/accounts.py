@@ -1,4 +1,5 @@
-"""What the teacher did for requests that were given up: by their clients, or at their deadline.
+"""What the teacher did for requests that were given up: by their clients, or at their deadline; and
+who pays for it, or nobody, as of audits.
 
 Such a call has no answer that could say what it took. The replica that worked on it keeps that,
 under the account that the call named, until the ingress that asked comes for it.
@@ -15,14 +16,16 @@ from journeyman.teacher.progress import Spent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """ingress: the replica that asks; key: the API key's hash, None where nobody needs one."""
+    """ingress: the replica that asks; key: the API key's hash, None where nobody needs one, or
+    where an audit asks: for those nobody pays, and they are counted apart."""
 
     ingress: str
     bundle: str
     key: str | None
+    is_audit: bool = False
 
 
-# Of the request that is being answered; None of what nobody pays for, as audits.
+# Of the request or the audit that is being answered.
 account: ContextVar[Account | None] = ContextVar("account", default=None)
 
 

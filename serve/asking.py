@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 
-from journeyman.cascade.answering import Hear, Said
+from journeyman.cascade.answering import Hear, Said, Unlabeled
 from journeyman.cascade.refusals import TeacherAway, TeacherStarting, TeacherUnavailable
 from journeyman.recipe import Classes
 from journeyman.teacher.progress import Spent
@@ -62,7 +62,7 @@ class TeacherByHandle:
         bill: Callable[[Account, Spent], None] | None = None,
     ) -> None:
         """whose: its name in sentences; which: of several models behind the handle; bill: told
-        what was done for requests that were given up, None where nobody pays."""
+        what was done for requests that were given up, and for audits; None where nobody counts."""
         self._handle, self._which = handle, which
         self._bill = bill
         self._given_up_at = 0.0  # the last call
@@ -115,6 +115,9 @@ class TeacherByHandle:
             away = _unavailable(self._gone, getattr(error, "actor_id", None))
         else:
             if not isinstance(reply, Unavailable):
+                whose = account.get()
+                if self._bill and whose and whose.is_audit:  # else counted by its answer
+                    self._bill(whose, _spent_on(reply))
                 return reply
             away = _unavailable(reply.reason, reply.replica or None)
         raise away  # not chained to an error, whose words may quote a text
@@ -156,7 +159,8 @@ class TeacherByHandle:
         self, rows: Sequence[Mapping[str, Any]], asked: Classes, avoid: dict[str, Any]
     ) -> Sequence[Said] | Unavailable:
         # By keyword: what is routed by its beginning are texts, and these are none.
-        response = self._handle.judge.remote(rows=list(rows), asked=asked, **avoid)
+        whose = account.get()
+        response = self._handle.judge.remote(rows=list(rows), asked=asked, account=whose, **avoid)
         with self._cancelled(response):
             reply: Sequence[Said] | Unavailable = await response
             return reply
@@ -276,6 +280,16 @@ def _outliving(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
 def _kind(error: RayTaskError) -> str:
     cause: object = error.cause
     return str(cause) if isinstance(cause, Failed) else type(cause).__name__
+
+
+def _spent_on(reply: Sequence[Said]) -> Spent:
+    spent = Spent()
+    for said in reply:
+        if not isinstance(said, Unlabeled):
+            spent.add(
+                Spent(n_prompt_tokens=said.n_prompt_tokens, n_output_tokens=said.n_output_tokens)
+            )
+    return spent
 
 
 def _unavailable(reason: str, replica: str | None = None) -> TeacherUnavailable:

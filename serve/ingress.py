@@ -31,7 +31,7 @@ from journeyman.recipe import Feedback, digest
 from journeyman.student.models import Classifier
 from journeyman.teacher.progress import Spent
 from serve import loading, writers
-from serve.accounts import Account
+from serve.accounts import Account, account
 from serve.agreement import Agreed, Member
 from serve.asking import TeacherByHandle
 from serve.billing import settle
@@ -144,10 +144,14 @@ class Ingress:
         self._teacher.count(agreed.n_teachers)
         self._keyring.share(agreed.n_replicas)
 
-    def _bill(self, account: Account, spent: Spent) -> None:
-        """For a request that was given up, by a bundle that may have left meanwhile."""
-        if measured := self._measured.get(account.bundle):
-            measured.given_up(account.key, spent)
+    def _bill(self, whose: Account, spent: Spent) -> None:
+        """For an audit or a request that was given up, by a bundle that may have left since."""
+        if not (measured := self._measured.get(whose.bundle)):
+            return
+        if whose.is_audit:
+            measured.audited(spent)
+        else:
+            measured.given_up(whose.key, spent)
 
     def _student(self, loaded: Loaded, encoder: Classifier | None, rule: Rule) -> Student:
         if encoder is not None:
@@ -177,6 +181,10 @@ class Ingress:
             patience_s=recipe.cascade.request_timeout_s,
             judge=judge,
         )
+
+    async def _audits(self, auditor: Auditor, bundle: str) -> None:
+        account.set(Account(ingress=self._replica, bundle=bundle, key=None, is_audit=True))
+        await auditor.run()
 
     def _member(
         self,
@@ -239,7 +247,7 @@ class Ingress:
         loop = asyncio.get_running_loop()
         running = [loop.create_task(work) for work in (measured.watch(), member.run())]
         if auditor:
-            running.append(loop.create_task(auditor.run()))
+            running.append(loop.create_task(self._audits(auditor, bundle.bundle_id)))
 
         async def shadow(texts: Sequence[str]) -> None:
             measured.shadowed(await student.submit(texts))

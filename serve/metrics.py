@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from journeyman.cascade.answering import Answers, Asked, Cascade
 from journeyman.cascade.budgets import Purse, paying
@@ -26,6 +26,9 @@ from serve import tracing
 from serve.accounts import Account, account
 from serve.agreement import Member
 from serve.failures import without_words
+
+if TYPE_CHECKING:
+    from ray.util import metrics
 
 _WINDOW_S = 60.0
 _GAUGE_INTERVAL_S = 1.0
@@ -68,25 +71,34 @@ class Health:
 @dataclass(slots=True)
 class Savings:
     """What the student saves, where the teacher has answered enough to say: dollars. Texts that the
-    student answers are easier, and may be shorter, than those of the teacher: an estimate."""
+    student answers are easier, and may be shorter, than those of the teacher: an estimate. Audits
+    are there for the student's sake, so what they cost is taken off."""
 
-    paid: float = 0.0  # for answers; not for requests that were given up, nor for audits
-    saved: float = 0.0
+    paid: float = 0.0  # for answers; not for requests that were given up
+    for_audits: float = 0.0
+    saved: float = 0.0  # below zero while audits cost more
+    _said: float = 0.0  # of what is saved, which as a counter cannot fall
     _n_paid: int = 0
     _n_unpriced: int = 0  # answered by the student before the teacher first answered
 
     def more(self, by_student: int, by_teacher: int, paid: float) -> float:
-        """Texts of a request; returns what is saved by them, or known of by now."""
+        """Texts of a request; returns by how much what is saved has risen beyond what it was at
+        most so far."""
         self._n_unpriced += by_student
         if by_teacher:
             self.paid += paid
             self._n_paid += by_teacher
         if not self._n_paid:
             return 0.0
-        saved = self._n_unpriced * self.paid / self._n_paid
+        self.saved += self._n_unpriced * self.paid / self._n_paid
         self._n_unpriced = 0
-        self.saved += saved
-        return saved
+        rise = max(0.0, self.saved - self._said)
+        self._said += rise
+        return rise
+
+    def audited(self, paid: float) -> None:
+        self.for_audits += paid
+        self.saved -= paid
 
 
 class Measured:
@@ -126,8 +138,12 @@ class Measured:
         self._saved_dollars = counter(
             "saved_dollars",
             "Estimate of what the teacher would have cost for texts that the student answered, "
-            "each at the mean of those that the teacher has answered.",
+            "each at the mean of those that the teacher has answered, less what audits cost.",
         )
+        self._audit_tokens = counter(
+            "audit_tokens", "Tokens the teacher read and wrote for audits.", "direction"
+        )
+        self._audit_dollars = counter("audit_dollars", "Price of those; no key's bill has them.")
         self._savings = Savings()
         self._unknown = counter(
             "audits_unknown",
@@ -178,6 +194,17 @@ class Measured:
         """What the teacher did for a request that ended before its answer; key: whose it was."""
         self._paid(spent.n_prompt_tokens, spent.n_output_tokens, key)
 
+    def audited(self, spent: Spent) -> None:
+        """What the teacher did for an audit, its judge's verdict, or one that was given up."""
+        self._savings.audited(
+            self._counted(
+                self._audit_tokens,
+                self._audit_dollars,
+                spent.n_prompt_tokens,
+                spent.n_output_tokens,
+            )
+        )
+
     def shadowed(self, decisions: Sequence[Decision | Escalation]) -> None:
         """Texts that another bundle answered: who would have, by this one."""
         n_escalated = sum(isinstance(decision, Escalation) for decision in decisions)
@@ -195,6 +222,7 @@ class Measured:
             "waiting": self._cascade.waiting.n_waiting,
             "breaker_open": not self._cascade.breaker.is_closed,
             "teacher_dollars": self._savings.paid,
+            "audit_dollars": self._savings.for_audits,
             "saved_dollars": self._savings.saved,
             **self._health.figures(),
         }
@@ -235,13 +263,19 @@ class Measured:
 
     def _paid(self, read: int, written: int, key: str | None) -> None:
         """The teacher's tokens; key: whose request it was."""
-        tokens = (read, written)
-        for direction, n in zip(("read", "written"), tokens, strict=True):
-            if n:
-                self._tokens.inc(n, tags=self._tags | {"direction": direction})
-        if dollars := self._price_of(read, written):
-            self._dollars.inc(dollars, tags=self._tags)
+        if dollars := self._counted(self._tokens, self._dollars, read, written):
             self._health.purse.pay(key, dollars)
+
+    def _counted(
+        self, tokens: metrics.Counter, dollars: metrics.Counter, read: int, written: int
+    ) -> float:
+        """Their price."""
+        for direction, n in (("read", read), ("written", written)):
+            if n:
+                tokens.inc(n, tags=self._tags | {"direction": direction})
+        if price := self._price_of(read, written):
+            dollars.inc(price, tags=self._tags)
+        return price
 
     def _price_of(self, read: int, written: int) -> float:
         """Dollars, for tokens of the teacher."""

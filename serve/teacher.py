@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -95,12 +95,16 @@ class Teacher:
         return await self._while_ready(lambda: self._label(texts, account))
 
     async def judge(
-        self, rows: Sequence[Mapping[str, Any]], asked: Classes, avoid: Sequence[str] = ()
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        asked: Classes,
+        account: Account | None = None,
+        avoid: Sequence[str] = (),
     ) -> list[Said] | Unavailable:
         """Its verdicts on pairs of answers, one for each row, for audits; stops when the call is
-        cancelled; raises Failed. asked: by the bundle that answers, which may have been exchanged
-        since; avoid: for the router."""
-        return await self._while_ready(lambda: self._judge(rows, asked))
+        cancelled, as ``label`` does; raises Failed. asked: by the bundle that answers, which may
+        have been exchanged since; avoid: for the router."""
+        return await self._while_ready(lambda: self._judge(rows, asked, account))
 
     async def speak(
         self, text: str, account: Account | None = None, avoid: Sequence[str] = ()
@@ -189,16 +193,23 @@ class Teacher:
         return Unavailable(reason=reason, replica=this_replica(), begun=True)
 
     async def _label(self, texts: Sequence[str], account: Account | None) -> list[Said]:
+        return await self._kept_if_given_up(map(self._label_one, texts), account)
+
+    async def _judge(
+        self, rows: Sequence[Mapping[str, Any]], asked: Classes, account: Account | None
+    ) -> list[Said]:
+        task = tasks.local(asked, self._engine)
+        return await self._kept_if_given_up((self._said(task, row) for row in rows), account)
+
+    async def _kept_if_given_up(
+        self, work: Iterable[Coroutine[Any, Any, Said]], account: Account | None
+    ) -> list[Said]:
         spending.set(spent := Spent())  # of this call, whose task this is
         try:
-            return await asyncio.gather(*(self._label_one(text) for text in texts))
+            return await asyncio.gather(*work)
         except asyncio.CancelledError:
             self._given_up.add(account, spent)
             raise
-
-    async def _judge(self, rows: Sequence[Mapping[str, Any]], asked: Classes) -> list[Said]:
-        task = tasks.local(asked, self._engine)
-        return await asyncio.gather(*(self._said(task, row) for row in rows))
 
     async def _label_one(self, text: str) -> Said:
         return await self._said(self._task, unpacked(text, self._columns))

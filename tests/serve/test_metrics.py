@@ -55,6 +55,27 @@ def test_what_the_student_saves_is_at_the_teachers_mean_price():
     assert (savings.paid, savings.saved) == (6.0, 21.0)
 
 
+def test_audits_are_taken_off_what_is_saved_and_a_counter_waits_until_that_is_made_up_for():
+    savings = Savings()
+    savings.audited(4.0)
+    assert savings.more(by_student=1, by_teacher=1, paid=3.0) == 0.0
+    assert savings.saved == 3.0 - 4.0
+    assert savings.more(by_student=2, by_teacher=0, paid=0.0) == 5.0
+    assert (savings.paid, savings.for_audits, savings.saved) == (3.0, 4.0, 5.0)
+
+
+def test_audits_are_counted_apart_and_on_no_bill():
+    purse = Purse({"k": 100.0})
+    health = Health(MagicMock(), purse, Stability((), 1), None)
+    measured = Measured(MagicMock(), MagicMock(), "b", PRICE, health)
+    paying.set("k")
+    measured.audited(Spent(n_prompt_tokens=5, n_output_tokens=1))
+    measured.audited(Spent(n_prompt_tokens=1))
+    figures = measured.figures()
+    assert (figures["audit_dollars"], figures["teacher_dollars"]) == (6 + 2, 0.0)
+    assert figures["saved_dollars"] == -8.0 and purse.bill() == {}
+
+
 def test_answers_from_memory_are_no_escalations():
     def decision(by: str) -> Decision:
         return Decision(answered_by=by, label="a", confidence=0.5, probabilities=np.ones(1))  # type: ignore[arg-type]

@@ -56,6 +56,7 @@ class Handle:
         return [self.says for _ in texts if self.says]
 
 
+AUDIT = Account(ingress="i", bundle="b", key=None, is_audit=True)
 UNSURE = Written(text="perhaps", tokens=(), logprobs=np.array([-9.0]), finish_reason="stop",
                  n_prompt_tokens=1, n_output_tokens=1)  # fmt: skip
 
@@ -196,13 +197,13 @@ def test_a_call_that_is_cancelled_ends_in_the_engines_own_loop(
 
 
 @pytest.mark.parametrize("heard", [False, True])
-def test_what_was_done_for_a_client_that_left_is_billed_to_its_key(
+def test_what_was_done_for_a_client_that_left_or_an_audit_that_took_too_long_is_told_apart(
     heard: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """From the engine that counts, over the replica's account, to the ingress that asked."""
     monkeypatch.setattr(asking, "_COME_EVERY_S", 0.01)
     monkeypatch.setattr(asking, "_HEARD_WITHIN_S", 0.1)
-    whose = Account(ingress="i", bundle="b", key="k")
+    whose, nobodys = Account(ingress="i", bundle="b", key="k"), AUDIT
     bills: list[tuple[Account, Spent]] = []
     working: list[Spent] = []
 
@@ -220,26 +221,45 @@ def test_what_was_done_for_a_client_that_left_is_billed_to_its_key(
         account.set(whose)
         hear = (lambda _: None) if heard else None
         call = asyncio.create_task(teacher.labels(["x"], hear))
-        audit = asyncio.Task(teacher.labels(["x"]), context=contextvars.Context())
+        context = contextvars.copy_context()
+        context.run(account.set, nobodys)
+        audit = asyncio.Task(teacher.labels(["x"]), context=context)
         await until(lambda: len(working) == 2)
         call.cancel()
-        audit.cancel()  # nobody pays for it
-        await until(lambda: bool(bills))
+        audit.cancel()
+        await until(lambda: len(bills) == 2)
         await asyncio.sleep(0.15)
         await writing.close()
 
     asyncio.run(scenario())
-    assert bills == [(whose, Spent(n_prompt_tokens=7, n_output_tokens=3))]
+    spent = Spent(n_prompt_tokens=7, n_output_tokens=3)
+    assert len(bills) == 2 and dict(bills) == {whose: spent, nobodys: spent}
+
+
+def test_what_an_audit_takes_of_the_teacher_is_told_once_and_a_requests_by_its_answer_alone():
+    bills: list[tuple[Account, Spent]] = []
+
+    async def scenario() -> None:
+        teacher = TeacherByHandle(Handle(UNSURE), bill=lambda a, s: bills.append((a, s)))  # type: ignore[arg-type]
+        teacher.unready = None
+        account.set(Account(ingress="i", bundle="b", key="k"))
+        await teacher.labels(["x"])
+        account.set(AUDIT)
+        await teacher.labels(["x", "y"])
+
+    asyncio.run(scenario())
+    assert bills == [(AUDIT, Spent(n_prompt_tokens=2, n_output_tokens=2))]
 
 
 ASKED_OF_JUDGE = Classes(classes={"same": "Yes", "different": "No"}, prompt="{{ first }}")
 
 
-def test_a_judge_gives_each_pair_its_verdict_or_none_and_nobody_pays_for_it(
+def test_a_judge_gives_each_pair_its_verdict_or_none_and_says_what_it_took(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Over the handle of the teacher, in its engine's loop."""
     asked: list[Any] = []
+    bills: list[tuple[Account, Spent]] = []
 
     async def run(row: dict[str, str], *_: Any) -> ClassLabels:
         if row["first"] == "long":
@@ -251,7 +271,8 @@ def test_a_judge_gives_each_pair_its_verdict_or_none_and_nobody_pays_for_it(
         writing = replica(monkeypatch, run, ASKED)
         task = SimpleNamespace(run=run)
         monkeypatch.setattr(teacher.tasks, "local", lambda of, _: asked.append(of) or task)
-        judge = TeacherByHandle(InProcess(writing))  # type: ignore[arg-type]
+        judge = TeacherByHandle(InProcess(writing), bill=lambda a, s: bills.append((a, s)))  # type: ignore[arg-type]
+        account.set(AUDIT)
         with pytest.raises(TeacherAway, match="starting"):
             await judge.judged([{"first": "a"}], ASKED_OF_JUDGE)
         judge.unready = None
@@ -263,6 +284,7 @@ def test_a_judge_gives_each_pair_its_verdict_or_none_and_nobody_pays_for_it(
     assert verdict.class_logprobs == pytest.approx(np.log([0.9, 0.1]))
     assert isinstance(none, Unlabeled) and "9 tokens" in none.reason
     assert asked == [ASKED_OF_JUDGE]
+    assert bills == [(AUDIT, Spent(n_prompt_tokens=1, n_output_tokens=1))]
 
 
 def test_a_judge_whose_engine_has_died_is_away(monkeypatch: pytest.MonkeyPatch):

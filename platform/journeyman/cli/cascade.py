@@ -131,10 +131,12 @@ def _rows(ready: dict[str, Any], bundle: dict[str, Any], figures: dict[str, Any]
 
 def _dollars_of(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Where the teacher's tokens have a price."""
-    paid, saved = figures["teacher_dollars"], figures["saved_dollars"]
-    if not paid:
+    paid, audits = figures["teacher_dollars"], figures["audit_dollars"]
+    if not paid + audits:
         return []
-    return [("dollars", f"{paid:,.2f} for the teacher's answers, some {saved:,.2f} saved")]
+    said = [f"{paid:,.2f} for the teacher's answers"]
+    said += [f"{audits:,.2f} for audits"] if audits else []
+    return [("dollars", f"{', '.join(said)}, some {figures['saved_dollars']:,.2f} saved")]
 
 
 def _candidate(tried: dict[str, Any] | None) -> list[tuple[str, str]]:

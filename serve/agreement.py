@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -22,18 +23,22 @@ from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.breaker import Breaker
 from journeyman.cascade.drift import Audit, Watch
 from journeyman.cascade.sharing import News, Shared, SharedBreaker
+from journeyman.cascade.watching import Batch, Kept
 from journeyman.errors import JourneymanError
 from journeyman.folder import Folder
 from serve.billing import EVERY_S, GONE_AFTER_S, TIMEOUT_S, Bill, Billing
+
+_OWED_S = 10.0  # between two times that only what is owed is written
+_LEAVES_WITHIN_S = 3.0  # with each of two last words, of a replica that Serve gives ten seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What one replica has to say of one bundle.
 
-    batch: the number of these audits, so that a report that is sent again counts once; fresh: the
-    bundle's watch, if nobody has begun one; feedback: the folder or store beside whose files it is
-    kept, None where nobody audits.
+    batch: the number of these audits, so that a report that is sent again counts once; n_owed:
+    further audits, whose outcomes come later; fresh: the bundle's watch, if nobody has begun one;
+    feedback: the folder or store beside whose files it is kept, None where nobody audits.
     """
 
     replica: str
@@ -41,7 +46,7 @@ class Report:
     news: News | None
     batch: int = 0
     audits: tuple[Audit, ...] = ()
-    n_pending: int = 0
+    n_owed: int = 0
     fresh: Watch | None = None
     feedback: str | None = None
 
@@ -61,9 +66,10 @@ class Agreed:
 
 @dataclass(slots=True)
 class _Seen:
-    at: float = 0.0
-    n_pending: int = 0
-    batch: int = 0
+    """Of a replica: when it was heard last, and audits of its that are in no watch yet."""
+
+    at: float
+    n_owed: int
 
 
 class Agreement:
@@ -73,8 +79,10 @@ class Agreement:
         """teacher_may_sleep: only then its replicas are counted."""
         self._teacher_may_sleep = teacher_may_sleep
         self._breaker = SharedBreaker(probe_timeout_s)
-        self._watches: dict[str, Watch] = {}
-        self._seen: dict[tuple[str, str], _Seen] = {}
+        self._kept: dict[str, Kept] = {}  # by bundle
+        self._written: dict[str, tuple[Kept, float]] = {}  # by bundle, and when
+        self._seen: dict[str, dict[str, _Seen]] = {}  # by bundle, by replica
+        self._left_words: dict[str, list[str]] = {}  # replicas, by bundle
         self._heard_at: dict[str, float] = {}  # by replica
         self._writing = asyncio.Lock()
         self._billing = Billing()
@@ -87,30 +95,16 @@ class Agreement:
         shared = self._breaker.state(report.replica, now)
         await self._count_teachers(now)
         n_replicas = self._count_replicas(report.replica, now)
-        async with self._writing:
-            watch = await self._watch(report)
-            if watch is None:
-                return Agreed(breaker=shared, n_teachers=self._n_teachers, n_replicas=n_replicas)
-            seen = self._seen.setdefault((report.replica, report.bundle), _Seen())
-            seen.at, seen.n_pending = now, report.n_pending
-            audits = [*report.audits] if report.batch > seen.batch else []
-            gone = self._gone(report.bundle, now)
-            audits += [watching.LOST] * sum(self._seen[key].n_pending for key in gone)
-            for audit in audits:
-                watch = watch.audited(audit)
-            if audits and report.feedback:
-                folder = Folder(report.feedback)
-                await asyncio.to_thread(watching.store, folder, report.bundle, watch)
-            self._watches[report.bundle], seen.batch = watch, report.batch
-            for key in gone:
-                del self._seen[key]
+        kept = await self._audited(report, now)
+        if kept is None:
+            return Agreed(breaker=shared, n_teachers=self._n_teachers, n_replicas=n_replicas)
         return Agreed(
             breaker=shared,
             n_teachers=self._n_teachers,
             n_replicas=n_replicas,
-            accept_above=watch.threshold,
-            n_audits=watch.n_audits,
-            rung=watch.rung,
+            accept_above=kept.watch.threshold,
+            n_audits=kept.watch.n_audits,
+            rung=kept.watch.rung,
         )
 
     async def settle(self, bill: Bill) -> dict[str, float]:
@@ -131,19 +125,61 @@ class Agreement:
         with contextlib.suppress(RayError, RayServeException):
             self._n_teachers = await asyncio.to_thread(_running_teachers)
 
-    async def _watch(self, report: Report) -> Watch | None:
-        if report.bundle in self._watches or report.fresh is None or report.feedback is None:
-            return self._watches.get(report.bundle)
-        folder = Folder(report.feedback)
-        return await asyncio.to_thread(watching.stored, folder, report.bundle) or report.fresh
+    async def _audited(self, report: Report, now: float) -> Kept | None:
+        """What is kept after a report, which is known to be owed until it is; None where nobody
+        audits."""
+        bundle, replica = report.bundle, report.replica
+        if report.feedback is None or not (report.fresh or bundle in self._kept):
+            return None
+        folder, seen = Folder(report.feedback), self._seen.setdefault(bundle, {})
+        seen[replica] = _Seen(at=now, n_owed=report.n_owed + len(report.audits))
+        async with self._writing:
+            kept = await self._kept_of(report, folder, now)
+            gone = [name for name, one in seen.items() if now - one.at > GONE_AFTER_S]
+            for name in (left := {*gone, *self._left_words[bundle]}):
+                owed = seen[name].n_owed if name in gone else 0
+                kept = await self._without(kept, folder, bundle, name, owed)
+            kept = kept.told(replica, [(report.batch, report.audits)], report.n_owed)
+            if self._must_write(bundle, kept, now):
+                await asyncio.to_thread(watching.store, folder, bundle, kept)
+                self._written[bundle] = kept, now
+            self._kept[bundle], seen[replica].n_owed = kept, report.n_owed
+            for name in left - {replica}:
+                seen.pop(name, None)
+            for name in left:
+                await asyncio.to_thread(watching.forget_last_words, folder, bundle, name)
+            self._left_words[bundle] = []
+        return kept
 
-    def _gone(self, bundle: str, now: float) -> list[tuple[str, str]]:
-        """Replicas whose audits died with them: errors, for all anyone knows."""
-        return [
-            key
-            for key, seen in self._seen.items()
-            if key[1] == bundle and now - seen.at > GONE_AFTER_S
-        ]
+    def _must_write(self, bundle: str, kept: Kept, now: float) -> bool:
+        """What is owed changes with every request, so that alone is written now and then; or it
+        would be an error once the one that has paid is gone."""
+        written, at = self._written[bundle]
+        paid = any(one.n_owed and not kept.owed_by(name) for name, one in written.replicas.items())
+        return kept.watch is not written.watch or paid or (kept != written and now > at + _OWED_S)
+
+    async def _kept_of(self, report: Report, folder: Folder, now: float) -> Kept:
+        """Whom it names was there before this deployment's replica was, and has a while to be
+        heard."""
+        bundle, fresh = report.bundle, report.fresh
+        if bundle not in self._kept:
+            found = await asyncio.to_thread(watching.stored, folder, bundle)
+            words = await asyncio.to_thread(watching.who_left_words, folder, bundle)
+            assert fresh is not None
+            kept = found or Kept(watch=fresh)
+            for name, heard in kept.replicas.items():
+                self._seen[bundle].setdefault(name, _Seen(at=now, n_owed=heard.n_owed))
+            self._left_words[bundle] = words
+            self._kept[bundle], self._written[bundle] = kept, (kept, -math.inf)
+        return self._kept[bundle]
+
+    async def _without(
+        self, kept: Kept, folder: Folder, bundle: str, gone: str, n_owed: int
+    ) -> Kept:
+        """One replica. What it owed died with it, and is an error for all anyone knows, unless it
+        has left words."""
+        words = await asyncio.to_thread(watching.read_last_words, folder, bundle, gone)
+        return kept.gone(gone, n_owed) if words is None else kept.told(gone, words, 0)
 
 
 def _running_teachers() -> int:
@@ -155,7 +191,8 @@ def _running_teachers() -> int:
 
 @dataclass(slots=True, kw_only=True)
 class Member:
-    """One replica's part in it, for one bundle."""
+    """One replica's part in it, for one bundle. keep: a file of this name among the feedback's, now
+    or later."""
 
     replica: str
     bundle: str
@@ -166,6 +203,7 @@ class Member:
     tighten: Callable[[float], None]
     ask: Callable[[Report], Awaitable[Agreed]]
     heard: Callable[[Agreed], None]
+    keep: Callable[[str, bytes], None] | None = None
     last: Agreed | None = field(default=None, init=False)
     failure: str | None = field(default=None, init=False)  # why it goes on alone
     _leaves: bool = field(default=False, init=False)
@@ -181,9 +219,17 @@ class Member:
 
     async def leave(self) -> None:
         """The last word of a replica that stops in order. Which audits wait then has nothing to do
-        with what would have come of them, so they are left out, and not held for errors."""
+        with what would have come of them, so they are left out, and not held for errors. Where
+        nobody hears it, it is kept beside the feedback for who comes next."""
         self._leaves = True
         await self.exchange()
+        if not self.failure:  # there may be what has come since that batch
+            await self.exchange()
+        if self.auditor and self.failure and self.keep:
+            batches: list[Batch] = [(self._batch, self._audits)]
+            batches += [(self._batch + 1, self.auditor.outcomes())]
+            with contextlib.suppress(OSError):  # then they stay owed
+                self.keep(*watching.last_words(self.bundle, self.replica, batches))
 
     async def exchange(self) -> None:
         """Once; what cannot be handed on is handed on the next time."""
@@ -196,12 +242,12 @@ class Member:
             news=news,
             batch=self._batch,
             audits=self._audits,
-            n_pending=self.auditor.n_pending if self.auditor and not self._leaves else 0,
+            n_owed=self._n_owed,
             fresh=self.fresh,
             feedback=self.feedback,
         )
         try:
-            async with asyncio.timeout(TIMEOUT_S):
+            async with asyncio.timeout(_LEAVES_WITHIN_S if self._leaves else TIMEOUT_S):
                 agreed = await self.ask(report)
         except (RayError, RayServeException, TimeoutError, JourneymanError) as error:
             self.breaker.alone()
@@ -214,3 +260,10 @@ class Member:
         self.breaker.follow(agreed.breaker, time.monotonic())
         if agreed.accept_above is not None:
             self.tighten(agreed.accept_above)
+
+    @property
+    def _n_owed(self) -> int:
+        """Audits whose outcomes are in none of the batches so far."""
+        if self.auditor is None:
+            return 0
+        return self.auditor.n_found if self._leaves else self.auditor.n_unkept

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 
+_LAST_AUDITS_S = 1.0  # of requests that end at their deadline
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngressSpec:
     """All that an ingress replica needs to begin; travels to its actor."""
@@ -193,6 +196,7 @@ class Ingress:
         cascade: Cascade,
         fresh: Watch | None,
         auditor: Auditor | None,
+        journal: Journal | None,
     ) -> Member:
         feedback = loaded.recipe.cascade.feedback
         return Member(
@@ -205,6 +209,7 @@ class Ingress:
             tighten=rule.tighten,
             ask=self._agreement.exchange.remote,
             heard=self._heard,
+            keep=journal.keep if journal else None,
         )
 
     def _served(
@@ -231,7 +236,7 @@ class Ingress:
                 answering, journal, kept.audit_rate, bundle.bundle_id, auditor=auditor
             )
         fresh = watching.watch_of(bundle) if watch == _UNKNOWN else watch
-        member = self._member(loaded, rule, cascade, fresh, auditor)
+        member = self._member(loaded, rule, cascade, fresh, auditor, journal)
         health = Health(member, self._purse, Stability(bundle.curve, bundle.served.n), journal)
         measured = Measured(
             answering,
@@ -258,6 +263,7 @@ class Ingress:
             if self._measured.get(bundle.bundle_id) is measured:
                 del self._measured[bundle.bundle_id], self._loaded[bundle.bundle_id]
             await member.leave()
+            measured.stopped()
             await student.close()
             if journal:
                 await asyncio.to_thread(journal.close)
@@ -268,7 +274,7 @@ class Ingress:
             figures=measured.figures,
             decide=shadow,
             close=close,
-            longest_s=settings.request_timeout_s,
+            longest_s=settings.request_timeout_s + _LAST_AUDITS_S,
             unready=lambda: student.unready,
         )
 
@@ -286,10 +292,10 @@ def _watch(loaded: Loaded) -> Watch | _Unknown | None:
         return None
     fresh = watching.watch_of(loaded.bundle)
     try:
-        found = watching.stored(Folder(feedback.to), loaded.bundle.bundle_id)
+        kept = watching.stored(Folder(feedback.to), loaded.bundle.bundle_id)
     except ClusterError:  # serving goes on by the teacher, and the figures say so
         return fresh and _UNKNOWN
-    return found or fresh
+    return kept.watch if kept else fresh
 
 
 def _journal(settings: Feedback) -> Journal:

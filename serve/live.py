@@ -206,8 +206,8 @@ class Live:
 
         async def later() -> None:
             await asyncio.sleep(served.longest_s)
-            self._leaving.remove(served)
             await served.close()
+            self._leaving.remove(served)  # now, so that one cut off here is closed once more
 
         self._leaving.append(served)
         self._begin(later())

@@ -65,6 +65,7 @@ class Health:
             "population_stability": self.stability.index(),
             "agreement_failure": self.member.failure,
             "feedback_failure": self.journal.failure if self.journal else None,
+            "feedback_lost": self.journal.n_lost if self.journal else 0,
         }
 
 
@@ -147,8 +148,8 @@ class Measured:
         self._savings = Savings()
         self._unknown = counter(
             "audits_unknown",
-            "Audits without an outcome, by why: lost (each counts as an error), or left out (the "
-            "teacher can never answer the text).",
+            "Audits without an outcome, by why: lost (each counts as an error), left out (the "
+            "teacher can never answer the text), or stopped (it waited as its replica stopped).",
             "why",
         )
         self._said_unknown: Counter[str] = Counter()
@@ -204,6 +205,12 @@ class Measured:
                 spent.n_output_tokens,
             )
         )
+
+    def stopped(self) -> None:
+        """Audits that wait when a replica stops in order, or its bundle leaves, are left out."""
+        if auditor := self._health.member.auditor:
+            now = Counter(lost=auditor.n_lost, left_out=auditor.n_left_out)
+            self._count_unknown(now + Counter(stopped=auditor.n_unkept))
 
     def shadowed(self, decisions: Sequence[Decision | Escalation]) -> None:
         """Texts that another bundle answered: who would have, by this one."""

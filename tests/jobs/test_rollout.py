@@ -189,6 +189,7 @@ def test_status_says_how_a_candidate_does_and_how_it_is_promoted(a_cluster: Clus
         "breaker_open": False,
         "teacher_dollars": 1.5,
         "audit_dollars": 0.25,
+        "feedback_lost": 3,
         "saved_dollars": 1234.5,
         "population_stability": None,
         "watch": None,
@@ -219,6 +220,7 @@ def test_status_says_how_a_candidate_does_and_how_it_is_promoted(a_cluster: Clus
     assert "last minute nothing yet" in said
     assert "since tried 2.0% of 200 texts would be escalated" in said
     assert "serve deploy promote.yaml" in said
+    assert "lost 3 rows of feedback" in said
     assert "dollars 1.50 for the teacher's answers, 0.25 for audits, some 1,234.50 saved" in said
     a_cluster.told["/v1/figures"]["candidate"] = None
     assert cli.main(["cascade", "status", a_cluster.url]) == 0

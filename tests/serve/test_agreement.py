@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.breaker import Breaker
 from journeyman.cascade.budgets import Purse
 from journeyman.cascade.drift import Audit, Watch, start_watch
+from journeyman.cascade.feedback import Journal
+from journeyman.cascade.watching import Heard, Kept
 from journeyman.certify.curve import CurvePoint
-from journeyman.errors import DataError
+from journeyman.errors import ClusterError, DataError
+from journeyman.folder import Folder
 from journeyman.recipe import Breaker as Settings
 from serve import agreement, billing
 from serve.agreement import Agreement, Member, Report
@@ -29,11 +33,11 @@ def a_watch(*thresholds: float) -> Watch:
 
 
 def report(
-    to: Path | None, *audits: Audit, batch: int = 1, replica: str = "a", pending: int = 0
+    to: Path | None, *audits: Audit, batch: int = 1, replica: str = "a", owed: int = 0
 ) -> Report:
     return Report(
         feedback=str(to) if to else None,
-        replica=replica, bundle="b", news=None, batch=batch, audits=audits, n_pending=pending,
+        replica=replica, bundle="b", news=None, batch=batch, audits=audits, n_owed=owed,
         fresh=a_watch(),
     )  # fmt: skip
 
@@ -79,7 +83,10 @@ def test_the_written_watch_is_the_watch(tmp_path: Path):
     watch = a_watch()
     for audit in [RIGHT, WRONG, RIGHT, Audit(score=0.6, loss=1)]:
         watch = watch.audited(audit)
-    again = watching.from_json(watching.to_json(watch, "b"))
+    kept = Kept(watch=watch, replicas={"a": Heard(batch=3, n_owed=2)})
+    read = watching.from_json(watching.to_json(kept, "b"))
+    again = read.watch
+    assert read.replicas == kept.replicas
     assert again.log_detectors == pytest.approx(watch.log_detectors)
     assert again.n_audits == 4 and again.threshold == watch.threshold
 
@@ -96,10 +103,129 @@ def test_audits_that_died_with_their_replica_count_as_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     shared = Agreement(30.0)
-    exchange(shared, report(tmp_path, RIGHT, replica="dies", pending=12))
+    exchange(shared, report(tmp_path, RIGHT, replica="dies", owed=12))
     monkeypatch.setattr(agreement, "GONE_AFTER_S", 0.0)
     agreed = exchange(shared, report(tmp_path, RIGHT, replica="lives"))
     assert agreed.n_audits == 14 and agreed.rung is None
+
+
+def test_a_replica_that_dies_while_the_store_is_away_takes_no_outcome_along_uncounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Neither one that it had found, nor one that was still to come."""
+    in_its_place = tmp_path / "watch"
+    for known in (False, True):  # the store fails at its first reading, or at a later writing
+        shared = Agreement(30.0)
+        before = exchange(shared, report(tmp_path, replica="lives")).n_audits if known else 0
+        shutil.rmtree(in_its_place, ignore_errors=True)
+        in_its_place.write_text("no folder")
+        dying = report(tmp_path, RIGHT, RIGHT, WRONG, replica="dies", owed=2)
+        for _ in range(3):
+            with pytest.raises(ClusterError):
+                exchange(shared, dying)
+        in_its_place.unlink()
+        with monkeypatch.context() as patched:
+            patched.setattr(agreement, "GONE_AFTER_S", 0.0)
+            exchange(shared, report(tmp_path, replica="lives", batch=2))
+            after = exchange(shared, report(tmp_path, replica="lives", batch=3)).n_audits
+        assert after == before + 5
+
+
+def test_what_a_replica_owes_is_known_to_who_agrees_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    exchange(
+        Agreement(30.0),
+        report(tmp_path, RIGHT, replica="dies", owed=12),
+        report(tmp_path, replica="stays", owed=3),
+        report(tmp_path, RIGHT, RIGHT, RIGHT, replica="stays"),  # and has paid
+    )
+    monkeypatch.setattr(agreement, "GONE_AFTER_S", 0.0)
+    anew = Agreement(30.0)
+    agreed = exchange(anew, report(tmp_path, batch=0), report(tmp_path, batch=0))
+    assert agreed.n_audits == 1 + 3 + 12 and agreed.rung is None
+    assert exchange(anew, report(tmp_path, batch=0)).n_audits == 16
+
+
+def test_a_batch_counts_once_over_a_restart_of_who_agrees(tmp_path: Path):
+    again = report(tmp_path, WRONG, batch=7)
+    exchange(Agreement(30.0), again)
+    assert exchange(Agreement(30.0), again).n_audits == 1
+
+
+def a_member(ask, keep=None, *outcomes: Audit, to: Path) -> Member:
+    auditor = Auditor(None, None, None, busy=lambda: True)  # type: ignore[arg-type]
+    auditor._outcomes += outcomes
+    return Member(
+        replica="a", bundle="b", fresh=a_watch(), feedback=str(to),
+        breaker=Breaker(Settings()), auditor=auditor,
+        tighten=lambda _: None, ask=ask, heard=lambda _: None, keep=keep,
+    )  # fmt: skip
+
+
+def test_one_that_stops_hands_on_its_unheard_batch_and_what_has_come_since(tmp_path: Path):
+    shared, away = Agreement(30.0), True
+
+    async def ask(one: Report) -> agreement.Agreed:
+        if away:
+            raise TimeoutError
+        return await shared.exchange(one)
+
+    async def scenario() -> Member:
+        nonlocal away
+        member = a_member(ask, None, WRONG, WRONG, to=tmp_path)
+        await member.exchange()
+        assert member.auditor
+        member.auditor._outcomes += [RIGHT] * 3
+        away = False
+        await member.leave()
+        return member
+
+    last = asyncio.run(scenario()).last
+    assert last and last.n_audits == 5
+
+
+@pytest.mark.parametrize("store_is_away", [False, True])
+def test_last_words_that_nobody_heard_are_read_by_who_comes_next(
+    tmp_path: Path, store_is_away: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Once, in place of an error for each audit, and also where they waited on the replica's own
+    disk for the store to come back."""
+    to, spool = tmp_path / "to", tmp_path / "spool"
+
+    def put(name: str, content: bytes) -> None:
+        if store_is_away:
+            raise ClusterError("the store cannot be reached")
+        Folder(to).put(name, content)
+
+    async def stop() -> None:
+        shared = Agreement(30.0)
+        journal = Journal(spool, put, roll_rows=10, roll_s=60)
+        member = a_member(shared.exchange, journal.keep, to=to)
+        assert member.auditor
+        await member.exchange()
+        member.auditor._outcomes += [RIGHT, WRONG]
+        member.auditor.undecided("waits")
+        await member.exchange()  # owes one
+        member.ask = nobody
+        member.auditor._outcomes += [RIGHT, Audit(score=-float("inf"), loss=0)]
+        await member.exchange()
+        member.auditor._outcomes += [WRONG]
+        await member.leave()
+        journal.close()
+
+    async def nobody(_: Report) -> agreement.Agreed:
+        raise TimeoutError
+
+    asyncio.run(stop())
+    Journal(spool, Folder(to).put, roll_rows=10, roll_s=60).close()
+    assert len(list((to / "watch" / "b").iterdir())) == 1
+    anew = Agreement(30.0)
+    assert exchange(anew, report(to, replica="next", batch=0)).n_audits == 5
+    assert not list((to / "watch").rglob("a.json"))
+    monkeypatch.setattr(agreement, "GONE_AFTER_S", 0.0)
+    assert exchange(anew, report(to, replica="next", batch=0)).n_audits == 5
+    assert exchange(Agreement(30.0), report(to, replica="next", batch=0)).n_audits == 5
 
 
 def test_without_feedback_only_the_breaker_is_shared():
@@ -178,17 +304,8 @@ def test_a_member_hands_on_once_and_goes_on_alone_where_nobody_answers(tmp_path:
 def test_audits_of_a_bundle_that_comes_back_to_its_replica_are_heard(tmp_path: Path):
     shared = Agreement(30.0)
 
-    def member(*outcomes: Audit) -> Member:
-        auditor = Auditor(None, None, None, busy=lambda: True)  # type: ignore[arg-type]
-        auditor._outcomes += outcomes
-        return Member(
-            replica="a", bundle="b", fresh=a_watch(), feedback=str(tmp_path),
-            breaker=Breaker(Settings()), auditor=auditor,
-            tighten=lambda _: None, ask=shared.exchange, heard=lambda _: None,
-        )  # fmt: skip
-
     async def scenario() -> Member:
-        before, after = member(RIGHT), member(RIGHT)
+        before, after = (a_member(shared.exchange, None, RIGHT, to=tmp_path) for _ in range(2))
         for _ in range(3):
             await before.exchange()
         await before.leave()

@@ -1,6 +1,7 @@
 """One bundle in place of another, and a candidate beside it. No Ray, no models."""
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -304,3 +305,28 @@ def test_a_shadow_that_is_too_slow_tries_fewer_texts_and_says_how_many_it_left_o
         assert bundles.shadowed[-1] == ["later"]
 
     run(test)
+
+
+def test_a_replica_that_stops_finishes_the_bundle_that_was_about_to_leave():
+    """What its audits found must not vanish with a closing that was cut off in its middle."""
+
+    async def scenario() -> list[str]:
+        bundles = Bundles()
+        hangs = [True]
+
+        async def close() -> None:
+            if hangs.pop():
+                hangs.append(False)
+                await asyncio.Event().wait()
+            bundles.closed.append("a")
+
+        first = replace(bundles.served("a"), close=close)
+        live = Live(first, bundles.load, close_after_s=0)
+        live.follow({"bundle": "b"})
+        async with asyncio.timeout(10):
+            while hangs == [True]:
+                await asyncio.sleep(0.01)
+        await live.close()
+        return bundles.closed
+
+    assert sorted(asyncio.run(scenario())) == ["a", "b"]

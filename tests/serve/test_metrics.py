@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from journeyman.cascade.answering import Answers
+from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.budgets import Purse, paying
 from journeyman.cascade.policy import Decision
 from journeyman.cascade.stability import Stability
@@ -74,6 +75,18 @@ def test_audits_are_counted_apart_and_on_no_bill():
     figures = measured.figures()
     assert (figures["audit_dollars"], figures["teacher_dollars"]) == (6 + 2, 0.0)
     assert figures["saved_dollars"] == -8.0 and purse.bill() == {}
+
+
+def test_audits_that_wait_when_their_replica_stops_are_counted_once():
+    auditor = Auditor(None, None, None, busy=lambda: True)  # type: ignore[arg-type]
+    auditor.undecided("x")
+    auditor.escalated(None)
+    health = Health(MagicMock(auditor=auditor), Purse({}), Stability((), 1), None)
+    measured = Measured(MagicMock(), MagicMock(), "b", PRICE, health)
+    measured._unknown = counted = MagicMock()
+    measured.stopped()
+    measured.stopped()
+    counted.inc.assert_called_once_with(2, tags={"bundle": "b", "why": "stopped"})
 
 
 def test_answers_from_memory_are_no_escalations():

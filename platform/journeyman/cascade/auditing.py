@@ -118,6 +118,16 @@ class Auditor:
         """One that the teacher was asked for, and cannot answer."""
         self.n_left_out += 1
 
+    @property
+    def n_found(self) -> int:
+        """Outcomes that nobody has asked for yet."""
+        return len(self._outcomes)
+
+    @property
+    def n_unkept(self) -> int:
+        """Audits that vanish with this process: those that wait, and the outcomes behind them."""
+        return len(self._queue) + len(self._outcomes)
+
     def outcomes(self) -> list[Audit]:
         """What has come out since this was last asked."""
         found, self._outcomes = self._outcomes, []

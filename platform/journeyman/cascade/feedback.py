@@ -1,6 +1,7 @@
 """What the cascade escalates, and a random audit of all it is asked: the next corpus to label.
 
     <spool>/open/<host>.<process>.<name>.jsonl     rows of a replica that runs, one a line
+    <spool>/open/<host>.<process>.<name>.file      another file of its, for where the others go
     <to>/<UTC time>-<name>.parquet                 rows, rolled every so often
 
 A line is with the operating system before the next request is read, so that a replica that is
@@ -129,8 +130,9 @@ class Journal:
         self._since = 0.0  # the first of them
         self._unwritten: str | None = None
         self._unstored: str | None = None
+        self.n_lost = 0  # rows that no disk had room for
         self._file: io.FileIO | None = None  # open while it has rows
-        self._path: Path | None = None  # of it
+        self._writing: Path | None = None  # it
         self._finished, self._ended = threading.Event(), False
         works = {"feedback": self._write_all, "feedback-rolling": self._roll_all}
         self._threads = [
@@ -148,8 +150,16 @@ class Journal:
         if rows:
             self._queue.put(rows)
 
+    def keep(self, name: str, content: bytes) -> None:
+        """Store a file by this name, at once or with a later roll; blocks while it is written."""
+        path = self._path(".file")
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_bytes(name.encode() + b"\n" + content)
+        unfinished.replace(path)
+        self._finished.set()
+
     def close(self) -> None:
-        """Write and roll all that was added."""
+        """Write and roll all that was added, and store what was kept."""
         self._queue.put(None)
         for thread in self._threads:
             thread.join()
@@ -160,6 +170,7 @@ class Journal:
                 self._write(rows)
             except OSError as error:  # a full disk: these rows are lost, later ones need not be
                 self._unwritten = f"{type(error).__name__}: {error}"
+                self.n_lost += len(rows)
                 self._finish()
                 continue
             late = time.monotonic() >= self._since + self._roll_s
@@ -192,7 +203,7 @@ class Journal:
         """Leave what is written to the other thread."""
         if self._file is not None:
             self._file.close()
-        self._file, self._path, self._rows = None, None, 0
+        self._file, self._writing, self._rows = None, None, 0
         self._finished.set()
 
     def _roll_all(self) -> None:
@@ -210,20 +221,16 @@ class Journal:
         stored stays for the next time."""
         failure = None
         for path in sorted(self._open.glob(f"{socket.gethostname()}.*.jsonl")):
-            if path != self._path and _nobody_writes(path, self._name):
-                failure = self._roll_file(path) or failure
+            if path != self._writing and _nobody_writes(path, self._name):
+                failure = self._attempt(self._roll_file, path) or failure
+        for path in sorted(self._open.glob(f"{socket.gethostname()}.*.file")):
+            failure = self._attempt(self._put_file, path) or failure
         self._unstored = failure
 
-    def _roll_file(self, path: Path) -> str | None:
-        """Why it cannot be stored now. Its name is made of the first row and the name here: rolled
-        twice, after an end between storing and deleting, it is one file all the same."""
+    def _attempt(self, work: Callable[[Path], None], path: Path) -> str | None:
+        """Why it cannot be stored now."""
         try:
-            rows = _read(path)
-            if rows:
-                first = datetime.fromtimestamp(rows[0]["received_at"], UTC)
-                self._put(
-                    f"{first:%Y%m%dT%H%M%S}-{path.stem.split('.')[-1]}.parquet", _parquet(rows)
-                )
+            work(path)
             path.unlink()
         except FileNotFoundError:  # another journal of this host was faster
             pass
@@ -231,11 +238,25 @@ class Journal:
             return f"{type(error).__name__}: {error}"
         return None
 
-    def _new_file(self) -> io.FileIO:
+    def _put_file(self, path: Path) -> None:
+        name, _, content = path.read_bytes().partition(b"\n")
+        self._put(name.decode(), content)
+
+    def _roll_file(self, path: Path) -> None:
+        """Its name is made of the first row and the name here: rolled twice, after an end between
+        storing and deleting, it is one file all the same."""
+        if rows := _read(path):
+            first = datetime.fromtimestamp(rows[0]["received_at"], UTC)
+            self._put(f"{first:%Y%m%dT%H%M%S}-{path.stem.split('.')[-1]}.parquet", _parquet(rows))
+
+    def _path(self, suffix: str) -> Path:
         process = _process(str(os.getpid()))
-        name = f"{socket.gethostname()}.{process}.{self._name}-{uuid.uuid4().hex[:8]}.jsonl"
-        self._path = self._open / name
-        return self._path.open("ab", buffering=0)
+        name = f"{socket.gethostname()}.{process}.{self._name}-{uuid.uuid4().hex[:8]}"
+        return self._open / (name + suffix)
+
+    def _new_file(self) -> io.FileIO:
+        self._writing = self._path(".jsonl")
+        return self._writing.open("ab", buffering=0)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> pa.Table:

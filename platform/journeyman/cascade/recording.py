@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from collections.abc import Sequence
@@ -12,13 +11,7 @@ from journeyman.cascade.answering import Answers, Asked
 from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.feedback import Journal, unanswered, worth_keeping
 from journeyman.cascade.policy import Decision, Escalation
-from journeyman.cascade.refusals import (
-    DeadlinePassed,
-    Overloaded,
-    Refusal,
-    TeacherUnavailable,
-    TextRefused,
-)
+from journeyman.cascade.refusals import Refusal, TextRefused
 
 
 class Answering(Protocol):
@@ -56,10 +49,10 @@ class Recording:
         audited = [self._coin.random() < self._audit_rate for _ in texts]  # before all else
         try:
             answers = await self._cascade.answer(texts, asked)
-        except (Overloaded, TeacherUnavailable, DeadlinePassed, TextRefused) as refusal:
+        except Refusal as refusal:
             self._unanswered(texts, audited, refusal)
             raise
-        except asyncio.CancelledError:  # the client went away, most likely from a long answer
+        except BaseException:  # the client went away, most likely from a long answer; or we failed
             self._unanswered(texts, audited, None)
             raise
         for i, text in enumerate(texts):

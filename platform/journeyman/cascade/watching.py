@@ -1,12 +1,19 @@
 """The watch over a bundle's promise as it serves: its ladder of thresholds, and its written form.
 
 Audits come from many replicas and the state must outlive them all, so it is one JSON file for each
-bundle, beside the feedback.
+bundle, beside the feedback:
+
+    <to>/watch/<bundle>.json                       what the audits found, and what each replica owes
+    <to>/watch/<bundle>/<replica>.json             last words of one that stopped and was not heard
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -27,6 +34,51 @@ LOST = Audit(score=float(np.finfo(np.float64).max), loss=1)
 UNANSWERED = Audit(score=-np.inf, loss=0)
 
 
+# A batch of audits and its number: those of a replica rise, so that none counts twice.
+Batch = tuple[int, Sequence[Audit]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """Of one replica. batch: the last that counted; n_owed: audits whose outcome is to come."""
+
+    batch: int = 0
+    n_owed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What is kept of a bundle's audits: each is in the watch, or owed by a replica, and is an
+    error there once that is gone without a word."""
+
+    watch: Watch
+    replicas: Mapping[str, Heard] = field(default_factory=dict)
+
+    def told(self, replica: str, batches: Sequence[Batch], n_owed: int) -> Kept:
+        """After a replica's report."""
+        watch, batch = self.watch, self.replicas.get(replica, Heard()).batch
+        for number, audits in batches:
+            if audits and number > batch:
+                batch = number
+                for audit in audits:
+                    watch = watch.audited(audit)
+        replicas = {**self.replicas, replica: Heard(batch=batch, n_owed=n_owed)}
+        if replicas[replica] == Heard():  # nothing yet
+            del replicas[replica]
+        return Kept(watch=watch, replicas=replicas)
+
+    def owed_by(self, replica: str) -> int:
+        return self.replicas.get(replica, Heard()).n_owed
+
+    def gone(self, replica: str, n_owed: int) -> Kept:
+        """After a replica died that owed so many."""
+        watch = self.watch
+        for _ in range(n_owed):
+            watch = watch.audited(LOST)
+        others = {name: heard for name, heard in self.replicas.items() if name != replica}
+        return Kept(watch=watch, replicas=others)
+
+
 def watch_of(bundle: Bundle) -> Watch | None:
     """The watch before its first audit; None where there is nothing to watch: the student answers
     nothing, or the promise is one against gold, which traffic does not bring along.
@@ -43,7 +95,7 @@ def watch_of(bundle: Bundle) -> Watch | None:
     return start_watch(served.kind, served.alpha, _rungs(bundle))
 
 
-def stored(folder: Folder, bundle_id: str) -> Watch | None:
+def stored(folder: Folder, bundle_id: str) -> Kept | None:
     """What audits have found so far; None if nobody has audited. Raises DataError, ClusterError."""
     try:
         return from_json(folder.get(_name(bundle_id)))
@@ -56,12 +108,40 @@ def stored(folder: Folder, bundle_id: str) -> Watch | None:
         ) from error
 
 
-def store(folder: Folder, bundle_id: str, watch: Watch) -> None:
+def store(folder: Folder, bundle_id: str, kept: Kept) -> None:
     """Raises ClusterError."""
-    folder.put(_name(bundle_id), to_json(watch, bundle_id))
+    folder.put(_name(bundle_id), to_json(kept, bundle_id))
 
 
-def to_json(watch: Watch, bundle_id: str) -> bytes:
+def last_words(bundle_id: str, replica: str, batches: Sequence[Batch]) -> tuple[str, bytes]:
+    """Name and content of a file that says what a replica that stops could tell nobody."""
+    said = [[number, [[_finite(a.score), a.loss] for a in audits]] for number, audits in batches]
+    return _name_of_words(bundle_id, replica), json.dumps({"batches": said}).encode()
+
+
+def read_last_words(folder: Folder, bundle_id: str, replica: str) -> list[Batch] | None:
+    """None where it left none, or damaged ones; raises ClusterError."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        content = json.loads(folder.get(_name_of_words(bundle_id, replica)))
+        return [
+            (number, [Audit(score=_number(score), loss=loss) for score, loss in audits])
+            for number, audits in content["batches"]
+        ]
+    return None
+
+
+def who_left_words(folder: Folder, bundle_id: str) -> list[str]:
+    """Replicas; raises ClusterError."""
+    return [PurePosixPath(one.name).stem for one in folder.walk(f"watch/{bundle_id}")]
+
+
+def forget_last_words(folder: Folder, bundle_id: str, replica: str) -> None:
+    """Raises ClusterError."""
+    folder.delete(_name_of_words(bundle_id, replica))
+
+
+def to_json(kept: Kept, bundle_id: str) -> bytes:
+    watch = kept.watch
     content = {
         "bundle": bundle_id,
         "kind": watch.kind,
@@ -71,15 +151,13 @@ def to_json(watch: Watch, bundle_id: str) -> bytes:
         "thresholds": watch.thresholds.tolist(),
         "alarmed": watch.alarmed.tolist(),
         # null before the first audit: -inf, which JSON has no word for.
-        "log_detectors": [
-            [None if np.isneginf(value) else float(value) for value in rung]
-            for rung in watch.log_detectors
-        ],
+        "log_detectors": [[_finite(value) for value in rung] for rung in watch.log_detectors],
+        "replicas": {name: [one.batch, one.n_owed] for name, one in kept.replicas.items()},
     }
     return json.dumps(content, indent=1, allow_nan=False).encode()
 
 
-def from_json(written: bytes) -> Watch:
+def from_json(written: bytes) -> Kept:
     """Raises ValueError, KeyError or TypeError if it is none."""
     content: dict[str, Any] = json.loads(written)
     if "detectors" in content:  # of before, and not of long enough a series of errors
@@ -87,10 +165,10 @@ def from_json(written: bytes) -> Watch:
             log_detectors = np.log(np.array(content["detectors"], dtype=np.float64))
     else:
         log_detectors = np.array(
-            [[-np.inf if value is None else value for value in rung]
-             for rung in content["log_detectors"]], dtype=np.float64,
+            [[_number(value) for value in rung] for rung in content["log_detectors"]],
+            dtype=np.float64,
         )  # fmt: skip
-    return Watch(
+    watch = Watch(
         kind=content["kind"],
         alpha=content["alpha"],
         thresholds=np.array(content["thresholds"], dtype=np.float64),
@@ -99,6 +177,24 @@ def from_json(written: bytes) -> Watch:
         n_audits=content["n_audits"],
         bound=content["bound"],
     )
+    replicas = content.get("replicas", {})  # before, they were kept by nobody
+    return Kept(
+        watch=watch,
+        replicas={name: Heard(batch=b, n_owed=n) for name, (b, n) in replicas.items()},
+    )
+
+
+def _finite(value: float) -> float | None:
+    """-inf is null: JSON has no word for it."""
+    return None if np.isneginf(value) else float(value)
+
+
+def _number(value: float | None) -> float:
+    return -np.inf if value is None else value
+
+
+def _name_of_words(bundle_id: str, replica: str) -> str:
+    return f"watch/{bundle_id}/{replica}.json"
 
 
 def _name(bundle_id: str) -> str:

@@ -125,6 +125,7 @@ def _rows(ready: dict[str, Any], bundle: dict[str, Any], figures: dict[str, Any]
         ("stability", _stability(figures["population_stability"])),
         ("audits", _audits(figures["watch"])),
         *_candidate(figures["candidate"]),
+        *_feedback_lost(figures["feedback_lost"]),
         *(("failing", f"{what}: {figures[name]}") for name, what in _FAILURES if figures[name]),
     ]  # fmt: skip
 
@@ -137,6 +138,12 @@ def _dollars_of(figures: dict[str, Any]) -> list[tuple[str, str]]:
     said = [f"{paid:,.2f} for the teacher's answers"]
     said += [f"{audits:,.2f} for audits"] if audits else []
     return [("dollars", f"{', '.join(said)}, some {figures['saved_dollars']:,.2f} saved")]
+
+
+def _feedback_lost(n_rows: int) -> list[tuple[str, str]]:
+    return (
+        [("lost", f"{n_rows:,} rows of feedback, for which its disk had no room")] if n_rows else []
+    )
 
 
 def _candidate(tried: dict[str, Any] | None) -> list[tuple[str, str]]:

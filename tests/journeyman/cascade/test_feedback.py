@@ -405,3 +405,30 @@ def test_of_a_request_that_is_refused_for_one_text_the_watch_sees_the_others(tmp
         auditor._settle(Audit(score=0.5, loss=1))
     assert [audit.loss for audit in auditor.outcomes()] == [1, 1, 0]
     assert sorted(row["text"] for row in read(tmp_path)) == ["a", "b", "c", "d"]
+
+
+def test_an_audit_of_a_request_on_which_we_failed_is_kept_and_has_an_outcome(tmp_path: Path):
+    class Broken:
+        async def answer(self, texts: list[str], asked: str = "cascade") -> Answers:
+            raise ZeroDivisionError
+
+    auditor = Auditor(None, None, None, busy=lambda: True)  # type: ignore[arg-type]
+    journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=10, roll_s=600)
+    recording = Recording(Broken(), journal, 1.0, "b", auditor=auditor)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(recording.answer(["a", "b"]))
+    journal.close()
+    assert auditor.n_pending == 2
+    assert [(row["text"], row["answered_by"]) for row in read(tmp_path)] == [
+        ("a", "nobody"), ("b", "nobody"),
+    ]  # fmt: skip
+
+
+def test_rows_for_which_the_disk_has_no_room_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Journal, "_new_file", lambda _: io.FileIO("/dev/full", "ab"))
+    journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=10, roll_s=600)
+    journal.add([seen("a"), seen("b")])
+    journal.close()
+    assert journal.n_lost == 2

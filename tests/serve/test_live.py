@@ -321,7 +321,7 @@ def test_a_replica_that_stops_finishes_the_bundle_that_was_about_to_leave():
             bundles.closed.append("a")
 
         first = replace(bundles.served("a"), close=close)
-        live = Live(first, bundles.load, close_after_s=0)
+        live = Live(first, bundles.load)
         live.follow({"bundle": "b"})
         async with asyncio.timeout(10):
             while hangs == [True]:

@@ -144,6 +144,7 @@ def _results(answers: Answers, label_names: tuple[str, ...]) -> list[Result]:
             label=decision.label,
             answered_by=decision.answered_by,
             confidence=decision.confidence,
+            stage=decision.stage,
             probabilities=probabilities_of(decision, label_names),
         )
         for decision in answers.decisions

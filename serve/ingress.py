@@ -40,7 +40,7 @@ from serve.live import Live, Served
 from serve.loading import Loaded
 from serve.metrics import Health, Measured
 from serve.scaling import BUSY
-from serve.students import Encoder, Rule, Student, classifier
+from serve.students import Encoders, Rule, Student, classifiers
 from serve.writers import Writer
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Ingress:
         limits = {k.sha256: k.dollars_per_day for k in spec.keys if k.dollars_per_day is not None}
         self._purse = Purse(limits)
         self._keyring = Keyring(spec.keys, time.monotonic)
-        first = self._served(spec.loaded, classifier(spec.loaded), _watch(spec.loaded))
+        first = self._served(spec.loaded, classifiers(spec.loaded), _watch(spec.loaded))
         self._live = Live(first, self._load)
         state = spec.loaded.recipe.cascade.state
         if limits and state:
@@ -140,8 +140,8 @@ class Ingress:
         loading.check_fits(loaded, self._spec.loaded)
         if self._writers:
             await writers.started(self._writers, loaded)
-        student, watch = await asyncio.to_thread(lambda: (classifier(loaded), _watch(loaded)))
-        return self._served(loaded, student, watch)
+        encoders, watch = await asyncio.to_thread(lambda: (classifiers(loaded), _watch(loaded)))
+        return self._served(loaded, encoders, watch)
 
     def _heard(self, agreed: Agreed) -> None:
         self._teacher.count(agreed.n_teachers)
@@ -156,9 +156,9 @@ class Ingress:
         else:
             measured.given_up(whose.key, spent)
 
-    def _student(self, loaded: Loaded, encoder: Classifier | None, rule: Rule) -> Student:
-        if encoder is not None:
-            return Encoder(loaded, encoder, rule, self._worked)
+    def _student(self, loaded: Loaded, encoders: Sequence[Classifier], rule: Rule) -> Student:
+        if encoders:
+            return Encoders(loaded, encoders, rule, self._worked)
         assert self._writers is not None, "students that write are a deployment"
         return Writer(
             self._writers,
@@ -213,7 +213,7 @@ class Ingress:
         )
 
     def _served(
-        self, loaded: Loaded, encoder: Classifier | None, watch: Watch | _Unknown | None
+        self, loaded: Loaded, encoders: Sequence[Classifier], watch: Watch | _Unknown | None
     ) -> Served:
         """Everything that answers by one bundle, started."""
         bundle, settings = loaded.bundle, loaded.recipe.cascade
@@ -222,7 +222,7 @@ class Ingress:
             rule.hold()
         elif isinstance(watch, Watch):
             rule.tighten(watch.threshold)
-        student = self._student(loaded, encoder, rule)
+        student = self._student(loaded, encoders, rule)
         cascade = Cascade(rule.policy, student, self._teacher, settings)
         answering: Answering = cascade
         if settings.remembered_texts:

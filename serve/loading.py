@@ -55,6 +55,7 @@ def load(where: str | Path) -> Loaded:
     settings = recipe_of(bundle_dir)
     labels = _asked(settings, bundle)
     student = models.resolve(str(_student_folder(bundle.student, bundle_dir, str(where))))
+    before = [models.resolve(str(folder)) for folder in _before(bundle, bundle_dir)]
     if settings.teacher.gives_text_alone or settings.ensemble:
         raise RecipeError(
             "serving runs the teacher on an engine of its own: a recipe with teacher.url, with "
@@ -62,9 +63,13 @@ def load(where: str | Path) -> Loaded:
             "served yet."
         )
     teacher = models.teacher(settings.teacher)
-    fitting.check(bundle, student, teacher, labels, _asked_of_judge(settings, bundle))
+    fitting.check(bundle, student, teacher, labels, _asked_of_judge(settings, bundle), before)
     return Loaded(
-        bundle=bundle, recipe=settings, student=student, teacher=teacher, where=str(where)
+        bundle=bundle,
+        recipe=settings,
+        student=student,
+        teacher=teacher,
+        where=str(where),
     )
 
 
@@ -86,14 +91,36 @@ def student_here(loaded: Loaded) -> Path:
     Raises BundleMismatch where another student has taken its place since.
     """
     folder = here(loaded.where).parent / _STUDENT if _far(loaded.where) else loaded.student.path
-    student, bundle = models.resolve(str(folder)), loaded.bundle
-    found = student.weights_digest, student.tokenizer_digest
-    if found != (bundle.student_digest, bundle.student_tokenizer_digest):
+    bundle = loaded.bundle
+    _check_certified(folder, bundle, bundle.student_digest, bundle.student_tokenizer_digest)
+    return folder
+
+
+def students_here(loaded: Loaded) -> list[Path]:
+    """The same of all that are asked, in their order."""
+    bundle = loaded.bundle
+    stages = bundle.before if isinstance(bundle, PolicyBundle) else ()
+    before = _before(bundle, here(loaded.where)) if stages else []
+    for folder, stage in zip(before, stages, strict=True):
+        _check_certified(folder, bundle, stage.student_digest, stage.student_tokenizer_digest)
+    return [*before, student_here(loaded)]
+
+
+def _check_certified(
+    folder: Path, bundle: PolicyBundle | WrittenBundle, weights: str, tokenizer: str
+) -> None:
+    found = models.resolve(str(folder))
+    if (found.weights_digest, found.tokenizer_digest) != (weights, tokenizer):
         raise BundleMismatch(
             f"{folder}: not the student that bundle {bundle.bundle_id} was certified with; it was "
             "trained again since. Run `journeyman certify` and deploy that bundle."
         )
-    return folder
+
+
+def _before(bundle: PolicyBundle | WrittenBundle, bundle_dir: Path) -> list[Path]:
+    """Folders of the students that are asked before the bundle's own, which lie in its own."""
+    stages = bundle.before if isinstance(bundle, PolicyBundle) else ()
+    return [bundle_dir / bundles.folder_before(i) for i in range(len(stages))]
 
 
 def recipe_of(bundle_dir: Path) -> recipe.Recipe:

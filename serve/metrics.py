@@ -132,7 +132,13 @@ class Measured:
         def gauge(name: str, what: str) -> metrics.Gauge:
             return metrics.Gauge(f"journeyman_cascade_{name}", what, tag_keys=("bundle",))
 
-        self._texts = counter("texts", "Texts answered, by who answered.", "answered_by")
+        self._texts = counter(
+            "texts",
+            "Texts answered, by who answered, and of several students by which one.",
+            "answered_by",
+            "stage",
+        )
+        self._stages: Counter[int] = Counter()
         self._refused = counter("refusals", "Requests refused, by reason.", "reason")
         self._tokens = counter("teacher_tokens", "Tokens the teacher read and wrote.", "direction")
         self._dollars = counter("teacher_dollars", "Price of the teacher's tokens.")
@@ -214,16 +220,20 @@ class Measured:
 
     def shadowed(self, decisions: Sequence[Decision | Escalation]) -> None:
         """Texts that another bundle answered: who would have, by this one."""
-        n_escalated = sum(isinstance(decision, Escalation) for decision in decisions)
+        answered = [decision for decision in decisions if isinstance(decision, Decision)]
+        self._stages.update(d.stage for d in answered if d.stage is not None)
+        n_escalated = len(decisions) - len(answered)
         self._count(Counter(student=len(decisions) - n_escalated, teacher=n_escalated))
 
     def figures(self) -> dict[str, Any]:
-        """Of this replica: totals since its start, and the last minute."""
+        """Of this replica: totals since its start, of several students by which one answered, and
+        the last minute."""
         self._forget()
         escalated = self._minute["teacher"] + self._minute["void"]
         answered = self._minute["student"] + escalated
         return {
             "totals": {kind: self._totals[kind] for kind in _KINDS},
+            "by_stage": {str(stage): n for stage, n in sorted(self._stages.items())},
             "last_minute": {kind: self._minute[kind] for kind in _KINDS},
             "escalation_rate": escalated / answered if answered else None,
             "waiting": self._cascade.waiting.n_waiting,
@@ -248,14 +258,19 @@ class Measured:
             await asyncio.sleep(_GAUGE_INTERVAL_S)
 
     def _answered(self, answers: Answers, asked: Asked, seconds: float) -> None:
-        by = Counter(
-            "void" if i in answers.void
-            else "remembered" if i in answers.remembered
-            else decision.answered_by
+        who_and_stage = Counter(
+            ("void" if i in answers.void
+             else "remembered" if i in answers.remembered
+             else decision.answered_by, decision.stage)
             for i, decision in enumerate(answers.decisions)
         )  # fmt: skip
-        for who, n in by.items():
-            self._texts.inc(n, tags=self._tags | {"answered_by": who})
+        by: Counter[str] = Counter()
+        for (who, stage), n in who_and_stage.items():
+            by[who] += n
+            place = "" if stage is None else str(stage)
+            self._texts.inc(n, tags=self._tags | {"answered_by": who, "stage": place})
+            if stage is not None and who == "student" and asked == "cascade":
+                self._stages[stage] += n
         if asked == "cascade":
             paid = self._price_of(answers.teacher_prompt_tokens, answers.teacher_output_tokens)
             if saved := self._savings.more(by["student"], by["teacher"], paid):

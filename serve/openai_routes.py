@@ -171,6 +171,7 @@ def _note(
         guarantee=promise_of(answers, bundle, asked, as_asked=as_asked),
         answered_by=[decision.answered_by for decision in answers.decisions],
         confidence=[decision.confidence for decision in answers.decisions],
+        stage=[decision.stage for decision in answers.decisions],
         probabilities=[probabilities_of(d, names) for d in answers.decisions],
     )
 

@@ -152,6 +152,7 @@ class Note(BaseModel):
     guarantee: Promise | None
     answered_by: list[AnsweredBy]
     confidence: list[float | None]
+    stage: list[int | None]
     probabilities: list[dict[str, float]]
 
 

@@ -87,7 +87,11 @@ class Result(BaseModel):
     answered_by: AnsweredBy
     confidence: float | None = Field(
         description="The student's score, which the bundle's threshold is compared with; null if "
-        "the student was not asked."
+        "the student was not asked. Of several students, of the one that answered, or of the last "
+        "that was asked, less its own threshold."
+    )
+    stage: int | None = Field(
+        None, description="Of several students, which one answered, counted from 1."
     )
     probabilities: dict[str, float] = Field(description="Of who answered, by label.")
 
@@ -170,6 +174,9 @@ def headers_of(
         "x-journeyman-bundle": bundle.bundle_id,
         "x-journeyman-guarantee": guarantee,
     }
+    stages = {decision.stage for decision in answers.decisions}
+    if len(stages) == 1 and (stage := stages.pop()) is not None:
+        headers["x-journeyman-stage"] = str(stage)
     confidence = answers.decisions[0].confidence
     if len(answers.decisions) == 1 and confidence is not None:
         headers["x-journeyman-confidence"] = f"{confidence:.6f}"

@@ -1,10 +1,12 @@
-"""An encoder as student, on the ingress replica's own CPUs; and the rule by which any student's
+"""Encoders as students, on the ingress replica's own CPUs; and the rule by which any student's
 answers are accepted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 from journeyman.cascade.answering import StudentDecisions
@@ -12,7 +14,7 @@ from journeyman.cascade.batcher import Batcher
 from journeyman.cascade.policy import Decision, Escalation, Policy
 from journeyman.cascade.written_policy import WrittenPolicy
 from journeyman.certify import written
-from journeyman.certify.bundle import WrittenBundle
+from journeyman.certify.bundle import PolicyBundle, WrittenBundle
 from journeyman.certify.thresholds import ESCALATE_EVERYTHING
 from journeyman.columns import unpacked
 from journeyman.errors import BundleMismatch
@@ -21,9 +23,9 @@ from journeyman.student.models import Classifier
 from serve import loading
 from serve.loading import Loaded
 
-# Of a replica, for the student, and as many threads. More would be faster beside an idle teacher
-# (378 against 247 rows/s on two cores), but beside a busy one on the same cores each waits for the
-# other to be scheduled: 20 requests/s against 157.
+# Of a replica, for its student, or several that share it, and as many threads. More would be faster
+# beside an idle teacher (378 against 247 rows/s on two cores), but beside a busy one on the same
+# cores each waits for the other to be scheduled: 20 requests/s against 157.
 STUDENT_CPUS = 1
 
 # Of a batch, sorted by length, for one forward pass: 32 texts hold all lengths, and short passes
@@ -69,48 +71,74 @@ class Student(StudentDecisions, Protocol):
     async def close(self) -> None: ...
 
 
-class Encoder:
-    """In this process, with batches that grow with the load."""
+class Encoders:
+    """One student or several that are asked in turn, in this process, each with batches that grow
+    with the load."""
 
     def __init__(
         self,
         loaded: Loaded,
-        classifier: Classifier,
+        classifiers: Sequence[Classifier],
         rule: Rule,
         worked: Callable[[float], None] = lambda _: None,
     ) -> None:
         """worked: told after each batch how many seconds it took."""
-        self._columns = loaded.bundle.columns
-        self._inputs = Inputs(loaded.recipe.learner())
-        self._classifier, self._rule = classifier, rule
-        self._batcher = Batcher(self.decide, loaded.recipe.cascade.max_batch_size, worked)
+        bundle, size = loaded.bundle, loaded.recipe.cascade.max_batch_size
+        assert isinstance(bundle, PolicyBundle)
+        self._columns, self._rule = bundle.columns, rule
+        learner = loaded.recipe.learner()
+        reads = [learner.model_copy(update={"text": stage.text, "text_pair": stage.text_pair})
+                 for stage in bundle.before]  # fmt: skip
+        self._asked = list(zip(map(Inputs, [*reads, learner]), classifiers, strict=True))
+        self._batchers = [
+            Batcher(partial(self.decide, stage=stage), size, worked)
+            for stage in range(len(classifiers))
+        ]
         self.unready = None
 
     def start(self) -> None:
-        self._batcher.start()
+        for batcher in self._batchers:
+            batcher.start()
 
     async def close(self) -> None:
-        await self._batcher.close()
+        for batcher in self._batchers:
+            await batcher.close()
 
     async def submit(self, items: Sequence[str]) -> list[Decision | Escalation]:
-        return await self._batcher.submit(items)
+        decided: dict[int, Decision | Escalation] = {}
+        left = list(range(len(items)))
+        for stage, batcher in enumerate(self._batchers):
+            if left:
+                said = await batcher.submit([items[i] for i in left])
+                decided |= zip(left, said, strict=True)
+                left = [i for i in left if self._policy.goes_on(decided[i], stage)]
+        return [decided[i] for i in range(len(items))]
 
-    def decide(self, texts: Sequence[str]) -> list[Decision | Escalation]:
-        """In the batcher's thread."""
+    def decide(self, texts: Sequence[str], stage: int = 0) -> list[Decision | Escalation]:
+        """By one of the students, in its batcher's thread."""
+        inputs, classifier = self._asked[stage]
+        rows = inputs.all(unpacked(text, self._columns) for text in texts)
+        return self._policy.decide_batch(classifier.logits(rows, _ROWS_A_PASS), stage)
+
+    @property
+    def _policy(self) -> Policy:
         policy = self._rule.policy
         assert isinstance(policy, Policy)
-        rows = self._inputs.all(unpacked(text, self._columns) for text in texts)
-        return policy.decide_batch(self._classifier.logits(rows, _ROWS_A_PASS))
+        return policy
 
 
-def classifier(loaded: Loaded) -> Classifier | None:
-    """The student of this process, None where it writes; raises ModelError, BundleMismatch."""
+def classifiers(loaded: Loaded) -> list[Classifier]:
+    """The students of this process, none where they write; raises ModelError, BundleMismatch."""
     if isinstance(loaded.bundle, WrittenBundle):
-        return None
-    student = Classifier.load(loading.student_here(loaded), threads=STUDENT_CPUS)
-    if student.labels != loaded.bundle.label_names:
+        return []
+    return [_classifier(folder, loaded.bundle) for folder in loading.students_here(loaded)]
+
+
+def _classifier(folder: Path, bundle: PolicyBundle) -> Classifier:
+    student = Classifier.load(folder, threads=STUDENT_CPUS)
+    if student.labels != bundle.label_names:
         raise BundleMismatch(
-            f"{loaded.student.path} answers with the labels {', '.join(student.labels)}, the "
-            f"bundle with {', '.join(loaded.bundle.label_names)}. Run `journeyman certify`."
+            f"{folder} answers with the labels {', '.join(student.labels)}, the "
+            f"bundle with {', '.join(bundle.label_names)}. Run `journeyman certify`."
         )
     return student

@@ -15,7 +15,7 @@ from typing import Any
 from journeyman import cluster, corpus, files, models, traffic
 from journeyman.errors import DataError, JourneymanError, RecipeError
 from journeyman.folder import Folder
-from journeyman.labels import dataset, ensemble, pipeline
+from journeyman.labels import cost, dataset, ensemble, pipeline
 from journeyman.labels.cost import Estimate
 from journeyman.labels.progress import LabelProgress
 from journeyman.labels.store import LabelStore
@@ -245,12 +245,13 @@ class Run(RunFolder):
     def _certify(self) -> tuple[dict[str, Any], bool]:
         if self.recipe.learner().kind == "causal":
             return self._certify_written()
-        from journeyman.certify import step
+        from journeyman.certify import asked, step
         from journeyman.student.models import Classifier
 
         folder = self.path("certify")
         labels = self._finished_labels()
         student = models.resolve(str(self.path("train")))
+        before = asked.before(self.recipe, labels, corpus.prompt_columns(self.recipe), student)
         inputs = digest(
             [
                 labels["digest"],
@@ -259,6 +260,7 @@ class Run(RunFolder):
                 prompt_digest(self.recipe.classes()),
                 self.recipe.certify.decisive(),
                 *(["mixture"] if self.recipe.cascade.combine == "mixture" else []),
+                *(one.model.weights_digest for one in before),
             ]
         )
         there = _read(folder / MANIFEST)
@@ -275,6 +277,8 @@ class Run(RunFolder):
             folder,
             inputs=inputs,
             n_groups=corpus.read_manifest(self.corpus).get("groups", {}).get("certify"),
+            before=before,
+            teacher_seconds=cost.seconds_a_row(labels["totals"]),
         )
         return files.read_json(folder / MANIFEST), True
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from journeyman.cascade.policy import Decision, Escalation
 from serve import loading
-from serve.students import Encoder, Rule, classifier
+from serve.students import Encoders, Rule, classifiers
 from tests.serve import tiny
 
 
@@ -17,7 +17,7 @@ def by_student(decisions: Sequence[Decision | Escalation]) -> list[bool]:
 def test_a_rule_that_is_held_answers_nothing_until_it_is_told(run: tiny.Run):
     loaded = loading.load(run.bundle_dir)
     rule, changes = Rule(loaded), []
-    student = Encoder(loaded, classifier(loaded), rule)
+    student = Encoders(loaded, classifiers(loaded), rule)
     rule.when_changed = lambda: changes.append(rule.policy.accept_above)
     accepts = (run.scores > run.bundle.accept_above).tolist()
     assert by_student(student.decide(tiny.TEXTS)) == accepts and any(accepts)

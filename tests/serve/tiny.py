@@ -204,7 +204,7 @@ def write_teacher(folder: Path, seed: int = 0) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_student(folder: Path) -> None:
+def write_student(folder: Path, seed: int = 1) -> None:
     import torch
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
@@ -212,7 +212,7 @@ def write_student(folder: Path) -> None:
     vocabulary = folder / "vocab.txt"
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary.write_text("\n".join([*special, *WORDS]))
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(special) + len(WORDS),
         hidden_size=32,

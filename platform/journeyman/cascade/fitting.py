@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from journeyman.certify.bundle import Bundle, PolicyBundle, WrittenBundle
 from journeyman.errors import BundleMismatch
 from journeyman.models import Model
@@ -15,9 +17,11 @@ def check(
     teacher: Model,
     labels: Classes | Generate,
     judged: Classes | None = None,
+    before: Sequence[Model] = (),
 ) -> None:
     """Raises BundleMismatch, with all that differs, unless the bundle was made for these.
 
+    before: the students that are asked before this one.
     labels: what is asked: of the teacher; of students that write, of these; judged: what the judge
     is, where there is one.
     """
@@ -30,6 +34,11 @@ def check(
     }
     if isinstance(bundle, PolicyBundle) and isinstance(labels, Classes):
         pairs["the recipe's labels"] = bundle.label_names, tuple(labels.classes)
+        for stage, model in zip(bundle.before, before, strict=True):
+            whose = f"a student that is asked before ({model.path})"
+            pairs[f"the weights of {whose}"] = stage.student_digest, model.weights_digest
+            made_for = stage.student_tokenizer_digest
+            pairs[f"the tokenizer of {whose}"] = made_for, model.tokenizer_digest
     if isinstance(bundle, WrittenBundle) and bundle.judge and judged:
         made_for = bundle.judge.prompt_digest
         pairs["the recipe's prompt to the judge"] = made_for, prompt_digest(judged)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify.chain import Chain
 from journeyman.certify.confidence import Confidence
 from journeyman.certify.mixture import Mixture
 from journeyman.errors import DataError
@@ -50,7 +51,7 @@ class Decision:
     label: the class, or what was written; confidence: the student's score, None if it was not
     asked; probabilities: float64[c], of who answered (of the mixture, where the bundle has one and
     the teacher was asked), in the order of the bundle's label names, of classes; written: of
-    students that write.
+    students that write; stage: of several students the one that answered, counted from 1.
     """
 
     answered_by: AnsweredBy
@@ -58,6 +59,7 @@ class Decision:
     confidence: float | None
     probabilities: FloatArray
     written: Written | None = None
+    stage: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,13 +72,15 @@ class Escalation:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Policy:
-    """A bundle's rule. accept_above: the student answers strictly above; +inf escalates all."""
+    """A bundle's rule. accept_above: the student answers strictly above; +inf escalates all;
+    before: how students are scored that are asked before the one with this confidence."""
 
     label_names: tuple[str, ...]
     confidence: Confidence
     accept_above: float
     teacher_log_prior: FloatArray | None
     mixture: Mixture | None = None
+    before: tuple[Confidence, ...] = ()
 
     @classmethod
     def from_bundle(cls, bundle: PolicyBundle) -> Policy:
@@ -87,6 +91,7 @@ class Policy:
             accept_above=bundle.accept_above,
             teacher_log_prior=None if prior is None else np.array(prior, dtype=np.float64),
             mixture=bundle.mixture,
+            before=bundle.chain.confidences[:-1],
         )
 
     def tightened(self, accept_above: float) -> Policy:
@@ -97,17 +102,24 @@ class Policy:
         """student_logits: float[c] of one text."""
         return self.decide_batch(np.asarray(student_logits)[None])[0]
 
-    def decide_batch(self, student_logits: npt.ArrayLike) -> list[Decision | Escalation]:
-        """student_logits: float[n, c]; raises DataError if they do not fit the labels."""
+    def decide_batch(
+        self, student_logits: npt.ArrayLike, stage: int = -1
+    ) -> list[Decision | Escalation]:
+        """student_logits: float[n, c]; raises DataError if they do not fit the labels.
+
+        stage: whose they are, of several students; the last one's by default.
+        """
         logits = np.asarray(student_logits)
         if logits.ndim == 2 and logits.shape[1] != len(self.label_names):
             raise DataError(
                 f"The student gives {logits.shape[1]} logits a text, the bundle names "
                 f"{len(self.label_names)} labels. Serve the student that the bundle was made for."
             )
-        probabilities, confidence = self.confidence.of(logits)
+        chain = self._chain.confidences
+        probabilities, confidence = chain[stage].of(logits)
+        place = stage % len(chain) + 1 if self.before else None
         answers = [
-            self._decision("student", row, float(value))
+            self._decision("student", row, float(value), place)
             for row, value in zip(probabilities, confidence, strict=True)
         ]
         accepted = confidence > self.accept_above
@@ -115,6 +127,18 @@ class Policy:
             answer if accept else Escalation(student=answer)
             for answer, accept in zip(answers, accepted, strict=True)
         ]
+
+    def goes_on(self, decided: Decision | Escalation, stage: int) -> bool:
+        """Whether the next of several students is asked, rather than the teacher. What this one
+        would answer but for a stricter threshold of the audits is the teacher's."""
+        if isinstance(decided, Decision) or decided.student is None:
+            return False
+        confidence = decided.student.confidence
+        return confidence is not None and bool(self._chain.goes_on(confidence, stage))
+
+    @property
+    def _chain(self) -> Chain:
+        return Chain(confidences=(*self.before, self.confidence))
 
     def is_answer(self, said: ClassLabels | Written) -> bool:
         """Whether it is a distribution over the labels."""
@@ -146,13 +170,18 @@ class Policy:
         return self._decision("teacher", probabilities, student.confidence if student else None)
 
     def _decision(
-        self, answered_by: AnsweredBy, probabilities: FloatArray, confidence: float | None
+        self,
+        answered_by: AnsweredBy,
+        probabilities: FloatArray,
+        confidence: float | None,
+        stage: int | None = None,
     ) -> Decision:
         return Decision(
             answered_by=answered_by,
             label=self.label_names[int(probabilities.argmax())],
             confidence=confidence,
             probabilities=probabilities,
+            stage=stage,
         )
 
 

@@ -9,29 +9,26 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from journeyman.certify.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, Calibrator
-from journeyman.certify.certificate import Certificate, GuaranteeKind
+from journeyman.certify.certificate import GuaranteeKind
+from journeyman.certify.chain import Chain
 from journeyman.certify.confidence import Confidence
 from journeyman.certify.curve import CurvePoint
 from journeyman.certify.deferral_head import DeferralHead
 from journeyman.certify.ledger import LedgerEntry
 from journeyman.certify.mixture import Mixture
+from journeyman.certify.parts import Guarantee as Guarantee
+from journeyman.certify.parts import Part, Share, Stage, Stages, Text, check_head
 from journeyman.certify.scores import ScoreName
-from journeyman.certify.sequence_scores import (
-    LEARNED,
-    SAMPLED,
-    WrittenConfidence,
-    WrittenScore,
-)
+from journeyman.certify.sequence_scores import SAMPLED, WrittenConfidence, WrittenScore
 from journeyman.certify.thresholds import WrittenThreshold, read_threshold
 from journeyman.errors import BundleMismatch
 from journeyman.models import Model
@@ -40,45 +37,8 @@ from journeyman.recipe.serving import MOST_SAMPLES
 SCHEMA_VERSION: Final = 1
 BUNDLE_FILE = "bundle.json"
 
-Text = Annotated[str, Field(min_length=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Guarantee(_Part):
-    """A certificate as it is written: `Certificate`'s fields, its threshold free of infinities."""
-
-    kind: GuaranteeKind
-    alpha: float = Field(gt=0, lt=1)
-    delta: float = Field(gt=0, lt=1)
-    n: int = Field(ge=0)
-    threshold: WrittenThreshold
-    n_accepted: int = Field(ge=0)
-    errors: int = Field(ge=0)
-    upper_bound: Share
-    k_star: int = Field(ge=-1)
-    feasible: bool
-    reason: str
-    gains: int = Field(default=0, ge=0)
-
-    @classmethod
-    def from_certificate(cls, certificate: Certificate) -> Self:
-        """Write down a certificate."""
-        return cls(**asdict(certificate))
-
-    @model_validator(mode="after")
-    def _escalates_everything_if_infeasible(self) -> Self:
-        if self.feasible == (self.threshold is None):
-            raise ValueError("`threshold` must be null exactly where `feasible` is false")
-        if not self.feasible and not self.reason:
-            raise ValueError("`reason` must say why nothing is answered")
-        return self
-
-
-class Bundle(_Part):
+class Bundle(Part):
     """What any student is served under: what it was certified with, and what was promised."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -156,27 +116,61 @@ class PolicyBundle(Bundle):
     class_guarantees: tuple[Guarantee, ...] | None = Field(
         default=None, description="of each of the student's answers, in logit order; null if none"
     )
+    # Not written where there is one student: such a bundle's digest is as it was before.
+    stages: Stages | None = Field(
+        default=None,
+        exclude_if=lambda stages: stages is None,
+        description="several students, the bundle's own the last; `threshold` is then 0, of the "
+        "score of whoever answers less its own threshold",
+    )
 
     @property
-    def confidence(self) -> Confidence:
-        """How a row is scored, as it was for the certificate."""
+    def chain(self) -> Chain:
+        """How a row is scored, and by which student, as it was for the certificate."""
+        if self.stages is not None:
+            return Chain(confidences=tuple(one.confidence for one in self.stages.students))
         own = self.class_thresholds
-        return Confidence(
+        confidence = Confidence(
             calibrator=Calibrator(temperature=self.temperature),
             score=self.score,
             head=self.deferral_head,
             class_thresholds=None if own is None else np.array(own),
         )
+        return Chain(confidences=(confidence,))
+
+    @property
+    def confidence(self) -> Confidence:
+        """The bundle's own student's."""
+        return self.chain.confidences[-1]
+
+    @property
+    def before(self) -> tuple[Stage, ...]:
+        """The students that are asked before the bundle's own."""
+        return () if self.stages is None else self.stages.students[:-1]
 
     @model_validator(mode="after")
     def _scores_as_it_says(self) -> Self:
-        _check_head(self.score, self.deferral_head)
+        check_head(self.score, self.deferral_head)
         for name in ("class_thresholds", "class_guarantees"):
             of_classes = getattr(self, name)
             if of_classes is not None and len(of_classes) != len(self.label_names):
                 raise ValueError(
                     f"`{name}` has {len(of_classes)} values for {len(self.label_names)} labels"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _ends_with_its_own_student(self) -> Self:
+        if self.stages is None:
+            return self
+        last, answered = self.stages.students[-1], sum(s.n_accepted for s in self.stages.students)
+        for name in ("student_digest", "student_tokenizer_digest", "score", "temperature"):
+            if getattr(last, name) != getattr(self, name):
+                raise ValueError(f"`{name}` is not that of the last of `stages`")
+        if self.threshold not in (0.0, None) or answered != self.served.n_accepted:
+            raise ValueError("`stages` are not those of the served guarantee")
+        if self.class_thresholds or self.class_guarantees or self.mixture:
+            raise ValueError("`stages` go with neither a promise of each answer nor a mixture")
         return self
 
     @model_validator(mode="after")
@@ -191,14 +185,14 @@ class PolicyBundle(Bundle):
         return self
 
 
-class Samples(_Part):
+class Samples(Part):
     """Answers that the student samples beside its greedy one, for its confidence in that."""
 
     n: int = Field(ge=1, le=MOST_SAMPLES)
     temperature: float = Field(gt=0)
 
 
-class Rate(_Part):
+class Rate(Part):
     """How often, and its exact two-sided 95% interval."""
 
     count: int = Field(ge=0)
@@ -207,7 +201,7 @@ class Rate(_Part):
     high: Share
 
 
-class JudgeRecord(_Part):
+class JudgeRecord(Part):
     """The model that said whether two answers mean the same, and how far it can be believed."""
 
     model: Text
@@ -248,7 +242,7 @@ class WrittenBundle(Bundle):
 
     @model_validator(mode="after")
     def _scores_as_it_says(self) -> Self:
-        _check_head(self.score, self.deferral_head)
+        check_head(self.score, self.deferral_head)
         if (self.samples is None) == (self.score in SAMPLED):
             raise ValueError("`samples` must be there exactly where the `score` takes them")
         if (self.judge is None) == (self.match == "judge"):
@@ -268,9 +262,10 @@ def of_models(student: Model, teacher: Model) -> dict[str, str]:
     }
 
 
-def _check_head(score: str, head: DeferralHead | None) -> None:
-    if (head is None) == (score in LEARNED):
-        raise ValueError("`deferral_head` must be there exactly where the `score` is learned")
+def folder_before(place: int) -> str:
+    """Where in a bundle's folder the student lies that is asked at this place, from 0, before its
+    own."""
+    return f"before-{place + 1}"
 
 
 def content_digest(content: Mapping[str, Any]) -> str:

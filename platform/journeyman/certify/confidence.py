@@ -28,12 +28,14 @@ class Confidence:
         class_thresholds: float64[c], subtracted from the score by the student's answer, so that
             one threshold of 0 stands for one of each answer's own; None if there is but one. The
             difference of two doubles has the exact sign, so nothing is lost by it.
+        threshold: of one of several students, subtracted likewise.
     """
 
     calibrator: Calibrator
     score: ScoreName
     head: DeferralHead | None = None
     class_thresholds: FloatArray | None = None
+    threshold: float = 0.0
 
     def of(self, logits: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
         """Calibrated probabilities, float64[n, c], and confidence, float64[n], of logits[n, c]."""
@@ -49,5 +51,5 @@ class Confidence:
         else:
             values = refined(self.head.may_answer(class_features(probabilities)), probabilities)
         if self.class_thresholds is None:
-            return values
+            return np.asarray(values - self.threshold)
         return np.asarray(values - self.class_thresholds[probabilities.argmax(axis=1)])

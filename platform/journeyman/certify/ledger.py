@@ -5,6 +5,7 @@ Rows that were looked at once no longer answer like fresh ones; the ledger keeps
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from hashlib import blake2b
 
@@ -42,6 +43,14 @@ def rows_digest(ids: Iterable[str]) -> str:
 def delta_spent(ledger: Iterable[LedgerEntry], digest: str) -> float:
     """Sum of delta over all uses of these rows: by the union bound, the chance that any broke."""
     return sum(entry.delta for entry in ledger if entry.rows_digest == digest)
+
+
+def together(*ledgers: Iterable[LedgerEntry]) -> tuple[LedgerEntry, ...]:
+    """All uses that several ledgers have on record; what some of them have alike is one use."""
+    uses: Counter[LedgerEntry] = Counter()
+    for ledger in ledgers:
+        uses |= Counter(ledger)
+    return tuple(uses.elements())
 
 
 def spend(

@@ -14,11 +14,8 @@ import numpy as np
 
 from journeyman.certify.certificate import Certificate, GuaranteeKind
 from journeyman.certify.guarantees import ScoredOutcomes, certify_kind
-from journeyman.certify.thresholds import ANSWER_EVERYTHING, ESCALATE_EVERYTHING
+from journeyman.certify.thresholds import ESCALATE_EVERYTHING, subtractable
 from journeyman.probabilities import FloatArray, IntArray
-
-# Stand for the infinities where a threshold is subtracted from a score: scores lie within +-17.
-_ABOVE_EVERY_SCORE = 64.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +33,7 @@ class ClassCertificates:
     @property
     def thresholds(self) -> FloatArray:
         """float64[c], finite: see `confidence.Confidence`."""
-        finite = {
-            ESCALATE_EVERYTHING: _ABOVE_EVERY_SCORE,
-            ANSWER_EVERYTHING: -_ABOVE_EVERY_SCORE,
-        }
-        return np.array([finite.get(c.threshold, c.threshold) for c in self.each])
+        return np.array([subtractable(c.threshold) for c in self.each])
 
 
 def certify_each_class(

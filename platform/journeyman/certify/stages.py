@@ -2,7 +2,7 @@
 
 Owns the path of threshold vectors, which `calibrate` rows fix, and the certificate along it. A
 request goes from stage to stage until one is confident enough; the teacher answers the rest.
-Serving has two stages so far; this is the certificate that more of them would carry.
+What a recipe asks of them is ``several``'s.
 
 One promise over the whole system wants no split of delta. System risk at a vector of thresholds is
 the chance that a stage before the teacher answers and differs from it; at any fixed vector the

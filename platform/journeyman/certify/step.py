@@ -6,45 +6,42 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from journeyman import corpus, files
 from journeyman.certify import bundle as bundles
+from journeyman.certify.asked import AskedStudent, StudentScorer
 from journeyman.certify.bundle import Bundle, Guarantee, PolicyBundle
 from journeyman.certify.calibration import Calibrator, fit_temperature
 from journeyman.certify.certificate import Certificate
+from journeyman.certify.chain import Chain, Routed
 from journeyman.certify.confidence import Confidence
 from journeyman.certify.curve import cost_quality_curve
 from journeyman.certify.deferral_head import class_features, cross_fitted, fit_deferral_head
 from journeyman.certify.guarantees import Outcomes, ScoredOutcomes, certify_kind, choose
-from journeyman.certify.ledger import LedgerEntry, delta_spent, rows_digest, spend
+from journeyman.certify.ledger import LedgerEntry, delta_spent, rows_digest, spend, together
 from journeyman.certify.mixture import Mixture, fit_mixture
 from journeyman.certify.per_class import certify_each_class
 from journeyman.certify.recommendation import caveats, recommend
 from journeyman.certify.scores import ScoreName, refined, score
+from journeyman.certify.several import OneOfSeveral, Several, certify_several
 from journeyman.errors import DataError
 from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
 from journeyman.probabilities import IntArray
 from journeyman.recipe import Certify, Recipe
-from journeyman.student.inputs import Input, Inputs
+from journeyman.student.inputs import Inputs
 from journeyman.teacher.tasks import prompt_digest
 
 RECIPE_FILE = "recipe.json"
 SCORED_FILE = "test.npz"
-
-
-class StudentScorer(Protocol):
-    """What certification needs of a student: see ``student.models.Classifier``."""
-
-    def logits(self, texts: Sequence[Input], batch_size: int = 32) -> npt.NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,51 +108,68 @@ def certify(
     *,
     inputs: str,
     n_groups: int | None = None,
+    before: Sequence[AskedStudent] = (),
+    teacher_seconds: float = 0.0,
 ) -> PolicyBundle:
     """Write a bundle for this student; rows: of calibrate, certify and test.
 
     inputs: digest of all that the bundle is made of, for the step's manifest; n_groups: how many
-    groups the certify rows are of, None where they are in none.
-    Raises DataError: an empty split, or certify rows whose delta is spent.
+    groups the certify rows are of, None where they are in none; before: students that are asked
+    before this one; teacher_seconds: of a row's labeling, where nothing is known 0.
+    Raises DataError: an empty split, certify rows whose delta is spent, or a cost that is missing.
     """
     started = time.monotonic()
-    inputs_of = Inputs(recipe.learner())
-    parts = {
-        name: _scored(rows, name, inputs_of, scorer) for name in ("calibrate", "certify", "test")
-    }
-    mixture, parts = _mix(parts) if recipe.cascade.combine == "mixture" else (None, parts)
-    settings, certified = recipe.certify, parts["certify"]
-    ledger = spend_rows(settings, certified.rows.ids, student, out_dir)
-    confidence, certificates, of_classes = decide(settings, parts["calibrate"], certified)
-    scores = confidence.of(certified.logits)[1]
-    served = certificates[0]
-    curve = cost_quality_curve(scores, certified.differs, *(certified.right() or ()))
-    own, right = confidence.class_thresholds, parts["calibrate"].right_where_known()
+    students = (*before, AskedStudent(model=student, scorer=scorer, reads=recipe.learner()))
+    seen = [_seen(rows, one) for one in students]
+    mixture = None
+    if recipe.cascade.combine == "mixture":  # of one student: a recipe with several has none
+        mixture, parts = _mix(seen[-1].parts)
+        seen = [replace(seen[-1], parts=parts)]
+    settings = recipe.certify
+    ledger = spend_rows(
+        settings,
+        seen[-1].parts["certify"].rows.ids,
+        [one.model for one in students],
+        out_dir,
+        *(one.ledger for one in before),
+    )
+    decided = _decided(settings, seen, teacher_seconds)
+    (calibrate, _), (certified, routed) = (
+        _as_one(decided.chain, [one.parts[split] for one in seen])
+        for split in ("calibrate", "certify")
+    )
+    served, several, last = decided.certificates[0], decided.several, decided.chain.confidences[-1]
+    curve = cost_quality_curve(routed.confidence, certified.differs, *(certified.right() or ()))
+    own, right = last.class_thresholds, calibrate.right_where_known()
     whose = "the mixture's" if mixture else "the teacher's"
     bundle = PolicyBundle(
         **bundles.of_models(student, teacher),
         prompt_digest=prompt_digest(recipe.classes()),
         columns=tuple(corpus.prompt_columns(recipe)),
         label_names=rows.labels,
-        score=confidence.score,
-        deferral_head=confidence.head,
+        score=last.score,
+        deferral_head=last.head,
         class_thresholds=None if own is None else tuple(own.tolist()),
-        temperature=confidence.calibrator.temperature,
+        temperature=last.calibrator.temperature,
         teacher_log_prior=None if log_prior is None else tuple(log_prior),
         mixture=mixture,
         threshold=served.threshold,
         served_guarantee=settings.guarantee,
-        guarantees=tuple(map(Guarantee.from_certificate, certificates)),
-        class_guarantees=of_classes and tuple(map(Guarantee.from_certificate, of_classes)),
+        guarantees=_written(decided.certificates),
+        class_guarantees=decided.of_classes and _written(decided.of_classes),
+        stages=several and several.written(students, certified.differs),
         curve=curve.to_points(keep=served.threshold),
         student_accuracy=curve.student_accuracy,
         teacher_accuracy=curve.teacher_accuracy,
         ledger=ledger,
         recommendation=recommend(served, right[0], right[1], whose)
+        + (several.in_words() if several else "")
         + caveats(served, delta_spent(ledger, rows_digest(certified.rows.ids)), n_groups),
     )
     with files.replaced_directory(out_dir) as fresh:
-        np.savez(fresh / SCORED_FILE, logits=parts["test"].logits)
+        np.savez(fresh / SCORED_FILE, *(one.parts["test"].logits for one in seen))
+        for i, one in enumerate(before):
+            shutil.copytree(one.model.path, fresh / bundles.folder_before(i))
         write_down(bundle, recipe, fresh, inputs=inputs, started=started)
     return bundle
 
@@ -184,6 +198,61 @@ def write_down(
             **({"test": dict(test)} if test else {}),
         },
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """The rows of each split as one student sees them, and what a certify row took it."""
+
+    parts: dict[str, ScoredRows]
+    seconds_a_row: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decided:
+    """What is promised, and for which way to answer; of_classes: the promises of each answer;
+    several: where there are several students."""
+
+    chain: Chain
+    certificates: tuple[Certificate, ...]
+    of_classes: tuple[Certificate, ...] | None = None
+    several: Several | None = None
+
+
+def _decided(settings: Certify, seen: Sequence[_Seen], teacher_seconds: float) -> _Decided:
+    if len(seen) == 1:
+        [one] = seen
+        confidence, certificates, of_classes = decide(
+            settings, one.parts["calibrate"], one.parts["certify"]
+        )
+        return _Decided(
+            chain=Chain(confidences=(confidence,)), certificates=certificates, of_classes=of_classes
+        )
+    measured = [*(one.seconds_a_row for one in seen), teacher_seconds]
+    several = certify_several(settings, [_one_of_several(settings, one) for one in seen], measured)
+    return _Decided(chain=several.chain, certificates=(several.certificate,), several=several)
+
+
+def _one_of_several(settings: Certify, seen: _Seen) -> OneOfSeveral:
+    certified = seen.parts["certify"]
+    design = _design(settings, seen.parts["calibrate"], certified.outcomes)
+    scores = design.confidence.of(certified.logits)[1]
+    return OneOfSeveral(
+        confidence=design.confidence,
+        calibrate=design.scored,
+        certify=ScoredOutcomes(scores=scores, outcomes=certified.outcomes),
+    )
+
+
+def _as_one(chain: Chain, parts: Sequence[ScoredRows]) -> tuple[ScoredRows, Routed]:
+    """Rows as all students together see them: each with the logits of the one that it goes to."""
+    routed = chain.of([part.logits for part in parts])
+    logits = np.stack([part.logits for part in parts])
+    return replace(parts[-1], logits=logits[routed.stage, np.arange(len(routed.stage))]), routed
+
+
+def _written(certificates: Sequence[Certificate]) -> tuple[Guarantee, ...]:
+    return tuple(map(Guarantee.from_certificate, certificates))
 
 
 def decide(
@@ -215,25 +284,31 @@ def _calibrator(calibrate: ScoredRows) -> Calibrator:
     return Calibrator(temperature=fit_temperature(calibrate.logits, answers))
 
 
-def read_test_logits(bundle_dir: Path) -> npt.NDArray[np.float32]:
-    """float32[n, c]: the student's logits on test rows, in corpus order."""
+def read_test_logits(bundle_dir: Path) -> list[npt.NDArray[np.float32]]:
+    """float32[n, c] of each student in turn: its logits on test rows, in corpus order."""
     try:
         with np.load(bundle_dir / SCORED_FILE) as arrays:
-            return np.asarray(arrays["logits"], dtype=np.float32)
+            return [np.asarray(arrays[name], dtype=np.float32) for name in arrays.files]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"{bundle_dir / SCORED_FILE}: cannot be read ({error}); run journeyman certify again."
         ) from error
 
 
-def _scored(rows: ClassRows, split: str, inputs: Inputs, scorer: StudentScorer) -> ScoredRows:
-    part = rows.split(split)
-    if not len(part):
-        raise DataError(
-            f"split {split} has no labeled rows; give it some with corpus.split_map or "
-            "corpus.shares."
-        )
-    return ScoredRows(rows=part, logits=scorer.logits(inputs.all(part.columns)))
+def _seen(rows: ClassRows, student: AskedStudent) -> _Seen:
+    inputs, parts, seconds = Inputs(student.reads), {}, 0.0
+    for name in ("calibrate", "certify", "test"):
+        part = rows.split(name)
+        if not len(part):
+            raise DataError(
+                f"split {name} has no labeled rows; give it some with corpus.split_map or "
+                "corpus.shares."
+            )
+        began = time.monotonic()
+        parts[name] = ScoredRows(rows=part, logits=student.scorer.logits(inputs.all(part.columns)))
+        if name == "certify":  # the first batches of all are slow
+            seconds = time.monotonic() - began
+    return _Seen(parts=parts, seconds_a_row=seconds / len(parts["certify"].rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,13 +378,22 @@ def _certificates(
 
 
 def spend_rows(
-    settings: Certify, ids: Sequence[str], student: Model, out_dir: Path
+    settings: Certify,
+    ids: Sequence[str],
+    students: Sequence[Model],
+    out_dir: Path,
+    *ledgers: Sequence[LedgerEntry],
 ) -> tuple[LedgerEntry, ...]:
-    """The ledger with these uses of the certify rows, after those of the bundle that is there."""
-    spent = bundles.ledger_of(out_dir)
+    """The ledger with these uses of the certify rows, after those of the bundle that is there.
+
+    students: in the order in which they are asked; ledgers: of the runs that they come from.
+    """
+    spent = together(bundles.ledger_of(out_dir), *ledgers)
+    *before, own = (student.weights_digest[:12] for student in students)
+    who = f"student {own}" + "".join(f" behind {one}" for one in reversed(before))
     for kind in settings.guarantees:
         entry = LedgerEntry(
-            use=f"{kind} at {settings.alpha:g}, student {student.weights_digest[:12]}",
+            use=f"{kind} at {settings.alpha:g}, {who}",
             rows_digest=rows_digest(ids),
             delta=settings.delta,
         )

@@ -21,6 +21,8 @@ IntArray = npt.NDArray[np.int64]
 
 ESCALATE_EVERYTHING = math.inf
 ANSWER_EVERYTHING = -math.inf
+# Stands for the infinities where a threshold is subtracted from a score: scores lie within +-17.
+_ABOVE_EVERY_SCORE = 64.0
 
 
 def written_threshold(threshold: object) -> object:
@@ -38,6 +40,12 @@ def written_threshold(threshold: object) -> object:
 def read_threshold(written: float | None) -> float:
     """A written threshold as a number to compare with: null is +inf, so nothing is above it."""
     return ESCALATE_EVERYTHING if written is None else written
+
+
+def subtractable(threshold: float) -> float:
+    """A threshold of ``scores``, finite: what is left of a score is above 0 just where the score is
+    above the threshold, since the difference of two doubles has the exact sign."""
+    return min(max(threshold, -_ABOVE_EVERY_SCORE), _ABOVE_EVERY_SCORE)
 
 
 # A threshold in a file; takes +inf and -inf as they come from a certificate.

@@ -181,7 +181,7 @@ def certify(
     answers = held_out.by_student(corpus_dir, student)
     parts, judge = _parts(held_out, labels, answers, student, teacher)
     certified = parts["certify"]
-    ledger = spend_rows(settings, certified.ids, student, out_dir)
+    ledger = spend_rows(settings, certified.ids, [student], out_dir)
     confidence, certificates = _decide(settings, parts["calibrate"], certified)
     served, scores = certificates[0], certified.scores(confidence)
     curve = cost_quality_curve(scores, certified.outcomes.differs, *(certified.right or ()))

@@ -107,17 +107,16 @@ def _status(options: argparse.Namespace) -> int:
 
 def _rows(ready: dict[str, Any], bundle: dict[str, Any], figures: dict[str, Any]) -> list[Any]:
     served = next(g for g in bundle["guarantees"] if g["kind"] == bundle["served_guarantee"])
-    threshold = bundle["threshold"]
     rate = figures["escalation_rate"]
     return [
         ("state", ready.get("status") or ready["error"]["message"]),
         ("bundle", bundle["id"]),
         ("promise", f"{served['kind']} at most {served['alpha']:g}, "
                     f"confidence {1 - served['delta']:.0%}"),
-        ("threshold", "none: the teacher answers all" if threshold is None
-         else f"{bundle['score']} above {threshold:.4f}"),
+        ("threshold", _threshold(bundle)),
         ("last minute", _counts(figures["last_minute"])),
         ("since start", _counts(figures["totals"])),
+        *_by_stage(figures["by_stage"]),
         ("escalated", "nothing was asked in the last minute" if rate is None else f"{rate:.1%}"),
         *_dollars_of(figures),
         ("waiting", f"{figures['waiting']} texts for the teacher"),
@@ -128,6 +127,23 @@ def _rows(ready: dict[str, Any], bundle: dict[str, Any], figures: dict[str, Any]
         *_feedback_lost(figures["feedback_lost"]),
         *(("failing", f"{what}: {figures[name]}") for name, what in _FAILURES if figures[name]),
     ]  # fmt: skip
+
+
+def _threshold(bundle: dict[str, Any]) -> str:
+    if bundle["threshold"] is None:
+        return "none: the teacher answers all"
+    students = (bundle.get("stages") or {"students": [bundle]})["students"]
+    return ", then ".join(
+        "nothing" if one["threshold"] is None else f"{one['score']} above {one['threshold']:.4f}"
+        for one in students
+    )
+
+
+def _by_stage(answered: dict[str, int]) -> list[tuple[str, str]]:
+    """Of several students."""
+    if not answered:
+        return []
+    return [("", "of these by student " + ", ".join(f"{i}: {n:,}" for i, n in answered.items()))]
 
 
 def _dollars_of(figures: dict[str, Any]) -> list[tuple[str, str]]:

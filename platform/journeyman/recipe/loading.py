@@ -274,6 +274,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _students_before_classify(self) -> Recipe:
+        if not self.certify.before:
+            return self
+        if self.student and self.student.kind != "classifier":
+            raise ValueError("certify.before goes with student.kind: classifier")
+        if self.cascade.combine == "mixture":
+            raise ValueError("certify.before goes with cascade.combine: teacher")
+        return self
+
+    @model_validator(mode="after")
     def _row_weight_is_there(self) -> Recipe:
         wanted, labels = self.training.row_weight, self.labels
         reasoned = labels if isinstance(labels, Rationales) else None

@@ -95,6 +95,25 @@ class Certify(Section):
         "logistic regression on the class probabilities, fitted there. Students that write have "
         "scores of their tokens instead.",
     )
+    before: tuple[str, ...] = Field(
+        (),
+        description="Classifiers: runs (folders or URLs) whose students are asked before this "
+        "run's own, the first one first; each passes on what it is not sure of, the last one to "
+        "the teacher. They must have learned this corpus, teacher and classes. One promise of "
+        "system_agreement over the whole.",
+    )
+    each_stage: bool = Field(
+        False,
+        description="before: a promise for each student by itself, at alpha and delta over the "
+        "number of students, so that one may be exchanged without the others; the whole keeps "
+        "alpha all the same, and escalates more.",
+    )
+    stage_costs: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None,
+        description="before: what one request costs at each student in turn, this run's own the "
+        "last of them, and at the teacher, in any one unit. Default: seconds a row, of the "
+        "students as they are scored for the certificate, of the teacher as it labeled.",
+    )
     match: Literal["exact", "parsed", "judge"] = Field(
         "exact",
         description="Students that write: when an answer is the teacher's. exact: the same text, "
@@ -138,6 +157,8 @@ class Certify(Section):
             later |= {"samples", "sample_temperature"}
         if self.complete is None:
             later |= {"complete"}
+        if not self.before:
+            later |= {"before", "each_stage", "stage_costs"}
         return self.model_dump(mode="json", exclude=later)
 
     @model_validator(mode="after")
@@ -167,6 +188,25 @@ class Certify(Section):
         if self.per_class and self.besides:
             raise ValueError(
                 "besides cannot go with per_class, whose thresholds come from the certify rows"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _several_students(self) -> Certify:
+        if not self.before:
+            if self.each_stage or self.stage_costs:
+                raise ValueError("each_stage and stage_costs go with before: [RUN, ...]")
+            return self
+        if self.guarantees != ("system_agreement",) or self.per_class:
+            raise ValueError(
+                "before goes with guarantee: system_agreement alone, without besides and per_class"
+            )
+        if len(set(self.before)) < len(self.before):
+            raise ValueError("before names a run twice")
+        if self.stage_costs and len(self.stage_costs) != len(self.before) + 2:
+            raise ValueError(
+                f"stage_costs has {len(self.stage_costs)} numbers for {len(self.before) + 1} "
+                "students and the teacher; give one for each, the teacher's last"
             )
         return self
 

@@ -33,6 +33,7 @@ class TestRows:
         accepted: bool[n], answered by the student at the bundle's threshold.
         metas: n mappings of further columns; empty where there are none.
         mixed: float64[n, c], what an escalated row is answered with; None: the teacher's.
+        stage: int64[n], of several students which one each row goes to, from 0; None: there is one.
     """
 
     __test__: ClassVar[bool] = False  # its name is not meant for pytest
@@ -46,6 +47,7 @@ class TestRows:
     accepted: BoolArray
     metas: Sequence[Mapping[str, Any]] = ()
     mixed: FloatArray | None = None
+    stage: IntArray | None = None
 
     def column(self, name: str) -> list[Any]:
         """n values; `text` is the request itself."""

@@ -152,7 +152,7 @@ def _example(rows: TestRows, labels: Sequence[str], i: int) -> Example:
         teacher=answer(rows.teacher[i]),
         student=answer(rows.student[i]),
         confidence=float(rows.confidence[i]),
-        answered_by="student" if rows.accepted[i] else "teacher",
+        answered_by=_who(rows, i),
     )
 
 
@@ -164,3 +164,9 @@ def cut(text: str) -> str:
     """Its beginning, where it is long."""
     rest = len(text) - _LONGEST_TEXT
     return text if rest <= 0 else f"{text[:_LONGEST_TEXT]}… ({rest:,} more characters)"
+
+
+def _who(rows: TestRows, i: int) -> str:
+    if not rows.accepted[i]:
+        return "teacher"
+    return "student" if rows.stage is None else f"student {rows.stage[i] + 1}"

@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from journeyman import files
-from journeyman.report import examples, figures, job_tables, style, tables
+from journeyman.report import examples, figures, in_turn, job_tables, style, tables
 from journeyman.report.data import ReportData, SummaryRow
 from journeyman.report.detection import Detection, detections
 from journeyman.report.figures import Figure
@@ -84,6 +84,7 @@ def _words_and_tables(data: ReportData) -> dict[str, Any]:
         "detection": job_tables.detection(_detections(data), data.positive),
         "ranking": job_tables.ranking(_rankings(data), data.rank_by, data.positive),
         "guarantees": tables.guarantees(data.bundle, curve, gold_curve),
+        "stages": in_turn.table(data.bundle, data.test),
         "class_guarantees": tables.class_guarantees(data.bundle, measured),
         "cost_table": tables.cost_quality(curve, gold_curve, data.bundle.served),
         "label_table": tables.label_counts(

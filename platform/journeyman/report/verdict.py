@@ -41,6 +41,7 @@ def verdict(measured: Measured, bundle: Bundle) -> Verdict:
             _who_is_right(measured),
             _who_answers(measured, guarantee),
             *_both(bundle),
+            *_several(bundle),
             _promise(guarantee),
             *_others(bundle),
             _realised(measured, guarantee),
@@ -159,6 +160,17 @@ def _both(bundle: Bundle) -> list[str]:
         "often the student differs from the teacher, or on how many rows fewer the cascade is "
         "right than the teacher, it means that mixture; what it says of the teacher alone is the "
         "teacher's own."
+    ]
+
+
+def _several(bundle: Bundle) -> list[str]:
+    if not isinstance(bundle, PolicyBundle) or bundle.stages is None:
+        return []
+    return [
+        f"There are {len(bundle.stages.students)} students, asked in turn, and one promise over "
+        "them all. Where this page says the student, it means the one that a row goes to: the "
+        "first that is sure enough of it, or else the last. Its confidence is its score less its "
+        "own threshold."
     ]
 
 

@@ -69,6 +69,7 @@ def _record(best: Evaluation, state: State, origin: Provenance) -> dict[str, obj
         "labels": origin.labels_digest,
         "parent": origin.parent.identity,
         "max_length": origin.recipe.learner().max_length,
+        "reads": origin.recipe.learner().model_dump(include={"text", "text_pair"}),
         "best": dataclasses.asdict(best),
         "evaluations": [dataclasses.asdict(e) for e in state.evaluations],
         "steps": state.step,

@@ -22,6 +22,7 @@ from journeyman.recipe import Report
 from journeyman.report import comparison
 from journeyman.report.data import ReportData, SummaryRow, TestRows
 from journeyman.report.detection import detections
+from journeyman.report.in_turn import expected_cost, of_stages
 from journeyman.report.measure import Measured, measure
 from journeyman.report.ranking import rankings
 from journeyman.report.verdict import beside_teacher, percent, realised_of_each, share
@@ -66,6 +67,7 @@ def summary(run: RunFolder, test: TestRows, bundle: PolicyBundle) -> list[Summar
         *_detection(test, bundle.label_names, run.recipe.report.positive),
         *_ranking(test, bundle.label_names, run.recipe.report),
         *_promise(measured, bundle),
+        *_stages(test, bundle),
         *_speed(run),
         *sizes(run),
         *costs(run),
@@ -73,7 +75,8 @@ def summary(run: RunFolder, test: TestRows, bundle: PolicyBundle) -> list[Summar
 
 
 def _test_rows(rows: ClassRows, bundle_dir: Path, bundle: PolicyBundle) -> TestRows:
-    student, confidence = bundle.confidence.of(read_test_logits(bundle_dir))
+    routed = bundle.chain.of(read_test_logits(bundle_dir))
+    student, confidence = routed.probabilities, routed.confidence
     teacher = np.exp(rows.logprobs)
     return TestRows(
         ids=rows.ids,
@@ -85,6 +88,7 @@ def _test_rows(rows: ClassRows, bundle_dir: Path, bundle: PolicyBundle) -> TestR
         accepted=confidence > bundle.accept_above,
         metas=rows.metas,
         mixed=bundle.mixture.of(student, teacher) if bundle.mixture else None,
+        stage=routed.stage if bundle.stages else None,
     )
 
 
@@ -165,6 +169,26 @@ def _promise(measured: Measured, bundle: PolicyBundle) -> list[SummaryRow]:
     if not guarantee.feasible:
         rows.append(("escalates everything", "yes", guarantee.reason))
     return [SummaryRow(group="the promise", name=n, value=v, note=note) for n, v, note in rows]
+
+
+def _stages(test: TestRows, bundle: PolicyBundle) -> list[SummaryRow]:
+    """Of several students who answers how much of the test rows, and what that costs."""
+    if bundle.stages is None:
+        return []
+    seen = of_stages(test, bundle.stages)
+    lines = [
+        (
+            "teacher" if one.is_teacher else f"student {place}",
+            share(one.n_accepted, len(test)),
+            "" if one.is_teacher else f"{one.n_differs:,} of these otherwise than the teacher",
+        )
+        for place, one in enumerate(seen, start=1)
+    ]
+    cost, alone = expected_cost(seen), bundle.stages.teacher_cost
+    unit = " s" * (bundle.stages.cost_unit == "seconds")
+    lines.append(("cost of a request", f"{cost:.3g}{unit}", f"the teacher alone {alone:.3g}{unit}"))
+    group = "who answers, on test"
+    return [SummaryRow(group=group, name=n, value=v, note=note) for n, v, note in lines]
 
 
 def realised(measured: Measured, guarantee: Guarantee) -> str:

@@ -1,0 +1,227 @@
+"""Two students in turn before a teacher: routed as by hand, in this process and over HTTP."""
+
+import asyncio
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from journeyman import models
+from journeyman.cascade.policy import Decision, Escalation
+from journeyman.certify import bundle as bundles
+from journeyman.certify.bundle import Guarantee, PolicyBundle
+from journeyman.certify.calibration import Calibrator
+from journeyman.certify.parts import Stage, Stages
+from journeyman.certify.scores import score
+from journeyman.errors import BundleMismatch
+from journeyman.student.models import Classifier
+from serve import loading
+from serve.students import Encoders, Rule, classifiers
+from tests.serve import tiny
+from tests.serve.conftest import Running
+
+SMALL_TEMPERATURE = 0.8
+LEFT_TO_TEACHER = 12  # of TEXTS
+
+
+@dataclass(frozen=True)
+class Several:
+    """A bundle that asks a small student first, beside the run's own of one student.
+
+    by: of each text who answers it, from 0, 2 being the teacher; confidence, labels: of the student
+    that it goes to.
+    """
+
+    folder: Path
+    by: list[int]
+    confidence: list[float]
+    labels: list[str]
+
+    @property
+    def bundle(self) -> PolicyBundle:
+        return bundles.load(self.folder)
+
+
+@pytest.fixture(scope="module")
+def several(run: tiny.Run) -> Several:
+    folder = run.folder / "several"
+    small = folder / bundles.folder_before(0)
+    tiny.write_student(small, seed=2)
+    logits = [Classifier.load(small).logits(tiny.TEXTS), run.logits]
+    temperatures = (SMALL_TEMPERATURE, tiny.TEMPERATURE)
+    scores = [score(Calibrator(temperature=t).probabilities(own), "margin")
+              for t, own in zip(temperatures, logits, strict=True)]  # fmt: skip
+    first = float(np.sort(scores[0])[24:26].mean())  # fifteen of forty
+    left = np.sort(scores[1][scores[0] <= first])
+    thresholds = (first, float(left[LEFT_TO_TEACHER - 1 : LEFT_TO_TEACHER + 1].mean()))
+    by, confidence, labels = [], [], []
+    for i in range(len(tiny.TEXTS)):
+        place = next((s for s in (0, 1) if scores[s][i] > thresholds[s]), 2)
+        asked = min(place, 1)
+        by.append(place)
+        confidence.append(float(scores[asked][i] - thresholds[asked]))
+        labels.append(tiny.LABELS[int(logits[asked][i].argmax())])
+    write_bundle(run, folder, thresholds, by)
+    return Several(folder, by, confidence, labels)
+
+
+def write_bundle(
+    run: tiny.Run, folder: Path, thresholds: tuple[float, float], by: list[int]
+) -> None:
+    small, n_accepted = folder / bundles.folder_before(0), sum(place < 2 for place in by)
+    students = [models.resolve(str(folder)) for folder in (small, run.folder / "student")]
+    stages = [
+        Stage(
+            student=model.reference,
+            student_digest=model.weights_digest,
+            student_tokenizer_digest=model.tokenizer_digest,
+            text="{{ text }}",
+            score="margin",
+            temperature=temperature,
+            threshold=threshold,
+            n_accepted=by.count(i),
+            errors=0,
+            cost=1.0,
+        )
+        for i, (model, temperature, threshold) in enumerate(
+            zip(students, (SMALL_TEMPERATURE, tiny.TEMPERATURE), thresholds, strict=True)
+        )
+    ]
+    one = tiny.a_bundle(run.folder, run.recipe, 0.0)
+    served: Guarantee = one.served.model_copy(update={"n_accepted": n_accepted})
+    in_turn = Stages(students=tuple(stages), teacher_cost=9.0, cost_unit="given", expected_cost=3.0)
+    bundle = PolicyBundle(
+        **one.model_dump(exclude={"guarantees", "stages"}), guarantees=(served,), stages=in_turn
+    )
+    bundles.save(bundle, folder)
+    shutil.copy(run.bundle_dir / "recipe.json", folder / "recipe.json")
+
+
+class Counting:
+    """A classifier that notes how many texts it has read."""
+
+    def __init__(self, inner: Classifier) -> None:
+        self.inner, self.n = inner, 0
+
+    def logits(self, texts, batch_size: int = 32) -> np.ndarray:
+        self.n += len(texts)
+        return self.inner.logits(texts, batch_size)
+
+
+def asked(several: Several, tightened: float | None = None):
+    """What both students make of all texts, and how many each has read."""
+    loaded = loading.load(several.folder)
+    counting = [Counting(one) for one in classifiers(loaded)]
+    rule = Rule(loaded)
+    if tightened is not None:
+        rule.tighten(tightened)
+
+    async def go() -> list[Decision | Escalation]:
+        student = Encoders(loaded, counting, rule)  # type: ignore[arg-type]
+        student.start()
+        try:
+            one, *many = await asyncio.gather(
+                student.submit(tiny.TEXTS), *(student.submit([text]) for text in tiny.TEXTS)
+            )
+            assert [d[0].label if isinstance(d[0], Decision) else None for d in many] == [
+                d.label if isinstance(d, Decision) else None for d in one
+            ]
+            return one
+        finally:
+            await student.close()
+
+    return asyncio.run(go()), [one.n // 2 for one in counting]
+
+
+def test_each_text_goes_to_the_first_student_that_is_sure_and_no_further(several: Several):
+    decided, read = asked(several)
+    for i, one in enumerate(decided):
+        by = one if isinstance(one, Decision) else one.student
+        assert isinstance(one, Decision) == (several.by[i] < 2)
+        assert by is not None and by.stage == min(several.by[i], 1) + 1
+        assert by.label == several.labels[i]
+        assert by.confidence == pytest.approx(several.confidence[i], abs=1e-5)
+    assert read == [40, 25] and several.by.count(2) == LEFT_TO_TEACHER
+
+
+def test_what_audits_forbid_goes_to_the_teacher_and_asks_no_other_student(several: Several):
+    median = float(np.median([c for c in several.confidence if c > 0]))
+    decided, read = asked(several, tightened=median)
+    answered = [isinstance(one, Decision) for one in decided]
+    assert answered == [confidence > median for confidence in several.confidence]
+    assert read == [40, 25]
+
+
+def test_another_student_in_the_bundles_folder_is_refused(several: Several, tmp_path: Path):
+    copied = Path(shutil.copytree(several.folder, tmp_path / "copied"))
+    shutil.rmtree(copied / bundles.folder_before(0))
+    tiny.write_student(copied / bundles.folder_before(0), seed=3)
+    with pytest.raises(BundleMismatch, match="the weights of a student that is asked before"):
+        loading.load(copied)
+
+
+def take_up(user_config: dict[str, Any]) -> None:
+    """As Serve does with a config's user_config."""
+    from ray import serve
+
+    serve.get_app_handle("cascade").reconfigure.remote(user_config).result(timeout_s=60)
+
+
+def figures_once(client: httpx.Client, true: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    deadline = time.monotonic() + 60
+    while not true(figures := client.get("/v1/figures").json()):
+        assert time.monotonic() < deadline, figures
+        time.sleep(0.2)
+    return figures
+
+
+def test_two_students_are_tried_beside_one_and_take_over_while_it_answers(
+    several: Several, cascade: Running
+):
+    counts, n = Counter(several.by), len(tiny.TEXTS)
+    take_up({"candidate": {"bundle": str(several.folder)}})
+    figures_once(cascade.client, lambda figures: figures["candidate"])
+    assert {result["stage"] for result in cascade.results(tiny.TEXTS)} == {None}
+    tried = figures_once(
+        cascade.client, lambda figures: sum(figures["candidate"]["totals"].values()) == n
+    )["candidate"]
+    assert tried["totals"]["teacher"] == counts[2]
+    assert tried["by_stage"] == {"1": counts[0], "2": counts[1]}
+    take_up({"bundle": str(several.folder)})
+    bundle_id = several.bundle.bundle_id
+    figures_once(cascade.client, lambda figures: figures["bundle"] == bundle_id)
+    try:
+        answers_say_which_student_gave_them(several, cascade)
+    finally:
+        take_up({})
+        own = cascade.run.bundle.bundle_id
+        figures_once(cascade.client, lambda figures: figures["bundle"] == own)
+    assert {result["stage"] for result in cascade.results(tiny.TEXTS)} == {None}
+
+
+def answers_say_which_student_gave_them(several: Several, cascade: Running) -> None:
+    for i, result in enumerate(cascade.results(tiny.TEXTS)):
+        place = several.by[i]
+        assert result["answered_by"] == ("teacher" if place == 2 else "student")
+        assert result["stage"] == (None if place == 2 else place + 1)
+        assert result["confidence"] == pytest.approx(several.confidence[i], abs=1e-5)
+        if place < 2:
+            assert result["label"] == several.labels[i]
+    for place in range(3):
+        text, stage = tiny.TEXTS[several.by.index(place)], None if place == 2 else place + 1
+        headers = cascade.classify(text).headers
+        assert headers.get("x-journeyman-stage") == (stage and str(stage))
+        chat = {"model": "cascade", "messages": [{"role": "user", "content": text}]}
+        said = cascade.client.post("/v1/chat/completions", json=chat).json()
+        assert said["journeyman"]["stage"] == [stage]
+    figures, counts = cascade.client.get("/v1/figures").json(), Counter(several.by)
+    assert figures["by_stage"] == {"1": counts[0] + 2, "2": counts[1] + 2}
+    assert figures["totals"]["teacher"] == counts[2] + 2
+    assert len(cascade.client.get("/v1/bundle").json()["stages"]["students"]) == 2

@@ -279,6 +279,7 @@ class Run(RunFolder):
             n_groups=corpus.read_manifest(self.corpus).get("groups", {}).get("certify"),
             before=before,
             teacher_seconds=cost.seconds_a_row(labels["totals"]),
+            repeats=corpus.repeats(self.corpus, "certify"),
         )
         return files.read_json(folder / MANIFEST), True
 

@@ -129,6 +129,9 @@ def test_duplicates_collapse_and_conflicting_gold_is_settled_by_majority(tmp_pat
     same = next(r for r in rows_of(tmp_path / "out") if r["text"] == "same")
     assert (same["label"], same["count"]) == ("trip", 3)
     assert (manifest["rows"], manifest["duplicates"], manifest["conflicting_gold"]) == (2, 2, 1)
+    by_split = {name: corpus.repeats(tmp_path / "out", name) for name in corpus.rows.SPLITS}
+    assert by_split[same["split"]] == {same["id"]: 3}
+    assert sum(map(len, by_split.values())) == 1
 
 
 def test_a_text_in_two_splits_is_kept_out_of_training(tmp_path: Path):

@@ -79,6 +79,40 @@ def caveats(certificate: Certificate, spent: float, n_groups: int | None) -> str
     return "".join(f" {sentence}" for sentence in said)
 
 
+def repeated(
+    certificate: Certificate, counts: npt.ArrayLike, scores: npt.ArrayLike, differs: npt.ArrayLike
+) -> str:
+    """That the promise is over distinct texts, where the certify rows are of more; else empty.
+
+    What the counts say of requests is shown and not promised: a text lies in one split as a whole,
+    so repeated rows are draws from the traffic of these texts alone (docs/certificates.md).
+
+    Args:
+        certificate: the one that serving will use.
+        counts: int[n], how often each certify row stood in the sources.
+        scores: float[n], higher is more confident.
+        differs: bool[n], whether the student's answer is another.
+    """
+    n_times = np.asarray(counts, dtype=np.int64)
+    if n_times.sum() == len(n_times):
+        return ""
+    said = (
+        f" The {len(n_times):,} certify rows are distinct texts, which stood {n_times.sum():,} "
+        "times in the sources, and the promise counts each text once: where requests repeat like "
+        "that, it is none about the share of requests"
+    )
+    answered = np.asarray(scores, dtype=np.float64) > certificate.threshold
+    wrong = answered & np.asarray(differs, dtype=bool)
+    of = answered if certificate.kind == "selective_agreement" else np.ones_like(answered)
+    if certificate.kind == "accuracy" or not of.any():
+        return f"{said}."
+    by_count = n_times[wrong].sum() / n_times[of].sum()
+    return (
+        f"{said} (by these counts, without any bound, {by_count:.2%} are answered otherwise, in "
+        f"place of {wrong.sum() / of.sum():.2%})."
+    )
+
+
 def _plan(certificate: Certificate) -> str:
     if not certificate.feasible:
         return f"Escalate everything to the teacher. {certificate.reason}"

@@ -29,7 +29,7 @@ from journeyman.certify.guarantees import Outcomes, ScoredOutcomes, certify_kind
 from journeyman.certify.ledger import LedgerEntry, delta_spent, rows_digest, spend, together
 from journeyman.certify.mixture import Mixture, fit_mixture
 from journeyman.certify.per_class import certify_each_class
-from journeyman.certify.recommendation import caveats, recommend
+from journeyman.certify.recommendation import caveats, recommend, repeated
 from journeyman.certify.scores import ScoreName, refined, score
 from journeyman.certify.several import OneOfSeveral, Several, certify_several
 from journeyman.errors import DataError
@@ -110,12 +110,14 @@ def certify(
     n_groups: int | None = None,
     before: Sequence[AskedStudent] = (),
     teacher_seconds: float = 0.0,
+    repeats: Mapping[str, int] | None = None,
 ) -> PolicyBundle:
     """Write a bundle for this student; rows: of calibrate, certify and test.
 
     inputs: digest of all that the bundle is made of, for the step's manifest; n_groups: how many
     groups the certify rows are of, None where they are in none; before: students that are asked
-    before this one; teacher_seconds: of a row's labeling, where nothing is known 0.
+    before this one; teacher_seconds: of a row's labeling, where nothing is known 0; repeats: how
+    often each row stood in the sources, of those that did more than once.
     Raises DataError: an empty split, certify rows whose delta is spent, or a cost that is missing.
     """
     started = time.monotonic()
@@ -164,7 +166,13 @@ def certify(
         ledger=ledger,
         recommendation=recommend(served, right[0], right[1], whose)
         + (several.in_words() if several else "")
-        + caveats(served, delta_spent(ledger, rows_digest(certified.rows.ids)), n_groups),
+        + caveats(served, delta_spent(ledger, rows_digest(certified.rows.ids)), n_groups)
+        + repeated(
+            served,
+            times(repeats or {}, certified.rows.ids),
+            routed.confidence,
+            certified.differs,
+        ),
     )
     with files.replaced_directory(out_dir) as fresh:
         np.savez(fresh / SCORED_FILE, *(one.parts["test"].logits for one in seen))
@@ -282,6 +290,11 @@ def _calibrator(calibrate: ScoredRows) -> Calibrator:
     """Fitted on the teacher's answers: a probability then says how likely the two agree."""
     answers = calibrate.rows.logprobs.argmax(axis=1)
     return Calibrator(temperature=fit_temperature(calibrate.logits, answers))
+
+
+def times(repeats: Mapping[str, int], ids: Sequence[str]) -> IntArray:
+    """int64[n]: how often each row stood in the sources; repeats: of those that did again."""
+    return np.array([repeats.get(row_id, 1) for row_id in ids], dtype=np.int64)
 
 
 def read_test_logits(bundle_dir: Path) -> list[npt.NDArray[np.float32]]:

@@ -29,7 +29,7 @@ from journeyman.certify.guarantees import Outcomes, ScoredOutcomes, certify_kind
 from journeyman.certify.judging import Verdicts
 from journeyman.certify.ledger import delta_spent, rows_digest
 from journeyman.certify.matching import Same
-from journeyman.certify.recommendation import caveats, recommend
+from journeyman.certify.recommendation import caveats, recommend, repeated
 from journeyman.certify.row_answers import RowAnswers, row_answers, rows_of
 from journeyman.certify.sequence_scores import (
     FIXED,
@@ -38,7 +38,7 @@ from journeyman.certify.sequence_scores import (
     WrittenConfidence,
     answer_features,
 )
-from journeyman.certify.step import spend_rows, write_down
+from journeyman.certify.step import spend_rows, times, write_down
 from journeyman.certify.written_answers import (
     OF_JUDGE,
     OF_STUDENT,
@@ -187,6 +187,7 @@ def certify(
     curve = cost_quality_curve(scores, certified.outcomes.differs, *(certified.right or ()))
     right = parts["calibrate"].right or (None, None)
     n_groups = corpus.read_manifest(corpus_dir).get("groups", {}).get("certify")
+    n_times = times(corpus.repeats(corpus_dir, "certify"), certified.ids)
     bundle = WrittenBundle(
         **bundles.of_models(student, teacher),
         prompt_digest=digest(asked.asked()),
@@ -208,6 +209,7 @@ def certify(
         ledger=ledger,
         recommendation=recommend(served, *right)
         + caveats(served, delta_spent(ledger, rows_digest(certified.ids)), n_groups)
+        + repeated(served, n_times, scores, certified.outcomes.differs)
         + judging.words(judge, recipe)
         + consistency.cost(taken),
     )

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = ["MANIFEST", "SCHEMA_VERSION", "id_columns", "inputs_digest", "prepare",
-           "prompt_columns", "read_manifest", "read_shard", "schema", "source_urls"]  # fmt: skip
+           "prompt_columns", "read_manifest", "read_shard", "repeats", "schema",
+           "source_urls"]  # fmt: skip
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -164,6 +165,19 @@ def read_shard(corpus_dir: str | Path, name: str) -> pa.Table:
             f"{where}: not a readable corpus shard ({str(error).splitlines()[0]}); "
             "remove the corpus folder and run journeyman prepare."
         ) from error
+
+
+def repeats(corpus_dir: str | Path, split: str) -> dict[str, int]:
+    """How often each row of a split stood in the sources, by id: of those that did more than once.
+    Raises DataError."""
+    import pyarrow.compute as pc
+
+    found: dict[str, int] = {}
+    for shard in read_manifest(corpus_dir)["shards"]:
+        rows = read_shard(corpus_dir, shard["name"])
+        rows = rows.filter((pc.field("split") == split) & (pc.field("count") > 1))
+        found.update(zip(rows["id"].to_pylist(), rows["count"].to_pylist(), strict=True))
+    return found
 
 
 def _check_malformed(corpus: Corpus, tally: Tally) -> None:

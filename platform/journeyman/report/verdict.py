@@ -182,7 +182,7 @@ def _promise(guarantee: Guarantee) -> str:
         )
     promised = (
         f"Promised, with {percent(1 - guarantee.delta)} confidence: {promised_words(guarantee)}. "
-        f"It rests on {guarantee.n:,} certify rows, of which the student answers "
+        f"It rests on {guarantee.n:,} certify rows, distinct texts, of which the student answers "
         f"{guarantee.n_accepted:,}"
     )
     if guarantee.kind == "accuracy":

@@ -10,7 +10,7 @@ from journeyman.certify.certificate import certify_system_agreement
 from journeyman.certify.design import choose_score, forecast_coverage
 from journeyman.certify.ledger import LedgerEntry, delta_spent, rows_digest, spend
 from journeyman.certify.metrics import area_under_risk_coverage
-from journeyman.certify.recommendation import caveats, recommend
+from journeyman.certify.recommendation import caveats, recommend, repeated
 from journeyman.certify.scores import SCORES, score
 from journeyman.certify.selective import certify_selective_agreement, design_selective
 from journeyman.certify.sequences import leading, start_in_last_run, start_where_clear
@@ -163,6 +163,23 @@ def test_user_is_told_what_rows_of_few_groups_and_earlier_uses_are_worth():
     assert caveats(certificate, 0.1, None) == "" == caveats(certificate, 0.1, 500)
     assert "holds together with confidence 0.7." in caveats(certificate, 0.3, None)
     assert "The 500 certify rows are of 9 groups" in caveats(certificate, 0.1, 9)
+
+
+def test_user_is_told_that_the_promise_counts_repeated_texts_once():
+    scores, differs = np.arange(100.0), np.zeros(100, dtype=bool)
+    differs[[5, 99]] = True
+    certificate = certify_system_agreement(scores, differs, 0.1, 0.1)
+    assert certificate.threshold < 5
+    assert repeated(certificate, np.ones(100), scores, differs) == ""
+    counts = np.ones(100)
+    counts[99] = 101  # the text that is answered otherwise is half of all requests
+    said = repeated(certificate, counts, scores, differs)
+    assert "The 100 certify rows are distinct texts, which stood 200 times" in said
+    assert "counts each text once" in said
+    assert f"without any bound, {102 / 200:.2%} are answered otherwise, in place of 2.00%" in said
+    nothing = certify_system_agreement(*some_rows(50), 0.01, 0.05)
+    assert repeated(nothing, [2] * 50, *some_rows(50)).endswith("the share of requests (by these "
+        "counts, without any bound, 0.00% are answered otherwise, in place of 0.00%).")  # fmt: skip
 
 
 def test_user_is_told_why_everything_is_escalated():

@@ -51,14 +51,15 @@ def some_rows(student_skill: float, teacher_skill: float, gold_share: float = 1.
     return rows, student
 
 
-def certified(tmp_path, rows, student, *overrides):
+def certified(tmp_path, rows, student, *overrides, repeats=None):
     settings = recipe.load(DEMO, ["certify={alpha: 0.1, besides: []}", *overrides])
     model = Model(
         reference="m", path=tmp_path, weights_digest="w", tokenizer_digest="t", size_bytes=1
     )
     return certify(
-        settings, rows, None, Scorer(student), model, model, tmp_path / "bundle", inputs="i"
-    )
+        settings, rows, None, Scorer(student), model, model, tmp_path / "bundle", inputs="i",
+        repeats=repeats,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,32 @@ def test_where_the_student_is_better_gold_lets_it_answer_everything_and_agreemen
     served = certified(tmp_path / "gold", rows, student, "certify.guarantee=accuracy")
     assert "answer 100.0% of requests" in served.recommendation
     assert "wrong promise" not in served.recommendation
+
+
+@pytest.mark.parametrize("kind", ["system_agreement", "selective_agreement"])
+def test_the_bundle_says_that_texts_count_once_and_what_their_repeats_would_make_of_it(
+    tmp_path, kind: str
+):
+    rows, student = some_rows(2.0, 2.6)
+    override = f"certify.guarantee={kind}"
+    once = certified(tmp_path / "once", rows, student, override)
+    assert "distinct texts" not in once.recommendation
+    rng = np.random.default_rng(3)
+    often = {row_id: int(rng.integers(1, 9)) for row_id in rows.ids}
+    bundle = certified(tmp_path / "often", rows, student, override, repeats=often)
+    assert bundle.guarantees == once.guarantees
+    policy = Policy.from_bundle(bundle)
+    answered = wrong = total = 0
+    for i in np.flatnonzero(rows.splits == "certify"):
+        n = often[rows.ids[i]]
+        total += n
+        if isinstance(policy.decide(student[i]), Decision):
+            answered += n
+            wrong += n * (student[i].argmax() != rows.logprobs[i].argmax())
+    of = total if kind == "system_agreement" else answered
+    said = bundle.recommendation
+    assert f"certify rows are distinct texts, which stood {total:,} times in the sources" in said
+    assert f"without any bound, {wrong / of:.2%} are answered otherwise" in said
 
 
 def test_rows_without_gold_do_not_count_against_gold(tmp_path):

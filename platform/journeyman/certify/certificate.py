@@ -61,10 +61,11 @@ class Certificate:
         return self.n_accepted / self.n if self.n else 0.0
 
 
-def clopper_pearson_upper(errors: int, n: int, delta: float) -> float:
+def clopper_pearson_upper(errors: float, n: int, delta: float) -> float:
     """Exact upper confidence bound, at level 1 - delta, on a probability seen `errors` times in n.
 
-    The p with BinomCDF(errors; n, p) = delta (Clopper and Pearson 1934), as a beta quantile.
+    The p with BinomCDF(errors; n, p) = delta (Clopper and Pearson 1934), as a beta quantile, which
+    lies between those of two whole numbers where errors is a mean of several counts.
     """
     if not 0 <= errors <= n:
         raise DataError(f"{errors} errors in {n} rows cannot be. Count both on the same rows.")

@@ -26,10 +26,10 @@ def is_better(only_one: int, only_other: int) -> bool:
 
 
 def difference_interval(
-    only_one: int, only_other: int, n: int, confidence: float = 0.95
+    only_one: float, only_other: float, n: int, confidence: float = 0.95
 ) -> tuple[float, float]:
     """Score interval of the first's share of right answers less the other's (Tango 1998, Statistics
-    in Medicine 17, equation 14)."""
+    in Medicine 17, equation 14). Counts may be means of several."""
     z2 = float(ndtri((1 + confidence) / 2)) ** 2
     estimate = (only_one - only_other) / n
 

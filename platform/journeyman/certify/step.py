@@ -125,7 +125,7 @@ def certify(
     seen = [_seen(rows, one) for one in students]
     mixture = None
     if recipe.cascade.combine == "mixture":  # of one student: a recipe with several has none
-        mixture, parts = _mix(seen[-1].parts)
+        mixture, parts = mix(seen[-1].parts)
         seen = [replace(seen[-1], parts=parts)]
     settings = recipe.certify
     ledger = spend_rows(
@@ -273,10 +273,11 @@ def decide(
     return _certificates(settings, _design(settings, calibrate, certified.outcomes), certified)
 
 
-def _mix(parts: dict[str, ScoredRows]) -> tuple[Mixture, dict[str, ScoredRows]]:
-    """What escalated rows are answered with, fitted on calibrate rows."""
+def mix(parts: dict[str, ScoredRows]) -> tuple[Mixture, dict[str, ScoredRows]]:
+    """What escalated rows are answered with, fitted on those of the part ``calibrate``; raises
+    DataError where none of them has gold."""
     calibrate = parts["calibrate"]
-    calibrator = _calibrator(calibrate)
+    calibrator = fit_calibrator(calibrate)
 
     def opinions(part: ScoredRows) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         return calibrator.probabilities(part.logits), part.teacher
@@ -286,7 +287,7 @@ def _mix(parts: dict[str, ScoredRows]) -> tuple[Mixture, dict[str, ScoredRows]]:
     return mixture, mixed
 
 
-def _calibrator(calibrate: ScoredRows) -> Calibrator:
+def fit_calibrator(calibrate: ScoredRows) -> Calibrator:
     """Fitted on the teacher's answers: a probability then says how likely the two agree."""
     answers = calibrate.rows.logprobs.argmax(axis=1)
     return Calibrator(temperature=fit_temperature(calibrate.logits, answers))
@@ -311,17 +312,23 @@ def read_test_logits(bundle_dir: Path) -> list[npt.NDArray[np.float32]]:
 def _seen(rows: ClassRows, student: AskedStudent) -> _Seen:
     inputs, parts, seconds = Inputs(student.reads), {}, 0.0
     for name in ("calibrate", "certify", "test"):
-        part = rows.split(name)
-        if not len(part):
-            raise DataError(
-                f"split {name} has no labeled rows; give it some with corpus.split_map or "
-                "corpus.shares."
-            )
+        part = rows_of(rows, name)
         began = time.monotonic()
         parts[name] = ScoredRows(rows=part, logits=student.scorer.logits(inputs.all(part.columns)))
         if name == "certify":  # the first batches of all are slow
             seconds = time.monotonic() - began
     return _Seen(parts=parts, seconds_a_row=seconds / len(parts["certify"].rows))
+
+
+def rows_of(rows: ClassRows, split: str) -> ClassRows:
+    """Raises DataError where there are none."""
+    part = rows.split(split)
+    if not len(part):
+        raise DataError(
+            f"split {split} has no labeled rows; give it some with corpus.split_map or "
+            "corpus.shares."
+        )
+    return part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -338,29 +345,45 @@ class _Design:
 
 
 def _design(settings: Certify, calibrate: ScoredRows, certify_rows: Outcomes) -> _Design:
-    calibrator = _calibrator(calibrate)
+    calibrator = fit_calibrator(calibrate)
     probabilities = calibrator.probabilities(calibrate.logits)
     kind, outcomes = settings.guarantee, calibrate.outcomes
     costs, counted = outcomes.to_learn_from(kind)
-    candidates = {name: _candidate(name, probabilities, costs, counted) for name in settings.scores}
+    candidates = {
+        name: held_out_scores(name, probabilities, costs, counted) for name in settings.scores
+    }
     name, scored = choose(kind, candidates, outcomes, certify_rows, settings.alpha, settings.delta)
-    head = None
-    if name == "deferral_head":
-        head = fit_deferral_head(class_features(probabilities[counted]), costs[counted] > 0)
     return _Design(
-        confidence=Confidence(calibrator=calibrator, score=name, head=head),
+        confidence=fit_confidence(name, calibrator, probabilities, costs, counted),
         scored=scored,
         answers=calibrate.logits.argmax(axis=1),
     )
 
 
-def _candidate(
+def fit_confidence(
+    name: ScoreName,
+    calibrator: Calibrator,
+    probabilities: npt.NDArray[np.float64],
+    costs: npt.NDArray[np.float64],
+    counted: npt.NDArray[np.bool_],
+) -> Confidence:
+    """A score, fitted on calibrate rows where it is learned; arrays as of ``held_out_scores``."""
+    head = None
+    if name == "deferral_head":
+        head = fit_deferral_head(class_features(probabilities[counted]), costs[counted] > 0)
+    return Confidence(calibrator=calibrator, score=name, head=head)
+
+
+def held_out_scores(
     name: ScoreName,
     probabilities: npt.NDArray[np.float64],
     costs: npt.NDArray[np.float64],
     counted: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.float64]:
-    """A score of calibrate rows, float64[n]; the learned one of each row without that row."""
+    """A score of calibrate rows, float64[n]; the learned one of each row without that row.
+
+    probabilities: float64[n, c], calibrated; costs, counted: by ``Outcomes.to_learn_from``.
+    """
     if name != "deferral_head":
         return score(probabilities, name)
     held_out = cross_fitted(class_features(probabilities), costs > 0, counted)

@@ -14,8 +14,10 @@ from journeyman.labels import dataset
 from journeyman.labels.store import LabelStore
 from journeyman.mirror import Mirror
 from journeyman.models import Model
-from journeyman.recipe import Generate, Logits, Recipe, unread
+from journeyman.recipe import Generate, Logits, Recipe, Training, digest, unread
+from journeyman.student import subset as subsets
 from journeyman.student import trackers
+from journeyman.student.subset import Subset
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +105,22 @@ def _check_same_prompts(recipe: Recipe, parent: Model, teacher: Model, other: st
         )
 
 
+def inputs_digest(
+    recipe: Recipe, training: Training, labels: Mapping[str, Any], parent: Model
+) -> str:
+    """Of all that decides the student; training: in place of the recipe's; labels: the dataset's
+    manifest; parent: what student.model names."""
+    return digest(
+        [
+            labels["digest"],
+            labels["filtered"]["inputs"],
+            parent.identity,
+            recipe.learner().model_dump(mode="json"),
+            training.decisive(),
+        ]
+    )
+
+
 def train(
     recipe: Recipe,
     labels: str | Path,
@@ -114,12 +132,14 @@ def train(
     inputs: str,
     labels_digest: str,
     store: str | None = None,
+    subset: Subset | None = None,
     on_progress: Callable[[TrainProgress], None],
 ) -> TrainResult:
     """Train the recipe's student on a finished label dataset and export it to out_dir.
 
     labels: where it is, for every node; parent: what student.model names; store: URL of the folder
-    that out_dir's parent is a copy of, where that is no disk that all nodes share. Ray is up.
+    that out_dir's parent is a copy of, where that is no disk that all nodes share; subset: the
+    train rows that a classifier learns, all by default. Ray is up.
     Raises RecipeError, DataError, ModelError or ClusterError.
     """
     from journeyman.student import loop, lora
@@ -128,7 +148,7 @@ def train(
     if recipe.learner().lora:  # for the end, on this machine; workers ask on theirs
         lora.check()
     if recipe.learner().kind == "classifier":
-        load = _classifying(recipe, labels, corpus_dir, parent)
+        load = _classifying(recipe, labels, corpus_dir, parent, subset)
     else:
         rows = loop.work_folder(out_dir, inputs, store).below("rows")
         load = _causal(recipe, labels, corpus_dir, parent, teacher, rows)
@@ -144,7 +164,13 @@ def train(
     )
 
 
-def _classifying(recipe: Recipe, labels: str | Path, corpus_dir: str | Path, parent: Model) -> Load:
+def _classifying(
+    recipe: Recipe,
+    labels: str | Path,
+    corpus_dir: str | Path,
+    parent: Model,
+    subset: Subset | None,
+) -> Load:
     from journeyman.student.classifying import Classifying
 
     return partial(
@@ -154,7 +180,7 @@ def _classifying(recipe: Recipe, labels: str | Path, corpus_dir: str | Path, par
         recipe.learner().revision,
         student=recipe.learner(),
         training=recipe.training,
-        read_rows=partial(dataset.class_shards, labels, corpus_dir, ("train", "calibrate")),
+        read_rows=partial(subsets.class_shards, labels, corpus_dir, ("train", "calibrate"), subset),
     )
 
 

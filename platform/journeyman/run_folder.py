@@ -23,6 +23,7 @@ _FOLDERS = {
     "certify": "bundle",
     "measure": "serving",
     "report": "report",
+    "curve": "curve",
     "export": "exports",
 }
 

@@ -20,7 +20,7 @@ from journeyman.labels.cost import Estimate
 from journeyman.labels.progress import LabelProgress
 from journeyman.labels.store import LabelStore
 from journeyman.progress import LiveLine
-from journeyman.recipe import Recipe, Training, digest
+from journeyman.recipe import Recipe, digest
 from journeyman.run_folder import RunFolder
 from journeyman.teacher.tasks import prompt_digest
 
@@ -33,7 +33,7 @@ _READS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
     "certify": ("train", "certify"),
     "measure": ("train", "certify", "measure"),
-    "report": ("train", "certify", "measure", "report"),
+    "report": ("train", "certify", "measure", "curve", "report"),
 }
 _STUDENT_MANIFEST = "journeyman.json"
 # Test rows that are sent over HTTP, and how many of them student and teacher each answer alone.
@@ -124,7 +124,7 @@ class Run(RunFolder):
         if self.recipe.ensemble:
             raise RecipeError("labels requeue works on one teacher's labels, not on an ensemble's.")
         started = time.monotonic()
-        self._finished_labels()
+        self.finished_labels()
         manifest = self._labeled(requeue=True)
         return StepResult(name="requeue", manifest=manifest, seconds=time.monotonic() - started)
 
@@ -177,7 +177,7 @@ class Run(RunFolder):
             )
         files.set_aside(directory)
 
-    def _finished_labels(self) -> dict[str, Any]:
+    def finished_labels(self) -> dict[str, Any]:
         """Their manifest; raises DataError where they are not finished, or not the recipe's."""
         manifest = dataset.finished_manifest(LabelStore(self.labels))
         dataset.check_asked(self.labels, manifest["identity"], self.recipe.labels)
@@ -188,8 +188,8 @@ class Run(RunFolder):
 
         folder, training = self.path("train"), self.recipe.training
         step.check(self.recipe)
-        labels = self._finished_labels()
-        inputs = self._train_inputs(labels, training)
+        labels = self.finished_labels()
+        inputs = step.inputs_digest(self.recipe, training, labels, self.base_student)
         there = _read(folder / _STUDENT_MANIFEST)
         if there and there.get("inputs") == inputs:
             # What a run that was killed at its very end has left.
@@ -216,7 +216,9 @@ class Run(RunFolder):
                 on_policy.train(
                     *given,
                     inputs=inputs,
-                    start_inputs=self._train_inputs(labels, without),
+                    start_inputs=step.inputs_digest(
+                        self.recipe, without, labels, self.base_student
+                    ),
                     labels_digest=labels["digest"],
                     show=line.show,
                 )
@@ -230,18 +232,6 @@ class Run(RunFolder):
                 )
         return files.read_json(folder / _STUDENT_MANIFEST), True
 
-    def _train_inputs(self, labels: dict[str, Any], training: Training) -> str:
-        """Digest of all that decides the student; labels: the dataset's manifest."""
-        return digest(
-            [
-                labels["digest"],
-                labels["filtered"]["inputs"],
-                self.base_student.identity,
-                self.recipe.learner().model_dump(mode="json"),
-                training.decisive(),
-            ]
-        )
-
     def _certify(self) -> tuple[dict[str, Any], bool]:
         if self.recipe.learner().kind == "causal":
             return self._certify_written()
@@ -249,7 +239,7 @@ class Run(RunFolder):
         from journeyman.student.models import Classifier
 
         folder = self.path("certify")
-        labels = self._finished_labels()
+        labels = self.finished_labels()
         student = models.resolve(str(self.path("train")))
         before = asked.before(self.recipe, labels, corpus.prompt_columns(self.recipe), student)
         inputs = digest(
@@ -289,7 +279,7 @@ class Run(RunFolder):
 
         folder = self.path("certify")
         written.check(self.recipe)
-        labels = self._finished_labels()
+        labels = self.finished_labels()
         student = models.resolve(str(self.path("train")))
         inputs = written.inputs_digest(self.recipe, labels, student)
         there = _read(folder / MANIFEST)

@@ -55,7 +55,16 @@ RANKS = {
             ["certify"],
             ["cascade"],
             ["report"],
-            ["steps", "summary", "results", "job_folder", "jobs", "node_report", "doctor"],
+            [
+                "steps",
+                "summary",
+                "results",
+                "job_folder",
+                "jobs",
+                "node_report",
+                "doctor",
+                "label_curve",
+            ],
             ["cli", "__main__"],
         ]
     )

@@ -14,6 +14,7 @@ from journeyman.cli import (
     cascade,
     certify,
     compare,
+    curve,
     doctor,
     export,
     init,
@@ -47,6 +48,7 @@ examples:
   journeyman certify my.yaml --plan                  how many rows the promise needs
   journeyman label my.yaml --new                     label again from the start
   journeyman labels stats my.yaml                    what the teacher said, in figures
+  journeyman curve my.yaml                           would fewer labels have done as well?
 """
 
 _LABEL = """\
@@ -119,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         add_recipe(step)
         step.set_defaults(step=name)
     labels.add_commands(commands)
+    curve.add_command(commands)
     compare.add_command(commands)
     results.add_command(commands)
     export.add_command(commands)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify.by_labels import LabelCurve
 from journeyman.errors import DataError
 from journeyman.report.comparison import ComparedStudent
 
@@ -153,6 +154,7 @@ class ReportData(TrainedData):
         test: the rows that nothing was fitted, chosen or certified on.
         positive: the label that the job is about finding, if any.
         rank_by: the column whose values make lists of candidates, if any.
+        by_labels: what fewer labels would have come to, where that was tried.
     """
 
     labels: tuple[str, ...]
@@ -162,6 +164,7 @@ class ReportData(TrainedData):
     test: TestRows
     positive: str | None = None
     rank_by: str | None = None
+    by_labels: LabelCurve | None = None
 
     def __post_init__(self) -> None:
         if self.bundle.label_names != self.labels:

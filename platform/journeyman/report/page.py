@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from journeyman import files
-from journeyman.report import examples, figures, in_turn, job_tables, style, tables
+from journeyman.report import by_labels, examples, figures, in_turn, job_tables, style, tables
 from journeyman.report.data import ReportData, SummaryRow
 from journeyman.report.detection import Detection, detections
 from journeyman.report.figures import Figure
@@ -54,6 +54,7 @@ def render(data: ReportData) -> tuple[str, list[Figure]]:
     labels = figures.labels(data)
     training, reliability = figures.training(data), figures.reliability(data)
     confusions, comparison = figures.confusions(data), figures.comparison(data)
+    label_curve = by_labels.figure(data.by_labels) if data.by_labels else None
     html = template("page.html.j2").render(
         data=data,
         bundle=data.bundle,
@@ -65,11 +66,12 @@ def render(data: ReportData) -> tuple[str, list[Figure]]:
             "labels": labels,
             "training": training,
             "comparison": comparison,
+            "label_curve": label_curve,
             "reliability": reliability,
             "confusions": confusions,
         },
     )
-    drawn = [cost_quality, labels, training, comparison, reliability, *confusions]
+    drawn = [cost_quality, labels, training, comparison, label_curve, reliability, *confusions]
     return html, [figure for figure in drawn if figure]
 
 
@@ -92,6 +94,8 @@ def _words_and_tables(data: ReportData) -> dict[str, Any]:
         ),
         "evaluations": tables.evaluations(data.evaluations),
         "students": tables.students(data.compared),
+        "label_curve": by_labels.table(data.by_labels) if data.by_labels else None,
+        "label_words": by_labels.words(data.by_labels) if data.by_labels else [],
         "calibration": tables.calibration(data.test),
         "per_label": tables.per_label(data.test, data.labels),
         "differences": [

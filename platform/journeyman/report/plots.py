@@ -30,7 +30,7 @@ RELIABILITY_BINS = 10
 FEW_ROWS = 10  # a bin with fewer says little, and is drawn hollow
 _LONGEST_LABEL = 20
 _LONGEST_CURVE = 500
-_FAR_APART = 8  # sizes of which the largest is so many times the smallest: a log scale
+FAR_APART = 8  # sizes of which the largest is so many times the smallest: a log scale
 
 
 def label_histogram(
@@ -70,7 +70,7 @@ def label_histogram(
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_xlabel("share of rows")
-        _legend_above(axes)
+        legend_above(axes)
         return style.to_svg(fig, "labels", "Share of rows of each label, by gold and by teacher")
 
 
@@ -106,7 +106,7 @@ def size_agreement(students: Sequence[ComparedStudent], own: str = "") -> str:
     sizes = [student.size_bytes / 1e6 for student in students]
     with style.figure("size-agreement", 3.2) as fig:
         axes = fig.add_subplot()
-        if max(sizes) > _FAR_APART * min(sizes):
+        if max(sizes) > FAR_APART * min(sizes):
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
@@ -172,7 +172,7 @@ def reliability(student: FloatArray, teacher_answer: IntArray, gold: IntArray) -
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         upper.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        _legend_above(upper, columns=3)
+        legend_above(upper, columns=3)
         return style.to_svg(fig, "reliability", "Reliability diagram of the calibrated student")
 
 
@@ -278,7 +278,7 @@ def _loss_panel(
             axes.plot(at, divergence, color=style.PROMISE, marker="s", markersize=4, label=label)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"nats a {of}")
-    _legend_above(axes)
+    legend_above(axes)
 
 
 def _evaluation_panel(axes: Axes, evaluations: Sequence[TrainingRecord], of: str) -> None:
@@ -292,7 +292,7 @@ def _evaluation_panel(axes: Axes, evaluations: Sequence[TrainingRecord], of: str
             axes.plot(at, values, color=color, marker=marker, markersize=4.5, label=name)
     axes.set_ylabel(f"share of {of}s")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    _legend_above(axes)
+    legend_above(axes)
 
 
 def _risk_panel(
@@ -323,7 +323,7 @@ def _risk_panel(
     _mark_threshold(axes, curve, test, guarantee)
     axes.set_ylim(0, 1.12 * highest or 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    _legend_above(axes)
+    legend_above(axes)
 
 
 def _accuracy_panel(axes: Axes, curve: CostQualityCurve, guarantee: Guarantee) -> None:
@@ -344,7 +344,7 @@ def _accuracy_panel(axes: Axes, curve: CostQualityCurve, guarantee: Guarantee) -
     axes.set_ylim(least - room, most + room)
     axes.set_ylabel("right by gold")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    _legend_above(axes)
+    legend_above(axes)
 
 
 def _mark_threshold(
@@ -379,7 +379,8 @@ def _thinned(n_points: int) -> IntArray:
     return np.unique(np.linspace(0, n_points - 1, min(n_points, _LONGEST_CURVE)).astype(np.int64))
 
 
-def _legend_above(axes: Axes, columns: int = 2) -> None:
+def legend_above(axes: Axes, columns: int = 2) -> None:
+    """In rows of so many."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.03), ncols=columns)
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from journeyman import corpus, files
 from journeyman.certify import bundle as bundles
+from journeyman.certify import by_labels
 from journeyman.certify.bundle import Guarantee, PolicyBundle
 from journeyman.certify.step import read_test_logits
 from journeyman.labels import dataset
@@ -45,6 +46,7 @@ def report_data(run: RunFolder) -> ReportData:
         rank_by=run.recipe.report.rank_by,
         bundle=bundle,
         test=test,
+        by_labels=by_labels.kept(run.path("curve"), bundle.student_digest),
     )
 
 

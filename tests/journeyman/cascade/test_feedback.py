@@ -343,7 +343,13 @@ def test_the_watch_sees_requests_that_were_refused_or_answered_in_the_teachers_p
 
 
 @pytest.mark.parametrize(
-    "why", [TeacherUnavailable("away"), TextRefused(0, "too long"), asyncio.CancelledError()]
+    "why",
+    [
+        TeacherUnavailable("away"),
+        TextRefused(0, "too long"),
+        asyncio.CancelledError(),
+        RuntimeError("the student failed"),
+    ],
 )
 def test_audits_of_requests_that_were_refused_or_left_are_kept_too(
     why: BaseException, tmp_path: Path

@@ -23,7 +23,7 @@ from journeyman import models
 from journeyman.cascade.answering import Said, Unlabeled
 from journeyman.cascade.policy import Written
 from journeyman.columns import unpacked
-from journeyman.errors import ModelError
+from journeyman.errors import JourneymanError
 from journeyman.labels.codec import Codec
 from journeyman.models import Model
 from journeyman.recipe import Classes, Generate, Labels
@@ -262,8 +262,10 @@ class Teacher:
             try:
                 await self._engine.start()
                 self._failure = None
-            except ModelError as error:
+            except JourneymanError as error:
                 self._failure = str(error)
+            except Exception as error:  # else nobody would try again, and Serve not know of it
+                self._failure = f"{type(error).__name__}: {error}"
 
     async def _in_engine_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -16,6 +16,7 @@ import pytest
 from journeyman.cascade.answering import Cascade, Unlabeled
 from journeyman.cascade.policy import Written
 from journeyman.cascade.refusals import DeadlinePassed, TeacherAway, TeacherUnavailable
+from journeyman.errors import ClusterError, ModelError
 from journeyman.recipe import Classes, Generate
 from journeyman.teacher.answers import ClassLabels, ContextOverflow, GeneratedLabels, Recorded
 from journeyman.teacher.engine import EngineDied
@@ -168,6 +169,37 @@ def test_special_tokens_within_an_answer_are_in_its_tokens_as_in_its_text(
     said = asyncio.run(scenario())
     assert (said.text, said.tokens) == ("ab", ("a", "", "b"))
     assert said.logprobs == pytest.approx([-0.5] * 4, abs=0.01)  # the score takes all
+
+
+@pytest.mark.parametrize(
+    "error", [ModelError("no room"), ClusterError("no node is free"), KeyError("of vLLM's own")]
+)
+def test_a_teacher_whose_engine_does_not_start_again_is_replaced_by_serve_unless_it_does_later(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+):
+    class Broken(Engine):
+        async def start(self) -> None:
+            raise error
+
+    async def never(*_: Any) -> None: ...
+
+    async def scenario() -> None:
+        monkeypatch.setattr(teacher, "_WATCH_INTERVAL_S", 0.01)
+        sick = replica(monkeypatch, never, ASKED)
+        await sick.check_health()
+        well, sick._engine = sick._engine, Broken()  # type: ignore[assignment]
+        sick._engine.alive = False  # type: ignore[misc]
+        await until(lambda: sick._failure is not None)
+        with pytest.raises(RuntimeError, match=str(error)):
+            await sick.check_health()
+        cannot = await sick.unready()
+        assert cannot and str(error) in cannot.reason
+        sick._engine = well
+        await sick.check_health()
+        assert await sick.unready() is None
+        await sick.close()
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("heard", [False, True])

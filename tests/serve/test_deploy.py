@@ -89,6 +89,11 @@ def test_a_new_bundle_takes_over_without_dropping_a_request(
     now = figures(url)
     assert now["bundle"] == second_id and "no policy bundle" in now["reload_failure"]
 
+    bare = head.deployed(tmp_path)
+    del bare["applications"][0]["deployments"]  # user_config and all
+    head.serve_deploy(tmp_path, bare)
+    until(lambda: figures(url)["bundle"] == first_id, 200)
+
     time.sleep(3)  # the last rows are rolled
     rows = [row for path in (tmp_path / "feedback").glob("*.parquet")
             for row in pq.read_table(path).to_pylist()]  # fmt: skip

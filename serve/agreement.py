@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import math
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -36,14 +37,16 @@ _LEAVES_WITHIN_S = 3.0  # with each of two last words, of a replica that Serve g
 class Report:
     """What one replica has to say of one bundle.
 
-    batch: the number of these audits, so that a report that is sent again counts once; n_owed:
-    further audits, whose outcomes come later; fresh: the bundle's watch, if nobody has begun one;
-    feedback: the folder or store beside whose files it is kept, None where nobody audits.
+    member: who audits, another one each time that a bundle comes to a replica; batch: the number of
+    these audits, so that a report that is sent again counts once; n_owed: further audits, whose
+    outcomes come later; fresh: the bundle's watch, if nobody has begun one; feedback: the folder or
+    store beside whose files it is kept, None where nobody audits.
     """
 
     replica: str
     bundle: str
     news: News | None
+    member: str = ""
     batch: int = 0
     audits: tuple[Audit, ...] = ()
     n_owed: int = 0
@@ -66,7 +69,7 @@ class Agreed:
 
 @dataclass(slots=True)
 class _Seen:
-    """Of a replica: when it was heard last, and audits of its that are in no watch yet."""
+    """Of a member: when it was heard last, and audits of its that are in no watch yet."""
 
     at: float
     n_owed: int
@@ -81,8 +84,8 @@ class Agreement:
         self._breaker = SharedBreaker(probe_timeout_s)
         self._kept: dict[str, Kept] = {}  # by bundle
         self._written: dict[str, tuple[Kept, float]] = {}  # by bundle, and when
-        self._seen: dict[str, dict[str, _Seen]] = {}  # by bundle, by replica
-        self._left_words: dict[str, list[str]] = {}  # replicas, by bundle
+        self._seen: dict[str, dict[str, _Seen]] = {}  # by bundle, by member
+        self._left_words: dict[str, list[str]] = {}  # members, by bundle
         self._heard_at: dict[str, float] = {}  # by replica
         self._writing = asyncio.Lock()
         self._billing = Billing()
@@ -128,25 +131,24 @@ class Agreement:
     async def _audited(self, report: Report, now: float) -> Kept | None:
         """What is kept after a report, which is known to be owed until it is; None where nobody
         audits."""
-        bundle, replica = report.bundle, report.replica
+        bundle, member = report.bundle, report.member
         if report.feedback is None or not (report.fresh or bundle in self._kept):
             return None
         folder, seen = Folder(report.feedback), self._seen.setdefault(bundle, {})
-        seen[replica] = _Seen(at=now, n_owed=report.n_owed + len(report.audits))
+        seen[member] = _Seen(at=now, n_owed=report.n_owed + len(report.audits))
         async with self._writing:
             kept = await self._kept_of(report, folder, now)
             gone = [name for name, one in seen.items() if now - one.at > GONE_AFTER_S]
             for name in (left := {*gone, *self._left_words[bundle]}):
                 owed = seen[name].n_owed if name in gone else 0
                 kept = await self._without(kept, folder, bundle, name, owed)
-            kept = kept.told(replica, [(report.batch, report.audits)], report.n_owed)
+            kept = kept.told(member, [(report.batch, report.audits)], report.n_owed)
             if self._must_write(bundle, kept, now):
                 await asyncio.to_thread(watching.store, folder, bundle, kept)
                 self._written[bundle] = kept, now
-            self._kept[bundle], seen[replica].n_owed = kept, report.n_owed
-            for name in left - {replica}:
-                seen.pop(name, None)
+            self._kept[bundle], seen[member].n_owed = kept, report.n_owed
             for name in left:
+                seen.pop(name, None)
                 await asyncio.to_thread(watching.forget_last_words, folder, bundle, name)
             self._left_words[bundle] = []
         return kept
@@ -155,7 +157,7 @@ class Agreement:
         """What is owed changes with every request, so that alone is written now and then; or it
         would be an error once the one that has paid is gone."""
         written, at = self._written[bundle]
-        paid = any(one.n_owed and not kept.owed_by(name) for name, one in written.replicas.items())
+        paid = any(one.n_owed and not kept.owed_by(name) for name, one in written.members.items())
         return kept.watch is not written.watch or paid or (kept != written and now > at + _OWED_S)
 
     async def _kept_of(self, report: Report, folder: Folder, now: float) -> Kept:
@@ -167,7 +169,7 @@ class Agreement:
             words = await asyncio.to_thread(watching.who_left_words, folder, bundle)
             assert fresh is not None
             kept = found or Kept(watch=fresh)
-            for name, heard in kept.replicas.items():
+            for name, heard in kept.members.items():
                 self._seen[bundle].setdefault(name, _Seen(at=now, n_owed=heard.n_owed))
             self._left_words[bundle] = words
             self._kept[bundle], self._written[bundle] = kept, (kept, -math.inf)
@@ -176,7 +178,7 @@ class Agreement:
     async def _without(
         self, kept: Kept, folder: Folder, bundle: str, gone: str, n_owed: int
     ) -> Kept:
-        """One replica. What it owed died with it, and is an error for all anyone knows, unless it
+        """One member. What it owed died with it, and is an error for all anyone knows, unless it
         has left words."""
         words = await asyncio.to_thread(watching.read_last_words, folder, bundle, gone)
         return kept.gone(gone, n_owed) if words is None else kept.told(gone, words, 0)
@@ -207,8 +209,8 @@ class Member:
     last: Agreed | None = field(default=None, init=False)
     failure: str | None = field(default=None, init=False)  # why it goes on alone
     _leaves: bool = field(default=False, init=False)
-    # Numbers of a bundle that comes back to the same replica go on behind those from before.
-    _batch: int = field(default_factory=time.monotonic_ns, init=False)
+    _name: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
+    _batch: int = field(default=0, init=False)
     _audits: tuple[Audit, ...] = field(default=(), init=False)  # of this batch, not handed on yet
 
     async def run(self) -> None:
@@ -229,7 +231,7 @@ class Member:
             batches: list[Batch] = [(self._batch, self._audits)]
             batches += [(self._batch + 1, self.auditor.outcomes())]
             with contextlib.suppress(OSError):  # then they stay owed
-                self.keep(*watching.last_words(self.bundle, self.replica, batches))
+                self.keep(*watching.last_words(self.bundle, self._name, batches))
 
     async def exchange(self) -> None:
         """Once; what cannot be handed on is handed on the next time."""
@@ -240,6 +242,7 @@ class Member:
             replica=self.replica,
             bundle=self.bundle,
             news=news,
+            member=self._name,
             batch=self._batch,
             audits=self._audits,
             n_owed=self._n_owed,

@@ -3,8 +3,10 @@
 Audits come from many replicas and the state must outlive them all, so it is one JSON file for each
 bundle, beside the feedback:
 
-    <to>/watch/<bundle>.json                       what the audits found, and what each replica owes
-    <to>/watch/<bundle>/<replica>.json             last words of one that stopped and was not heard
+    <to>/watch/<bundle>.json                       what the audits found, and what each member owes
+    <to>/watch/<bundle>/<member>.json              last words of one that stopped and was not heard
+
+A member is a replica as long as it answers by one bundle.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ LOST = Audit(score=float(np.finfo(np.float64).max), loss=1)
 UNANSWERED = Audit(score=-np.inf, loss=0)
 
 
-# A batch of audits and its number: those of a replica rise, so that none counts twice.
+# A batch of audits and its number: those of a member rise, so that none counts twice.
 Batch = tuple[int, Sequence[Audit]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heard:
-    """Of one replica. batch: the last that counted; n_owed: audits whose outcome is to come."""
+    """Of one member. batch: the last that counted; n_owed: audits whose outcome is to come."""
 
     batch: int = 0
     n_owed: int = 0
@@ -48,35 +50,35 @@ class Heard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """What is kept of a bundle's audits: each is in the watch, or owed by a replica, and is an
+    """What is kept of a bundle's audits: each is in the watch, or owed by a member, and is an
     error there once that is gone without a word."""
 
     watch: Watch
-    replicas: Mapping[str, Heard] = field(default_factory=dict)
+    members: Mapping[str, Heard] = field(default_factory=dict)
 
-    def told(self, replica: str, batches: Sequence[Batch], n_owed: int) -> Kept:
-        """After a replica's report."""
-        watch, batch = self.watch, self.replicas.get(replica, Heard()).batch
+    def told(self, member: str, batches: Sequence[Batch], n_owed: int) -> Kept:
+        """After a member's report."""
+        watch, batch = self.watch, self.members.get(member, Heard()).batch
         for number, audits in batches:
             if audits and number > batch:
                 batch = number
                 for audit in audits:
                     watch = watch.audited(audit)
-        replicas = {**self.replicas, replica: Heard(batch=batch, n_owed=n_owed)}
-        if replicas[replica] == Heard():  # nothing yet
-            del replicas[replica]
-        return Kept(watch=watch, replicas=replicas)
+        members = {**self.members, member: Heard(batch=batch, n_owed=n_owed)}
+        if members[member] == Heard():  # nothing yet
+            del members[member]
+        return Kept(watch=watch, members=members)
 
-    def owed_by(self, replica: str) -> int:
-        return self.replicas.get(replica, Heard()).n_owed
+    def owed_by(self, member: str) -> int:
+        return self.members.get(member, Heard()).n_owed
 
-    def gone(self, replica: str, n_owed: int) -> Kept:
-        """After a replica died that owed so many."""
+    def gone(self, member: str, n_owed: int) -> Kept:
+        """After a member died that owed so many."""
         watch = self.watch
         for _ in range(n_owed):
             watch = watch.audited(LOST)
-        others = {name: heard for name, heard in self.replicas.items() if name != replica}
-        return Kept(watch=watch, replicas=others)
+        others = {name: heard for name, heard in self.members.items() if name != member}
+        return Kept(watch=watch, members=others)
 
 
 def watch_of(bundle: Bundle) -> Watch | None:
@@ -113,16 +115,16 @@ def store(folder: Folder, bundle_id: str, kept: Kept) -> None:
     folder.put(_name(bundle_id), to_json(kept, bundle_id))
 
 
-def last_words(bundle_id: str, replica: str, batches: Sequence[Batch]) -> tuple[str, bytes]:
-    """Name and content of a file that says what a replica that stops could tell nobody."""
+def last_words(bundle_id: str, member: str, batches: Sequence[Batch]) -> tuple[str, bytes]:
+    """Name and content of a file that says what a member that stops could tell nobody."""
     said = [[number, [[_finite(a.score), a.loss] for a in audits]] for number, audits in batches]
-    return _name_of_words(bundle_id, replica), json.dumps({"batches": said}).encode()
+    return _name_of_words(bundle_id, member), json.dumps({"batches": said}).encode()
 
 
-def read_last_words(folder: Folder, bundle_id: str, replica: str) -> list[Batch] | None:
+def read_last_words(folder: Folder, bundle_id: str, member: str) -> list[Batch] | None:
     """None where it left none, or damaged ones; raises ClusterError."""
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        content = json.loads(folder.get(_name_of_words(bundle_id, replica)))
+        content = json.loads(folder.get(_name_of_words(bundle_id, member)))
         return [
             (number, [Audit(score=_number(score), loss=loss) for score, loss in audits])
             for number, audits in content["batches"]
@@ -131,13 +133,13 @@ def read_last_words(folder: Folder, bundle_id: str, replica: str) -> list[Batch]
 
 
 def who_left_words(folder: Folder, bundle_id: str) -> list[str]:
-    """Replicas; raises ClusterError."""
+    """Members; raises ClusterError."""
     return [PurePosixPath(one.name).stem for one in folder.walk(f"watch/{bundle_id}")]
 
 
-def forget_last_words(folder: Folder, bundle_id: str, replica: str) -> None:
+def forget_last_words(folder: Folder, bundle_id: str, member: str) -> None:
     """Raises ClusterError."""
-    folder.delete(_name_of_words(bundle_id, replica))
+    folder.delete(_name_of_words(bundle_id, member))
 
 
 def to_json(kept: Kept, bundle_id: str) -> bytes:
@@ -152,7 +154,7 @@ def to_json(kept: Kept, bundle_id: str) -> bytes:
         "alarmed": watch.alarmed.tolist(),
         # null before the first audit: -inf, which JSON has no word for.
         "log_detectors": [[_finite(value) for value in rung] for rung in watch.log_detectors],
-        "replicas": {name: [one.batch, one.n_owed] for name, one in kept.replicas.items()},
+        "members": {name: [one.batch, one.n_owed] for name, one in kept.members.items()},
     }
     return json.dumps(content, indent=1, allow_nan=False).encode()
 
@@ -177,10 +179,10 @@ def from_json(written: bytes) -> Kept:
         n_audits=content["n_audits"],
         bound=content["bound"],
     )
-    replicas = content.get("replicas", {})  # before, they were kept by nobody
+    members = content.get("members", {})  # before, they were kept by nobody
     return Kept(
         watch=watch,
-        replicas={name: Heard(batch=b, n_owed=n) for name, (b, n) in replicas.items()},
+        members={name: Heard(batch=b, n_owed=n) for name, (b, n) in members.items()},
     )
 
 
@@ -193,8 +195,8 @@ def _number(value: float | None) -> float:
     return -np.inf if value is None else value
 
 
-def _name_of_words(bundle_id: str, replica: str) -> str:
-    return f"watch/{bundle_id}/{replica}.json"
+def _name_of_words(bundle_id: str, member: str) -> str:
+    return f"watch/{bundle_id}/{member}.json"
 
 
 def _name(bundle_id: str) -> str:

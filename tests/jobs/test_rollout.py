@@ -225,3 +225,10 @@ def test_status_says_how_a_candidate_does_and_how_it_is_promoted(a_cluster: Clus
     a_cluster.told["/v1/figures"]["candidate"] = None
     assert cli.main(["cascade", "status", a_cluster.url]) == 0
     assert "candidate" not in capsys.readouterr().out
+    in_turn = [{"score": "margin", "threshold": 0.25}, {"score": "entropy", "threshold": None}]
+    a_cluster.told["/v1/bundle"] = card | {"threshold": 0.0, "stages": {"students": in_turn}}
+    a_cluster.told["/v1/figures"]["by_stage"] = {"1": 1200, "2": 30}
+    assert cli.main(["cascade", "status", a_cluster.url]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "threshold margin above 0.2500, then nothing" in said
+    assert "of these by student 1: 1,200, 2: 30" in said

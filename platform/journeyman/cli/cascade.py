@@ -116,7 +116,7 @@ def _rows(ready: dict[str, Any], bundle: dict[str, Any], figures: dict[str, Any]
         ("threshold", _threshold(bundle)),
         ("last minute", _counts(figures["last_minute"])),
         ("since start", _counts(figures["totals"])),
-        *_by_stage(figures["by_stage"]),
+        *_by_stage(figures.get("by_stage")),
         ("escalated", "nothing was asked in the last minute" if rate is None else f"{rate:.1%}"),
         *_dollars_of(figures),
         ("waiting", f"{figures['waiting']} texts for the teacher"),
@@ -139,7 +139,7 @@ def _threshold(bundle: dict[str, Any]) -> str:
     )
 
 
-def _by_stage(answered: dict[str, int]) -> list[tuple[str, str]]:
+def _by_stage(answered: dict[str, int] | None) -> list[tuple[str, str]]:
     """Of several students."""
     if not answered:
         return []

@@ -76,18 +76,20 @@ def _plan(options: argparse.Namespace) -> int:
 
     recipe = load(options)
     settings = recipe.certify
-    n_promises = len(recipe.classes().classes) if settings.per_class else 1
+    n_students = len(settings.before) + 1 if settings.each_stage else 1
+    n_promises = len(recipe.classes().classes) if settings.per_class else n_students
+    alpha = settings.alpha / n_students
     chance = 0.9 if options.chance is None else options.chance
     kind = settings.guarantee
     if options.gains is not None and kind != "accuracy":
         raise RecipeError(f"--gains goes with certify.guarantee: accuracy, got {kind}.")
     if options.coverage is not None and kind != "selective_agreement":
         raise RecipeError(f"--coverage goes with selective_agreement, got {kind}.")
-    rates = [share * settings.alpha for share in EXPECTED_SHARES]
+    rates = [share * alpha for share in EXPECTED_SHARES]
     plans = [
         plan_rows(
             kind,
-            settings.alpha,
+            alpha,
             settings.delta / n_promises,
             Expected(rate=rate, gains=options.gains or 0.0, coverage=options.coverage or 1.0),
             chance,
@@ -95,8 +97,9 @@ def _plan(options: argparse.Namespace) -> int:
         for rate in (rates if options.expected is None else [options.expected])
     ]
     each = " for each of the student's answers" if settings.per_class else ""
+    each = f" for each of {n_students} students" if settings.each_stage else each
     print(
-        f"{kind.replace('_', ' ')} within {100 * settings.alpha:.4g}% at confidence "
+        f"{kind.replace('_', ' ')} within {100 * alpha:.4g}% at confidence "
         f"{100 * (1 - settings.delta):.4g}%, certified in {100 * chance:.4g}% of draws{each}\n"
     )
     heads = ("expected", "certify rows", "errors among them")

@@ -122,6 +122,10 @@ def test_the_command_plans_by_the_recipe_alone(capsys, tmp_path):
     assert "for each of the student's answers" in per_class
     assert f" {rows_needed(0.1, 0.1 / 4)} " in per_class
     assert " - " in plan(capsys, "--expected=0.2")
+    each = "--set=certify={alpha: 0.1, before: [runs/small], each_stage: true}"
+    of_each = plan(capsys, "--expected=0", each)
+    assert "system agreement within 5%" in of_each and "for each of 2 students" in of_each
+    assert f" {rows_needed(0.05, 0.1 / 2)} " in of_each
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from journeyman import cluster, files, models
 from journeyman.certify import bundle as bundles
 from journeyman.certify.bundle import PolicyBundle
 from journeyman.certify.by_labels import RECORD, Answered, LabelCurve, Rule, answer, points, right
-from journeyman.certify.step import ScoredRows, rows_of
+from journeyman.certify.decisions import ScoredRows, rows_of
 from journeyman.errors import DataError, RecipeError
 from journeyman.folder import Folder
 from journeyman.labels import dataset

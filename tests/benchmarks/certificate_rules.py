@@ -19,8 +19,8 @@ from scipy.special import bdtr, softmax
 
 from journeyman.certify.accuracy import design_against_gold
 from journeyman.certify.certificate import allowed_errors
+from journeyman.certify.decisions import ScoredRows, decide
 from journeyman.certify.deferral_head import class_features, fit_deferral_head
-from journeyman.certify.step import ScoredRows, decide
 from journeyman.certify.thresholds import threshold_table
 from journeyman.labels.dataset import ClassRows
 from journeyman.recipe import Certify

@@ -18,14 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from journeyman import files
 from journeyman.certify import paired
 from journeyman.certify.certificate import GuaranteeKind, clopper_pearson_upper
-from journeyman.certify.scores import ScoreName
-from journeyman.certify.step import (
+from journeyman.certify.decisions import (
     ScoredRows,
     fit_calibrator,
     fit_confidence,
     held_out_scores,
     mix,
 )
+from journeyman.certify.scores import ScoreName
 from journeyman.certify.thresholds import ANSWER_EVERYTHING
 from journeyman.errors import DataError
 from journeyman.probabilities import FloatArray

@@ -22,8 +22,8 @@ from journeyman.certify.by_labels import (
     points,
     right,
 )
+from journeyman.certify.decisions import ScoredRows
 from journeyman.certify.mixture import fit_mixture
-from journeyman.certify.step import ScoredRows
 from journeyman.errors import DataError
 from journeyman.labels.dataset import ClassRows
 

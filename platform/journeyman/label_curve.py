@@ -42,7 +42,7 @@ from journeyman.student.inputs import Inputs
 _WORK = ".curve-work"
 _HELD_OUT = ("calibrate", "test")
 # Where the run escalates nothing, or everything, its own share shows nothing.
-A_FIFTH = 0.2
+_A_FIFTH = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +174,7 @@ class _Curve:
         served, recipe = self._bundle.served, self._run.recipe
         own = 1 - served.n_accepted / served.n if served.n else 1.0
         if share is None:
-            share = own if 0 < own < 1 else A_FIFTH
+            share = own if 0 < own < 1 else _A_FIFTH
         rule = Rule(
             score=self._bundle.score,
             kind=served.kind,

@@ -46,11 +46,17 @@ def delta_spent(ledger: Iterable[LedgerEntry], digest: str) -> float:
 
 
 def together(*ledgers: Iterable[LedgerEntry]) -> tuple[LedgerEntry, ...]:
-    """All uses that several ledgers have on record; what some of them have alike is one use."""
-    uses: Counter[LedgerEntry] = Counter()
+    """All uses that several ledgers have on record, in their order; what some of them have alike is
+    one use."""
+    found: list[LedgerEntry] = []
     for ledger in ledgers:
-        uses |= Counter(ledger)
-    return tuple(uses.elements())
+        known = Counter(found)
+        for entry in ledger:
+            if known[entry]:
+                known[entry] -= 1
+            else:
+                found.append(entry)
+    return tuple(found)
 
 
 def spend(

@@ -14,7 +14,7 @@ from journeyman.certify.asked import AskedStudent
 from journeyman.certify.bundle import PolicyBundle
 from journeyman.certify.calibration import Calibrator
 from journeyman.certify.certificate import certify_system_agreement
-from journeyman.certify.ledger import LedgerEntry, rows_digest
+from journeyman.certify.ledger import LedgerEntry, rows_digest, together
 from journeyman.certify.scores import ScoreName, score
 from journeyman.certify.step import certify, read_test_logits
 from journeyman.errors import BundleMismatch, DataError, RecipeError
@@ -210,6 +210,12 @@ def test_what_the_other_runs_spent_of_the_same_rows_counts_once(tmp_path):
         more = (of_its_run.model_copy(update={"delta": 0.25}),)
         certified(tmp_path / "other", rows, students, COSTS, "certify.delta=0.2", ledger=(
             *more, of_its_run))  # fmt: skip
+
+
+def test_ledgers_are_put_together_in_order_and_a_use_that_is_in_both_is_one():
+    a, b, c = (LedgerEntry(use=use, rows_digest="r", delta=0.1) for use in "abc")
+    assert together((a, b, a), (a, c), (a, a, c)) == (a, b, a, c)
+    assert together((), (a, a)) == (a, a) and together((b, a, b)) == (b, a, b)
 
 
 def test_costs_are_measured_unless_they_are_given_and_refused_where_none_could_pay(tmp_path):

@@ -1,6 +1,6 @@
 """Training speed and memory beside a plain loop, dense distillation and TRL: same model, same rows.
 
-    .venv/bin/python tests/benchmarks/train_step.py --quick
+    .venv/bin/python tests/benchmarks/train_step.py --quick     # six minutes on two cores
     .venv/bin/pip install --no-deps trl && .venv/bin/python tests/benchmarks/train_step.py
 
 The student is ten layers of SmolLM2-135M (64M parameters), the teacher all thirty; a step is 16
@@ -317,6 +317,7 @@ def compare(systems: list[Process], rounds: int) -> tuple[dict[str, list[float]]
             system.ask(number)
             took, peaks[system.name] = system.answer()
             seconds[system.name].append(took)
+        print(f"  round {number + 1} of {rounds} of all systems in turn", flush=True)
     return {name: took[1:] for name, took in seconds.items()}, peaks
 
 
@@ -329,6 +330,7 @@ def scaled(name: str, folder: Path, world: int, rounds: int) -> list[float]:
             for one in workers:
                 one.ask(number)
             found.append(max(one.answer()[0] for one in workers))
+        print(f"  {name}, {world} of one core each: {rounds} steps taken", flush=True)
     return found[1:]
 
 

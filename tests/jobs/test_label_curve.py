@@ -13,6 +13,7 @@ import pytest
 
 from journeyman import files, label_curve, models, recipe
 from journeyman.certify.by_labels import LabelCurve, kept
+from journeyman.certify.step import read_test_logits
 from journeyman.cli import main
 from journeyman.errors import DataError
 from journeyman.labels import dataset
@@ -154,7 +155,8 @@ def test_right_answers_are_counted_row_by_row_on_test_rows(drawn: LabelCurve, ru
     ]  # fmt: skip
     assert 2 * later.more == sum(b and not a for a, b in pairs)
     assert 2 * later.less == sum(a and not b for a, b in pairs)
-    own = np.load(run.path("certify") / "test.npz")["logits"].argmax(axis=1) == test.gold
+    [logits] = read_test_logits(run.path("certify"))
+    own = logits.argmax(axis=1) == test.gold
     assert list(own) == by_student[160, 0]
 
 

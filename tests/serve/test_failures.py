@@ -112,7 +112,7 @@ def sick_classes() -> tuple[type, type]:
 
     from serve.accounts import GivenUp
     from serve.ingress import Ingress
-    from serve.students import Encoder
+    from serve.students import Encoders
     from serve.teacher import Teacher
 
     class SickTeacher(Teacher):
@@ -125,13 +125,13 @@ def sick_classes() -> tuple[type, type]:
         async def _label_one(self, text: str) -> Any:
             raise KeyError(text)
 
-    class SickEncoder(Encoder):
-        def decide(self, texts: Sequence[str]) -> Any:
+    class SickEncoders(Encoders):
+        def decide(self, texts: Sequence[str], stage: int = 0) -> Any:
             raise LookupError(texts)
 
     class SickIngress(Ingress):
-        def _student(self, loaded: Any, encoder: Any, rule: Any) -> Any:
-            return SickEncoder(loaded, encoder, rule)
+        def _student(self, loaded: Any, encoders: Any, rule: Any) -> Any:
+            return SickEncoders(loaded, encoders, rule)
 
     return SickTeacher, SickIngress
 

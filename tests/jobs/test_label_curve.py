@@ -105,6 +105,7 @@ def drawn(run: Run, before: dict[str, bytes], said: list[str]) -> LabelCurve:
     return label_curve.draw(run, [16], n_seeds=2, share=0.3, say=said.append)
 
 
+@pytest.mark.slow
 def test_a_command_that_was_ended_goes_on_and_trains_no_student_twice(
     drawn: LabelCurve, run: Run, said: list[str]
 ) -> None:
@@ -126,10 +127,12 @@ def test_a_command_that_was_ended_goes_on_and_trains_no_student_twice(
     assert label_curve.draw(run, [16], n_seeds=2, share=0.3, say=again.append) == drawn
 
 
+@pytest.mark.slow
 def test_every_student_took_as_many_steps_as_the_runs_own(drawn: LabelCurve) -> None:
     assert [(p.n_labels, p.n_steps) for p in drawn.points] == [(16, 20), (160, 20)]
 
 
+@pytest.mark.slow
 def test_right_answers_are_counted_row_by_row_on_test_rows(drawn: LabelCurve, run: Run) -> None:
     test = dataset.read_classes(run.labels, run.corpus, ("test",))
     teacher = [int(np.argmax(p)) == g for p, g in zip(test.logprobs, test.gold, strict=True)]
@@ -160,6 +163,7 @@ def test_right_answers_are_counted_row_by_row_on_test_rows(drawn: LabelCurve, ru
     assert list(own) == by_student[160, 0]
 
 
+@pytest.mark.slow
 def test_student_and_bundle_are_left_as_they_were(
     drawn: LabelCurve, run: Run, before: dict[str, bytes]
 ) -> None:
@@ -167,6 +171,7 @@ def test_student_and_bundle_are_left_as_they_were(
     assert not list(run.directory.glob(".curve-work*/*"))
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_what_it_says(
     drawn: LabelCurve, run: Run, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +194,7 @@ def test_the_command_prints_the_table_and_what_it_says(
     assert "no promise" in out
 
 
+@pytest.mark.slow
 def test_a_record_that_was_damaged_is_made_again(drawn: LabelCurve, run: Run) -> None:
     file = run.path("curve") / "labels-160-seed-0.npz"
     whole = file.read_bytes()
@@ -197,6 +203,7 @@ def test_a_record_that_was_damaged_is_made_again(drawn: LabelCurve, run: Run) ->
     assert len(file.read_bytes()) == len(whole)
 
 
+@pytest.mark.slow
 def test_the_runs_page_has_it(drawn: LabelCurve, run: Run) -> None:
     manifest = run.path("prepare") / "manifest.json"
     told = {"labels": {}, "seconds": 1.0, "read": sum(N.values())}
@@ -210,6 +217,7 @@ def test_the_runs_page_has_it(drawn: LabelCurve, run: Run) -> None:
     assert 'id="figure-label-curve"' in page and ">160</td>" in page
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_is_read_and_kept_there(
     drawn: LabelCurve, run: Run, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def test_the_bundle_has_both_students_and_what_was_spent_of_their_rows(
     assert copied.read_bytes() == (small_run.path("train") / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_cascade_answers_over_http_as_certified_and_the_report_says_who_did(
     second: steps.Run,
 ):

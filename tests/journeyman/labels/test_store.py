@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import multiprocessing
 import pickle
 import random
@@ -455,7 +456,8 @@ def test_a_damaged_compacted_file_is_passed_over(local: LabelStore, caplog):
     local.compact()
     (path,) = (local.directory / "compacted").iterdir()
     path.write_bytes(path.read_bytes()[:-9])
-    assert local.commits() == before
+    with caplog.at_level(logging.WARNING):
+        assert local.commits() == before
     assert "damaged" in caplog.text
 
 

@@ -30,7 +30,13 @@ from journeyman.recipe import Classes, Generate, Labels
 from journeyman.recipe import Teacher as TeacherSettings
 from journeyman.student import writing
 from journeyman.teacher import tasks
-from journeyman.teacher.answers import ClassLabels, GeneratedLabels, RationaleLabels, RowError
+from journeyman.teacher.answers import (
+    ClassLabels,
+    GeneratedLabels,
+    NotFinite,
+    RationaleLabels,
+    RowError,
+)
 from journeyman.teacher.engine import Engine, EngineDied
 from journeyman.teacher.pieces import Pieces
 from journeyman.teacher.progress import Begun, Spent, hearing, spending
@@ -218,7 +224,7 @@ class Teacher:
         try:
             labels = await task.run(row)
         except RowError as error:
-            return Unlabeled(reason=str(error))
+            return Unlabeled(reason=str(error), is_garbage=isinstance(error, NotFinite))
         if isinstance(labels, ClassLabels):
             return labels
         assert isinstance(labels, GeneratedLabels | RationaleLabels)  # a bundle has no others

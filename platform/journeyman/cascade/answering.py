@@ -37,9 +37,11 @@ _ASK_AGAIN_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unlabeled:
-    """A text that the teacher can never answer, and why."""
+    """A text that the teacher can never answer, and why; is_garbage: its answer was no numbers,
+    which may be the teacher's fault as well as the text's."""
 
     reason: str
+    is_garbage: bool = False
 
 
 Said = ClassLabels | Written | Unlabeled
@@ -227,6 +229,8 @@ class Cascade:
                 asked = self._teacher.labels
                 labels = await (asked(texts, hear) if hear else asked(texts))
             self._check(labels, len(texts))
+            if any(isinstance(label, Unlabeled) and label.is_garbage for label in labels):
+                raise _garbage()
         except (TeacherStarting, TeacherAway):
             self.breaker.abandoned()
             raise
@@ -260,11 +264,7 @@ class Cascade:
         if len(labels) != n_texts or not all(
             isinstance(label, Unlabeled) or self._policy.is_answer(label) for label in labels
         ):
-            raise TeacherUnavailable(
-                "the teacher's answer is none (no distribution over the labels, say); send this "
-                "request again.",
-                _ASK_AGAIN_S,
-            )
+            raise _garbage()
 
     @property
     def _fair_s(self) -> float:
@@ -279,6 +279,14 @@ class Cascade:
     def _before_teachers_own(self) -> contextlib.AbstractAsyncContextManager[None]:
         seconds = self._settings.teacher_timeout_s
         return _within(seconds, seconds, "the teacher") if seconds else contextlib.nullcontext()
+
+
+def _garbage() -> TeacherUnavailable:
+    return TeacherUnavailable(
+        "the teacher's answer is none (no distribution over the labels, say); send this request "
+        "again.",
+        _ASK_AGAIN_S,
+    )
 
 
 def _students_own(decisions: Sequence[Decision | Escalation]) -> tuple[Decision, ...]:

@@ -234,8 +234,14 @@ def test_degrade_is_for_the_cascade_who_asks_the_teacher_gets_an_error():
 
 @pytest.mark.parametrize(
     "garbage",
-    [[], [labels(-0.5, float("inf"))], [labels(-0.5)], [labels(-0.7, -0.7), labels(-0.7, -0.7)]],
-    ids=["none", "infinite", "one class", "one text too many"],
+    [
+        [],
+        [labels(-0.5, float("inf"))],
+        [labels(-0.5)],
+        [labels(-0.7, -0.7), labels(-0.7, -0.7)],
+        [Unlabeled(reason="its log-probabilities are no numbers", is_garbage=True)],
+    ],
+    ids=["none", "infinite", "one class", "one text too many", "no numbers"],
 )
 def test_an_answer_that_is_none_is_a_failure_of_the_teacher(garbage: list[ClassLabels]):
     async def test() -> None:

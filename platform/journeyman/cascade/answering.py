@@ -229,6 +229,7 @@ class Cascade:
                 asked = self._teacher.labels
                 labels = await (asked(texts, hear) if hear else asked(texts))
             self._check(labels, len(texts))
+            # An audit leaves such a text out, as the certificate has left out such a row.
             if any(isinstance(label, Unlabeled) and label.is_garbage for label in labels):
                 raise _garbage()
         except (TeacherStarting, TeacherAway):

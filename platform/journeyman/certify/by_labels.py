@@ -13,11 +13,11 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from journeyman import files
 from journeyman.certify import paired
-from journeyman.certify.certificate import GuaranteeKind, clopper_pearson_upper
+from journeyman.certify.certificate import GuaranteeKind, clopper_pearson_interval
 from journeyman.certify.decisions import (
     ScoredRows,
     fit_calibrator,
@@ -25,6 +25,7 @@ from journeyman.certify.decisions import (
     held_out_scores,
     mix,
 )
+from journeyman.certify.parts import Part
 from journeyman.certify.scores import ScoreName
 from journeyman.certify.thresholds import ANSWER_EVERYTHING
 from journeyman.errors import DataError
@@ -124,11 +125,7 @@ def _escalating(
 # --- the curve ---
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Beside(_Part):
+class Beside(Part):
     """Two answerers on the same rows: how many only the one, only the other gets right; means
     over seeds."""
 
@@ -148,7 +145,7 @@ class Beside(_Part):
         return self.interval(n)[0] > 0
 
 
-class Right(_Part):
+class Right(Part):
     """Right answers: the mean over seeds, the fewest and the most."""
 
     mean: float = Field(ge=0)
@@ -160,11 +157,10 @@ class Right(_Part):
 
         Of a mean over several it is wider than it need be: their rows vary less than coins do.
         """
-        low = 1 - clopper_pearson_upper(n - self.mean, n, 0.025)
-        return low, clopper_pearson_upper(self.mean, n, 0.025)
+        return clopper_pearson_interval(self.mean, n)
 
 
-class LabelPoint(_Part):
+class LabelPoint(Part):
     """Students of so many labels.
 
     Attributes:
@@ -184,7 +180,7 @@ class LabelPoint(_Part):
     student_weight: float | None
 
 
-class LabelCurve(_Part):
+class LabelCurve(Part):
     """The record of a curve.
 
     Attributes:

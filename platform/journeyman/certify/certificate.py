@@ -74,6 +74,11 @@ def clopper_pearson_upper(errors: float, n: int, delta: float) -> float:
     return float(betaincinv(errors + 1, n - errors, 1 - delta))
 
 
+def clopper_pearson_interval(count: float, n: int) -> tuple[float, float]:
+    """Exact two-sided 95% interval of a probability seen `count` times in n."""
+    return 1 - clopper_pearson_upper(n - count, n, 0.025), clopper_pearson_upper(count, n, 0.025)
+
+
 def rows_needed(alpha: float, delta: float, errors: int = 0) -> int:
     """Fewest rows in which `errors` disagreements prove a risk of at most alpha at 1 - delta.
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from journeyman import corpus
 from journeyman.certify.bundle import JudgeRecord, Rate
-from journeyman.certify.certificate import clopper_pearson_upper
+from journeyman.certify.certificate import clopper_pearson_interval
 from journeyman.certify.matching import Same
 from journeyman.certify.row_answers import RowAnswers
 from journeyman.errors import DataError, RecipeError
@@ -34,7 +34,6 @@ from journeyman.teacher.tasks import prompt_digest, row_values
 Known = Literal["same", "different"]
 _SAME: Known = "same"
 _DIFFERENT: Known = "different"
-_TAIL = 0.025  # of an exact two-sided 95% interval, on each side
 _CHANCE = 0.5
 
 
@@ -250,12 +249,8 @@ def _errors(record: JudgeRecord) -> str:
 
 def _rate(count: int, n: int) -> Rate:
     """With its exact two-sided 95% interval (Clopper and Pearson 1934)."""
-    return Rate(
-        count=count,
-        n=n,
-        low=1 - clopper_pearson_upper(n - count, n, _TAIL),
-        high=clopper_pearson_upper(count, n, _TAIL),
-    )
+    low, high = clopper_pearson_interval(count, n)
+    return Rate(count=count, n=n, low=low, high=high)
 
 
 def _id(row: str, first: str, second: str) -> str:

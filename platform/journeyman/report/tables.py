@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from journeyman.certify.bundle import Bundle, Guarantee, PolicyBundle
-from journeyman.certify.certificate import clopper_pearson_upper
+from journeyman.certify.certificate import clopper_pearson_interval
 from journeyman.certify.curve import CostQualityCurve
 from journeyman.certify.metrics import brier, negative_log_likelihood
 from journeyman.certify.thresholds import read_threshold
@@ -351,8 +351,8 @@ def _realised(
 
 def interval(count: int, n: int) -> str:
     """Exact two-sided 95% interval (Clopper and Pearson)."""
-    low = 1 - clopper_pearson_upper(n - count, n, 0.025)
-    return f"{low:.1%} to {clopper_pearson_upper(count, n, 0.025):.1%}"
+    low, high = clopper_pearson_interval(count, n)
+    return f"{low:.1%} to {high:.1%}"
 
 
 def rate_and_interval(count: int, n: int) -> tuple[str, str]:

@@ -173,7 +173,10 @@ def repeats(corpus_dir: str | Path, split: str) -> dict[str, int]:
     import pyarrow.compute as pc
 
     found: dict[str, int] = {}
-    for shard in read_manifest(corpus_dir)["shards"]:
+    manifest = read_manifest(corpus_dir)
+    if manifest.get("duplicates") == 0:  # then no shard is worth reading for it
+        return found
+    for shard in manifest["shards"]:
         rows = read_shard(corpus_dir, shard["name"])
         rows = rows.filter((pc.field("split") == split) & (pc.field("count") > 1))
         found.update(zip(rows["id"].to_pylist(), rows["count"].to_pylist(), strict=True))

@@ -158,7 +158,7 @@ def promise_of(
 
 # All that `headers_of` gives.
 ANSWER_HEADERS = tuple(
-    f"x-journeyman-{what}" for what in ("answered-by", "bundle", "guarantee", "confidence")
+    f"x-journeyman-{what}" for what in ("answered-by", "bundle", "guarantee", "stage", "confidence")
 )
 
 

@@ -1,13 +1,16 @@
 """Which web pages may ask from a browser: those of the origins that are named, and no others."""
 
 import asyncio
+import dataclasses
 
 import httpx
 import pytest
 
 from journeyman import recipe
+from journeyman.cascade.answering import Answers
 from journeyman.errors import RecipeError
 from serve.http import api
+from serve.schema import ANSWER_HEADERS
 from tests.serve import tiny
 from tests.serve.test_gate import KEY, bearer, ring
 from tests.serve.test_openai import Cascade
@@ -20,8 +23,23 @@ def bundle(run: tiny.Run):
     return run.bundle
 
 
-def send(bundle, origins: tuple[str, ...], method: str, headers: dict[str, str]) -> httpx.Response:
-    live = tiny.live(Cascade(), bundle)  # type: ignore[arg-type]
+class OfTwoStudents(Cascade):
+    """The second one answers."""
+
+    async def answer(self, texts: list[str], asked: str) -> Answers:
+        answers = await super().answer(texts, asked)
+        [decision] = answers.decisions
+        return Answers(decisions=(dataclasses.replace(decision, stage=2),))
+
+
+def send(
+    bundle,
+    origins: tuple[str, ...],
+    method: str,
+    headers: dict[str, str],
+    cascade: Cascade | None = None,
+) -> httpx.Response:
+    live = tiny.live(cascade or Cascade(), bundle)  # type: ignore[arg-type]
     app = api(live, lambda: None, ring(), cors_origins=origins)
 
     async def call() -> httpx.Response:
@@ -87,6 +105,14 @@ def test_a_page_reads_answers_refusals_and_our_headers_with_a_key_alone(bundle):
     ours = [name for name in answered.headers if name.startswith("x-journeyman-")]
     assert ours and {*ours, "retry-after", "x-should-retry"} <= set(exposed)
     assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_page_reads_every_header_that_an_answer_can_have(bundle):
+    answered = send(bundle, (OURS,), "POST", bearer(KEY) | {"Origin": OURS}, OfTwoStudents())
+    exposed = answered.headers["access-control-expose-headers"].lower().split(", ")
+    ours = {name for name in answered.headers if name.startswith("x-journeyman-")}
+    assert answered.headers["x-journeyman-stage"] == "2"
+    assert ours == set(ANSWER_HEADERS) <= set(exposed)
 
 
 @pytest.mark.parametrize("origin", ["*", "https://*.example.com", "app.example.com", OURS + "/"])

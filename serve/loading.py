@@ -147,7 +147,10 @@ def check_fits(loaded: Loaded, running: Loaded) -> None:
     """Raises BundleMismatch unless the teacher that runs for one can answer for the other, and the
     students of both have room where one runs."""
     bundle = loaded.bundle
-    differing = fitting.differing(bundle, running.bundle)
+    differing = [
+        *fitting.differing(bundle, running.bundle),
+        *fitting.asked_otherwise(loaded.recipe, running.recipe),
+    ]
     if differing:
         raise BundleMismatch(
             f"bundle {bundle.bundle_id} was certified with another teacher or prompt than what "

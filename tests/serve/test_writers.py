@@ -259,3 +259,25 @@ def test_two_students_that_a_gpu_has_no_room_for_are_refused_before_one_is_start
         loading.check_fits(
             Loaded(bundle=bundle, recipe=unlike.recipe, student=unlike.student,
                    teacher=unlike.teacher, where="b"), on_gpu)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("teacher", "path"),
+    [
+        ({"dtype": "bfloat16"}, "teacher.dtype"),
+        ({"engine_args": {"quantization": "fp8"}}, "teacher.engine_args.quantization"),
+        ({"max_model_len": 64}, "teacher.max_model_len"),
+    ],
+)
+def test_a_bundle_whose_teacher_runs_in_another_way_is_not_swapped_in(
+    teacher: dict[str, Any], path: str
+):
+    """Labels of such a teacher would be another dataset, and the promise is about these."""
+    labels = {"labels": ASKED.model_dump() | {"overflow": "truncate_left"}}
+    runs = loaded("a", **labels)
+    other = loaded("b", teacher={"model": "m"} | teacher, **labels)
+    with pytest.raises(BundleMismatch, match=rf"another teacher or prompt.*\({path}\)"):
+        loading.check_fits(other, runs)
+    as_fast = {"price": {"per_replica_hour": 2}, "max_num_seqs": 8,
+               "engine_args": {"enable_prefix_caching": True}}  # fmt: skip
+    loading.check_fits(loaded("b", teacher={"model": "m"} | as_fast, **labels), runs)

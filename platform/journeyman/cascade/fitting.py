@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from journeyman.certify.bundle import Bundle, PolicyBundle, WrittenBundle
 from journeyman.errors import BundleMismatch
 from journeyman.models import Model
-from journeyman.recipe import Classes, Generate
+from journeyman.recipe import Classes, Generate, Recipe, differing_paths
 from journeyman.teacher.tasks import prompt_digest
 
 
@@ -61,6 +61,13 @@ def differing(bundle: Bundle, other: Bundle) -> list[str]:
     asked = ["teacher_digest", "teacher_tokenizer_digest", "prompt_digest", "label_names",
              "columns"]  # fmt: skip
     return [name for name in asked if getattr(bundle, name, None) != getattr(other, name, None)]
+
+
+def asked_otherwise(recipe: Recipe, other: Recipe) -> list[str]:
+    """The settings in which the teachers of two recipes differ and that change what one says, by
+    YAML path; labels that were made by one would be another dataset than the other's."""
+    here, there = (one.teacher.decisive(one.labels.overflow) for one in (recipe, other))
+    return list(differing_paths(here, there, "teacher"))
 
 
 def _short(value: str | tuple[str, ...]) -> str:

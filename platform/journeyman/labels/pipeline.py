@@ -36,14 +36,6 @@ _JUDGED = 200  # rows after which a run may be stopped for what it quarantines
 _TRIED_SHARDS = 4
 _LOGGED = ("rows", "ok", "quarantined", "filtered", "prompt_tokens", "output_tokens", "seconds",
            "engine_restarts")  # fmt: skip
-# Engine arguments that change what a model says.
-_DECIDING_ARGUMENTS = (
-    "quantization", "kv_cache_dtype", "hf_overrides", "load_format", "tokenizer", "tokenizer_mode",
-    "tokenizer_revision", "code_revision", "config_format", "generation_config",
-    "override_generation_config", "logits_processors", "speculative_config", "rope_scaling",
-    "rope_theta", "disable_sliding_window", "lora_dtype", "additional_config", "model_impl",
-    "attention_backend",
-)  # fmt: skip
 
 OnProgress = Callable[[LabelProgress], None]
 
@@ -53,21 +45,13 @@ def identity(
 ) -> dict[str, Any]:
     """What a dataset's labels depend on; a dataset takes only labels of one identity."""
     settings = teacher or recipe.teacher
-    facts: dict[str, Any] = {
+    return {
         "kind": recipe.labels.kind,
         "labels": recipe.labels.asked(),
         "teacher": model.identity,
-        "dtype": settings.dtype,
-        "engine_args": {
-            name: value
-            for name, value in settings.engine_args.items()
-            if name in _DECIDING_ARGUMENTS
-        },
         "corpus": corpus_digest,
+        **settings.decisive(recipe.labels.overflow),
     }
-    if recipe.labels.overflow.startswith("truncate"):
-        facts["max_model_len"] = settings.max_model_len
-    return facts
 
 
 def label(

@@ -4,7 +4,7 @@ Owns the names, units and defaults of every setting and the sentences said about
 Knows nothing of what the steps do with them.
 """
 
-from journeyman.recipe.base import SPLITS, Section, Split, digest
+from journeyman.recipe.base import SPLITS, Section, Split, differing_paths, digest
 from journeyman.recipe.cluster import Cluster
 from journeyman.recipe.corpus import Columns, Corpus
 from journeyman.recipe.labels import (
@@ -52,6 +52,7 @@ __all__ = [
     "Teacher",
     "TokenLabels",
     "Training",
+    "differing_paths",
     "digest",
     "load",
     "parse",

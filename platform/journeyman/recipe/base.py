@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -32,6 +33,15 @@ class Range(Section):
         if self.min > self.max:
             raise ValueError(f"min ({self.min}) must not exceed max ({self.max})")
         return self
+
+
+def differing_paths(one: object, other: object, path: str) -> Iterator[str]:
+    """YAML paths of the settings that two JSON-like values do not have alike."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in sorted(one.keys() | other.keys()):
+            yield from differing_paths(one.get(name), other.get(name), f"{path}.{name}")
+    elif one != other:
+        yield path
 
 
 def digest(value: object) -> str:

@@ -29,6 +29,14 @@ _OWN_FIELDS = {
                  "max_num_batched_tokens", "tensor_parallel_size", "pipeline_parallel_size",
                  "gpu_memory_utilization")
 } | {"enable_lora": "lora", "max_loras": "lora", "max_lora_rank": "lora"}  # fmt: skip
+# Those that change what a model says.
+DECIDING_ARGUMENTS = (
+    "quantization", "kv_cache_dtype", "hf_overrides", "load_format", "tokenizer", "tokenizer_mode",
+    "tokenizer_revision", "code_revision", "config_format", "generation_config",
+    "override_generation_config", "logits_processors", "speculative_config", "rope_scaling",
+    "rope_theta", "disable_sliding_window", "lora_dtype", "additional_config", "model_impl",
+    "attention_backend",
+)  # fmt: skip
 _TAKEN = {"logprobs_mode", "max_logprobs", "worker_extension_cls", "skip_tokenizer_init"}
 
 
@@ -100,6 +108,14 @@ class Teacher(Section):
         "with growing pauses, or as long as Retry-After says."
     )  # fmt: skip
     price: Price = Field(default_factory=Price, description="What it costs.")
+
+    def decisive(self, overflow: str) -> dict[str, Any]:
+        """Settings that change what the model says of a text; overflow: of ``labels``."""
+        decided = {n: v for n, v in self.engine_args.items() if n in DECIDING_ARGUMENTS}
+        facts: dict[str, Any] = {"dtype": self.dtype, "engine_args": decided}
+        if overflow.startswith("truncate"):
+            facts["max_model_len"] = self.max_model_len
+        return facts
 
     @property
     def gives_text_alone(self) -> bool:

@@ -203,13 +203,13 @@ def _keys(settings: Recipe) -> tuple[keys.Key, ...]:
     if limited and not settings.cascade.state:
         raise RecipeError(
             f"{path}: the key {limited[0]} has a budget, and what it spends must outlive restarts; "
-            "name a folder or an object store for it: cascade.state."
+            "name a folder or an object store for it, cascade.state, and run `journeyman certify`."
         )
     price = settings.teacher.price
     if limited and not (price.per_million_prompt_tokens or price.per_million_output_tokens):
         raise RecipeError(
             f"{path}: the key {limited[0]} has a budget, and the teacher's tokens have no price; "
-            "set teacher.price.per_million_prompt_tokens."
+            "set teacher.price.per_million_prompt_tokens and run `journeyman certify`."
         )
     return found
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from journeyman import files, models, recipe
+from journeyman import models, recipe
 from journeyman.cascade import fitting
 from journeyman.certify import bundle as bundles
 from journeyman.certify import judging, written
 from journeyman.certify.bundle import PolicyBundle, WrittenBundle
-from journeyman.certify.step import RECIPE_FILE
-from journeyman.errors import BundleMismatch, DataError, RecipeError
+from journeyman.certify.bundle_recipe import recipe_of as recipe_of
+from journeyman.errors import BundleMismatch, RecipeError
 from journeyman.folder import Folder
 from journeyman.mirror import Mirror, reading_copy_of
 from journeyman.models import Model
@@ -123,18 +123,6 @@ def _before(bundle: PolicyBundle | WrittenBundle, bundle_dir: Path) -> list[Path
     return [bundle_dir / bundles.folder_before(i) for i in range(len(stages))]
 
 
-def recipe_of(bundle_dir: Path) -> recipe.Recipe:
-    """The recipe that a bundle was certified with; raises BundleMismatch."""
-    try:
-        content: Any = files.read_json(bundle_dir / RECIPE_FILE)
-    except DataError as error:
-        raise BundleMismatch(
-            f"{bundle_dir / RECIPE_FILE}: missing or damaged; it says how the teacher is asked. "
-            "Run `journeyman certify` again."
-        ) from error
-    return recipe.parse(content, str(bundle_dir / RECIPE_FILE))
-
-
 def student_key(bundle: PolicyBundle | WrittenBundle) -> str:
     """What tells students apart: one that is sampled for its confidence is asked in another way."""
     facts: list[Any] = [bundle.student_digest, bundle.student_tokenizer_digest]
@@ -163,8 +151,9 @@ def check_fits(loaded: Loaded, running: Loaded) -> None:
         raise BundleMismatch(
             f"bundle {bundle.bundle_id}: its student has no room on a GPU beside the one that "
             f"answers, as teacher.gpu_memory_utilization of both add up to {taken:g}. Deploy it "
-            "anew; or, to have it swapped in, set that to 0.45 in the recipe.json of both bundles "
-            "and deploy the one that answers anew first."
+            "anew; or, to have it swapped in, set that to 0.45 in the recipes of both, run "
+            "`journeyman certify` with each, which certifies nothing anew for it, and deploy the "
+            "one that answers anew first."
         )
 
 

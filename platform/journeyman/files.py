@@ -65,8 +65,12 @@ def flush(folder: Path) -> None:
             os.close(descriptor)
 
 
+def as_json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, value: object) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, as_json(value))
 
 
 def read_json(path: Path) -> Any:

@@ -96,6 +96,13 @@ class Mirror:
                 put(name)
         _each(put, [name for name, size in sizes.items() if size <= _LARGE])
 
+    def write(self, name: str, content: bytes) -> None:
+        """Exchange one file, here and in the store; raises ClusterError, and then the copy is
+        fetched again before it is used."""
+        (self.local / LIST).unlink(missing_ok=True)
+        files.write_bytes(self.local / name, content)
+        self.push()
+
     def pull(self) -> bool:
         """Have the copy hold what the store does; False where there is no such folder, and then
         there is no copy either. Raises ClusterError, and DataError where files change meanwhile.

@@ -13,7 +13,7 @@ from typing import Any
 from journeyman import corpus, files, recipe, summary
 from journeyman.certify import bundle as bundles
 from journeyman.certify.bundle import Bundle, Guarantee
-from journeyman.certify.step import RECIPE_FILE
+from journeyman.certify.bundle_recipe import RECIPE_FILE
 from journeyman.errors import DataError
 from journeyman.labels.store import LabelStore
 from journeyman.progress import duration

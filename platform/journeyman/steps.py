@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from journeyman import cluster, corpus, files, models, traffic
+from journeyman.certify import bundle_recipe
 from journeyman.errors import DataError, JourneymanError, RecipeError
 from journeyman.folder import Folder
 from journeyman.labels import cost, dataset, ensemble, pipeline
@@ -42,11 +43,13 @@ _SENT, _COMPARED = 200, 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a step did: its manifest, and how long it took this time (None if skipped)."""
+    """What a step did: its manifest, and how long it took this time (None if skipped); note: what
+    else there is to say."""
 
     name: str
     manifest: dict[str, Any]
     seconds: float | None
+    note: str = ""
 
 
 class Run(RunFolder):
@@ -68,7 +71,10 @@ class Run(RunFolder):
         if did and step in _READS[step]:
             self.mirror(step).push()
         seconds = time.monotonic() - started if did else None
-        return StepResult(name=step, manifest=manifest, seconds=seconds)
+        note = ""
+        if step == "certify" and not did:  # settings of serving may have changed all the same
+            note = bundle_recipe.take_up(self.mirror(step), self.recipe).text()
+        return StepResult(name=step, manifest=manifest, seconds=seconds, note=note)
 
     def _fetch(self, step: str) -> None:
         """What a step reads, where the run is in a store; of its own what can be had."""
@@ -253,8 +259,7 @@ class Run(RunFolder):
                 *(one.model.weights_digest for one in before),
             ]
         )
-        there = _read(folder / MANIFEST)
-        if there and there.get("inputs") == inputs:
+        if there := bundle_recipe.certified(folder, inputs):
             return there, False
         rows = dataset.read_classes(self.labels, self.corpus)
         step.certify(
@@ -282,8 +287,7 @@ class Run(RunFolder):
         labels = self.finished_labels()
         student = models.resolve(str(self.path("train")))
         inputs = written.inputs_digest(self.recipe, labels, student)
-        there = _read(folder / MANIFEST)
-        if there and there.get("inputs") == inputs:
+        if there := bundle_recipe.certified(folder, inputs):
             return there, False
         cluster.connect(self.recipe.cluster)
         with LiveLine() as line:
@@ -306,9 +310,9 @@ class Run(RunFolder):
         return files.read_json(folder / MANIFEST), True
 
     def _measure(self) -> tuple[dict[str, Any], bool]:
-        folder = self.path("measure")
-        bundle = files.read_json(self.path("certify") / MANIFEST)["bundle"]
-        inputs = digest([bundle, self.recipe.cascade.model_dump(mode="json")])
+        folder, certified = self.path("measure"), self.path("certify")
+        served = bundle_recipe.recipe_of(certified).cascade.model_dump(mode="json")
+        inputs = digest([files.read_json(certified / MANIFEST)["bundle"], served])
         there = _read(folder / MANIFEST)
         if there and there.get("inputs") == inputs:
             return there, False

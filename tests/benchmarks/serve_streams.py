@@ -40,7 +40,7 @@ from sentences import SENTENCES, TEACHER
 from journeyman import models, recipe
 from journeyman.certify import bundle as bundles
 from journeyman.certify import written
-from journeyman.certify.step import RECIPE_FILE
+from journeyman.certify.bundle_recipe import RECIPE_FILE
 from journeyman.files import write_json
 from serve import loading
 from serve.app import build

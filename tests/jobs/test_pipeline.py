@@ -79,6 +79,19 @@ def test_a_changed_setting_runs_the_steps_that_depend_on_it(small_run: steps.Run
     assert small_run.execute("certify").seconds is not None
 
 
+def test_keys_that_came_after_certifying_are_in_the_bundle_that_is_served(small_run: steps.Run):
+    bundle = small_run.path("certify")
+    before = {name: (bundle / name).read_bytes() for name in ("bundle.json", "recipe.json")}
+    changes = ("cascade.api_keys=/etc/keys", "teacher.price.per_million_prompt_tokens=2")
+    later = steps.Run(small_recipe(Path(small_run.recipe.output), *changes)).execute("certify")
+    assert later.seconds is None and "cascade.api_keys" in later.note
+    served = json.loads((bundle / "recipe.json").read_text())
+    assert served["cascade"]["api_keys"] == "/etc/keys"
+    assert (bundle / "bundle.json").read_bytes() == before["bundle.json"]
+    small_run.execute("certify")
+    assert (bundle / "recipe.json").read_bytes() == before["recipe.json"]
+
+
 def test_labels_of_another_prompt_are_refused_with_the_difference(small_run: steps.Run):
     other = steps.Run(small_recipe(Path(small_run.recipe.output), "labels.target=Q {{ text }}"))
     with pytest.raises(DataError, match=r"(?s)made otherwise:.*labels\.target: there.*--new"):

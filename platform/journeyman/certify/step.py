@@ -19,6 +19,7 @@ from journeyman import corpus, files
 from journeyman.certify import bundle as bundles
 from journeyman.certify.asked import AskedStudent, StudentScorer
 from journeyman.certify.bundle import Bundle, Guarantee, PolicyBundle
+from journeyman.certify.bundle_recipe import RECIPE_FILE
 from journeyman.certify.certificate import Certificate
 from journeyman.certify.chain import Chain, Routed
 from journeyman.certify.curve import cost_quality_curve
@@ -35,7 +36,6 @@ from journeyman.recipe import Certify, Recipe
 from journeyman.student.inputs import Inputs
 from journeyman.teacher.tasks import prompt_digest
 
-RECIPE_FILE = "recipe.json"
 SCORED_FILE = "test.npz"
 
 

@@ -247,7 +247,8 @@ def _label(options: argparse.Namespace) -> int:
 
 def _print_result(result: Any) -> None:
     if result.seconds is None:
-        print(f"{result.name:<9} already done for the same inputs", flush=True)
+        note = f"; {result.note}" if result.note else ""
+        print(f"{result.name:<9} already done for the same inputs{note}", flush=True)
     else:
         print(f"{result.name:<9} done in {duration(result.seconds)}", flush=True)
 

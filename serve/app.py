@@ -67,11 +67,12 @@ def app(args: AppArgs) -> Application:
         raise click.ClickException(str(error)) from error
 
 
-def build(bundle: str | Path) -> Application:
-    """Of a bundle's folder or URL; raises BundleMismatch, ModelError, RecipeError."""
+def build(bundle: str | Path, may_ask: tuple[keys.Key, ...] | None = None) -> Application:
+    """Of a bundle's folder or URL; may_ask: the keys, in place of those that the recipe and the
+    environment name. Raises BundleMismatch, ModelError, RecipeError."""
     loaded = loading.load(bundle)
     settings = loaded.recipe
-    spec = IngressSpec(loaded=loaded, keys=_keys(settings))
+    spec = IngressSpec(loaded=loaded, keys=_keys(settings) if may_ask is None else may_ask)
     question = loading.question(loaded)
     teacher = _teacher(settings, question, loaded.bundle.columns).bind(
         settings.teacher,

@@ -18,6 +18,7 @@ from ray import serve
 from ray.serve.config import ProxyLocation
 from ray.serve.schema import DeploymentStatus
 
+from journeyman.cascade.keys import Key
 from journeyman.errors import ClusterError
 from serve.app import build
 from serve.loading import here, recipe_of
@@ -30,13 +31,19 @@ _STOP_TIMEOUT_S = 30.0  # Serve's own
 
 
 @contextlib.contextmanager
-def running(bundle: str | Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+def running(
+    bundle: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    may_ask: tuple[Key, ...] | None = None,
+) -> Iterator[str]:
     """Serve a bundle; yields the base URL once the cascade is ready, and shuts Serve down.
 
-    port: 0 takes a free one. Raises ClusterError: the port is taken, Serve runs there already, or
-    the cascade does not get ready in time; BundleMismatch, ModelError, RecipeError as ``build``.
+    port: 0 takes a free one; may_ask: as ``build``. Raises ClusterError: the port is taken, Serve
+    runs there already, or the cascade does not get ready in time; BundleMismatch, ModelError,
+    RecipeError as ``build``.
     """
-    application = build(bundle)
+    application = build(bundle, may_ask)
     timeout_s = recipe_of(here(bundle)).teacher.start_timeout_s + _EXTRA_START_S
     port = port or free_port(host)
     check_port(host, port)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from journeyman import cluster, corpus, files, models, traffic
+from journeyman.cascade import keys
 from journeyman.certify import bundle_recipe
 from journeyman.errors import DataError, JourneymanError, RecipeError
 from journeyman.folder import Folder
@@ -322,9 +323,11 @@ class Run(RunFolder):
         bundle_folder = self.mirror("certify").url or self.path("certify")
         with LiveLine() as line:
             line.show("measure   starting the cascade")
-            with cluster.serve_module("running").running(bundle_folder) as base_url:
+            running, key = cluster.serve_module("running").running, keys.new_key()
+            with running(bundle_folder, may_ask=keys.alone(key)) as base_url:
                 measured = traffic.send(
                     base_url,
+                    key,
                     [self._request(row) for row in rows.columns[:_SENT]],
                     _COMPARED,
                     lambda text: line.show(f"measure   {text}"),

@@ -52,21 +52,22 @@ Row = str | dict[str, str]  # a text, or an object of the columns that the bundl
 
 
 def send(
-    base_url: str, texts: Sequence[Row], compared: int, on_progress: Callable[[str], None]
+    base_url: str, key: str, texts: Sequence[Row], compared: int, on_progress: Callable[[str], None]
 ) -> Traffic:
     """Send every text to the cascade, and the first ``compared`` to student and teacher alone.
 
-    Raises ClusterError if a request is not answered.
+    key: the API key. Raises ClusterError if a request is not answered.
     """
-    return asyncio.run(_send(base_url, list(texts), compared, on_progress))
+    return asyncio.run(_send(base_url, key, list(texts), compared, on_progress))
 
 
 async def _send(
-    base_url: str, texts: list[Row], compared: int, on_progress: Callable[[str], None]
+    base_url: str, key: str, texts: list[Row], compared: int, on_progress: Callable[[str], None]
 ) -> Traffic:
     import httpx
 
-    async with httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT_S) as client:
+    headers = {"Authorization": f"Bearer {key}"}
+    async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=_TIMEOUT_S) as client:
         on_progress("the teacher alone")
         same = texts[:compared]
         await _teachers_rows_per_s(client, same[:_BATCH_ROWS])  # warms it up

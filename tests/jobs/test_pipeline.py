@@ -15,6 +15,7 @@ import pytest
 import ray
 
 from journeyman import corpus, steps, summary
+from journeyman.cascade import keys
 from journeyman.errors import DataError
 from journeyman.labels import dataset
 from journeyman.labels.store import LabelStore
@@ -99,7 +100,12 @@ def test_labels_of_another_prompt_are_refused_with_the_difference(small_run: ste
     assert small_run.execute("label").seconds is None
 
 
-def test_the_cascade_answers_over_http_as_certified_and_the_report_shows_it(small_run: steps.Run):
+def test_the_cascade_answers_over_http_as_certified_and_the_report_shows_it(
+    small_run: steps.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Measuring has a key of its own, which the limits of others are not for."""
+    (tmp_path / "keys").write_text(keys.line_of("shop", keys.new_key(), per_minute=1))
+    monkeypatch.setenv("JOURNEYMAN_API_KEYS", str(tmp_path / "keys"))
     served = small_run.execute("measure").manifest
     assert served["hardware"]["cpus"] == ray.cluster_resources()["CPU"]
     data = summary.report_data(small_run)

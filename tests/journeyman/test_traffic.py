@@ -13,6 +13,7 @@ import pytest
 from journeyman import traffic
 from journeyman.errors import ClusterError
 
+KEY = "jm-only-this-one"
 TEXTS = [f"text {i}" for i in range(40)]
 
 
@@ -27,6 +28,7 @@ class Cascade(BaseHTTPRequestHandler):
         who, given = body.get("model", "cascade"), body["input"]
         n_rows = len(given) if isinstance(given, list) else 1
         self.asked.append((who, n_rows))
+        assert self.headers["Authorization"] == f"Bearer {KEY}"
         late = who == "teacher" and n_rows > self.in_time
         answer = (
             {"error": {"code": "deadline_passed"}}
@@ -58,7 +60,7 @@ def serving(in_time: int) -> Iterator[tuple[str, list[tuple[str, int]]]]:
 @pytest.mark.parametrize(("in_time", "batch"), [(1000, 32), (10, 8), (1, 1)])
 def test_a_teacher_too_slow_for_large_requests_is_measured_in_smaller_ones(in_time, batch):
     with serving(in_time) as (url, asked):
-        found = traffic.send(url, TEXTS, 36, lambda _: None)
+        found = traffic.send(url, KEY, TEXTS, 36, lambda _: None)
     assert max(n for who, n in asked if who == "teacher" and n <= in_time) == batch
     student = [n for who, n in asked if who == "student"][2:]  # behind the pass that warms it up
     assert max(student) == batch and sum(student) == 5 * 36
@@ -70,4 +72,4 @@ def test_a_teacher_too_slow_for_one_row_is_said():
         serving(0) as (url, _),
         pytest.raises(ClusterError, match=rf"{url}/v1/classify answered 504: .*deadline_passed"),
     ):
-        traffic.send(url, TEXTS, 36, lambda _: None)
+        traffic.send(url, KEY, TEXTS, 36, lambda _: None)

@@ -8,12 +8,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.serve import Application
 
+from journeyman.cascade import keys
 from journeyman.certify.bundle import load
 from journeyman.errors import BundleMismatch
 from serve import loading
@@ -108,6 +110,26 @@ def test_a_bundle_without_its_recipe_is_refused(copied: Path):
     (copied / "bundle" / "recipe.json").unlink()
     with pytest.raises(BundleMismatch, match=r"recipe\.json: missing or damaged"):
         build(copied / "bundle")
+
+
+def test_who_measures_alone_may_ask_and_without_a_limit(
+    run: tiny.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "keys").write_text(keys.line_of("shop", keys.new_key(), per_minute=1))
+    monkeypatch.setenv("JOURNEYMAN_API_KEYS", str(tmp_path / "keys"))
+    key = keys.new_key()
+
+    def allowed(application: Application) -> list[str]:
+        [spec, *_] = application._bound_deployment.init_args
+        return [one.name for one in spec.keys]
+
+    assert allowed(build(run.bundle_dir)) == ["shop"]
+    own = keys.alone(key)
+    assert allowed(build(run.bundle_dir, own)) == [own[0].name]
+    ring = keys.Keyring(own, time.monotonic)
+    found = ring.find(key)
+    assert found and all(ring.wait_s(found) == 0 for _ in range(10_000))
+    assert found.dollars_per_day is None and ring.find(keys.new_key()) is None
 
 
 def test_a_replica_that_goes_has_time_for_the_longest_request(run: tiny.Run):

@@ -47,6 +47,11 @@ def line_of(
     return f"{name} sha256:{hashlib.sha256(key.encode()).hexdigest()}{limit}"
 
 
+def alone(key: str) -> tuple[Key, ...]:
+    """Who has this key may ask, without a limit, and nobody else."""
+    return (Key(name="alone", sha256=hashlib.sha256(key.encode()).hexdigest(), per_minute=None),)
+
+
 def read(path: Path) -> tuple[Key, ...]:
     """Raises RecipeError, which never quotes a line: someone may have put a key itself there."""
     try:

@@ -14,7 +14,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from journeyman import cli, recipe
 from journeyman.certify import bundle as bundles
+from journeyman.certify.bundle import PolicyBundle
 from journeyman.certify.certificate import certify_system_agreement
+from journeyman.certify.step import write_down
 from journeyman.cli import rollout
 from journeyman.errors import ClusterError, DataError, RecipeError
 from journeyman.run_folder import RunFolder
@@ -27,9 +29,13 @@ from tests.journeyman.certify.test_bundle import DIFFERS, SCORES, a_bundle
 def run(tmp_path: Path) -> RunFolder:
     """Of the second student, whose bundle is certified; the first one's lies beside it."""
     settings = recipe.load(DEMO, [f"output={tmp_path}", "name=loop-feedback"])
-    bundles.save(a_bundle(), tmp_path / "loop" / "bundle")
-    bundles.save(a_bundle(student_digest="n" * 32), tmp_path / "loop-feedback" / "bundle")
+    certified(a_bundle(), settings, tmp_path / "loop" / "bundle")
+    certified(a_bundle(student_digest="n" * 32), settings, tmp_path / "loop-feedback" / "bundle")
     return RunFolder(settings)
+
+
+def certified(bundle: PolicyBundle, settings: recipe.Recipe, folder: Path) -> None:
+    write_down(bundle, settings, folder, inputs="i", started=0.0)
 
 
 def deployed(run: RunFolder, bundle: Path | None = None) -> Path:
@@ -77,7 +83,7 @@ def test_a_bundle_on_the_cluster_alone_is_taken_on_trust_where_its_config_is_nam
 
 def test_another_recipes_cascade_is_left_alone(run: RunFolder, capsys, monkeypatch):
     other = run.directory.parent / "other"
-    bundles.save(a_bundle(prompt_digest="another"), other)
+    certified(a_bundle(prompt_digest="another"), run.recipe, other)
     with pytest.raises(DataError, match="same teacher, prompt and labels"):
         rollout.end(asked(deployed(run, other)), run)
     monkeypatch.chdir(run.directory.parent)  # where the usual config is the other's, too
@@ -86,6 +92,16 @@ def test_another_recipes_cascade_is_left_alone(run: RunFolder, capsys, monkeypat
     rollout.end(asked(), run)
     assert "--shadow FILE" in capsys.readouterr().out
     assert not (run.directory / "shadow.yaml").exists()
+
+
+def test_a_cascade_whose_teacher_runs_in_another_way_is_left_alone(run: RunFolder):
+    config = deployed(run)
+    first = run.directory.parent / "loop" / "bundle"
+    certified(a_bundle(), recipe.load(DEMO, ["teacher.dtype=bfloat16"]), first)
+    with pytest.raises(DataError, match="same teacher, prompt and labels"):
+        rollout.end(asked(config), run)
+    certified(a_bundle(), recipe.load(DEMO, ["teacher.max_num_seqs=3"]), first)
+    rollout.end(asked(config), run)
 
 
 def test_a_run_that_would_write_over_the_bundle_that_answers_is_refused(run: RunFolder):

@@ -92,13 +92,15 @@ def _write(config: Path, run: RunFolder, new: Bundle, *, is_named: bool) -> tupl
     """
     from journeyman.cascade import fitting, rollout
     from journeyman.certify import bundle as bundles
+    from journeyman.certify.bundle_recipe import recipe_of
 
     def fits(present: str) -> bool:
         try:
-            there = bundles.load_any(present)
-        except BundleMismatch:  # only the cluster has it, and refuses by itself what does not fit
+            there, by = bundles.load_any(present), recipe_of(Path(present))
+        except (BundleMismatch, RecipeError):  # the cluster refuses by itself what does not fit
             return is_named
-        return not fitting.differing(there, new)
+        asked = recipe_of(run.path("certify"))
+        return not (fitting.differing(there, new) or fitting.asked_otherwise(by, asked))
 
     content = _read(config)
     try:

@@ -94,6 +94,12 @@ def build(
                     counts["aligned"] += int((fitted.aligned >= 0).sum())
                 yield fitted
 
+        if split == "calibrate" and gold and isinstance(labels, Generate | Rationales):
+            # Before calibrate: what is there when a run goes on says that these are, too.
+            of_gold = _of_gold(labels, make, tokenizer, None if as_text or teacher else codec)
+            right = _rows(labels_dir, corpus_dir, split, of_gold)
+            whole = (row for row in right if row and len(row.tokens) - row.first < max_length)
+            token_dataset.write(folder / GOLD, (_fitted(row, max_length) for row in whole), None)
         counts[split] = token_dataset.write(folder / split, fitting(), codec)
         if not counts[split]:
             raise no_rows(split)
@@ -103,10 +109,6 @@ def build(
                 "its tokenizer changes the text (to lower case, say); take another student, or "
                 "labels.kind: generate without training.divergence: uld, which is learned as text."
             )
-    if gold and "calibrate" in splits and isinstance(labels, Generate | Rationales):
-        of_gold = _rows(labels_dir, corpus_dir, "calibrate", _of_gold(labels, tokenizer))
-        whole = (row for row in of_gold if row and len(row.tokens) - row.first < max_length)
-        token_dataset.write(folder / GOLD, (_fitted(row, max_length) for row in whole), None)
     return counts
 
 
@@ -306,26 +308,57 @@ def _of_rationales(labels: Rationales, encoder: Encoder, reasonings: bool) -> Ro
     return make
 
 
-def _of_gold(labels: Generate | Rationales, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """What would be right behind the prompt that the student is asked for its answer with: the
-    teacher's answer where it is (the form that is learned: "1,000", say), else the gold one."""
+def _of_gold(
+    labels: Generate | Rationales,
+    learned: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    codec: Codec | None,
+) -> Rows:
+    """What would be right behind the prompt that the student is asked for its answer with: what is
+    learned where the teacher's answer is right ("1,000", say), else the gold one in its form.
+
+    codec: of the teacher's tokens, where those are learned.
+    """
     encoder = Encoder(tokenizer, max_tokens=2**31, overflow="truncate_left")
-    if isinstance(labels, Rationales):
-        labels = labels.model_copy(update={"prompt": ANSWER + labels.prompt})
-    asked = prompting(labels)
 
     def make(row: dict[str, Any], columns: dict[str, Any]) -> Sequence[TokenRow]:
         gold = row["gold"]
-        if gold is None:
+        answer = None if gold is None else learned(row, columns)[0]
+        if answer is None:
             return []
-        said = row["answer" if isinstance(labels, Rationales) else "output"]
         if isinstance(labels, Rationales):
-            gold = labels.classes.get(gold, gold)
-        right = said if quality.same_answer(said, row["gold"], labels) else gold
-        rendered = asked.render(columns, tokenizer=tokenizer)
-        return [_text(row, encoder, rendered, right, ends=True)]
+            same = quality.same_answer(row["answer"], gold, labels)
+            after = [*encoder.raw([(labels.classes.get(gold, gold), True)]), *_end(tokenizer)]
+        else:
+            same = quality.same_answer(row["output"], gold, labels)
+            after = _in_form(row, gold.strip(), encoder, codec, labels.max_tokens)
+        if same:
+            return [dataclasses.replace(answer, payload=None, n_encoded=0, aligned=None)]
+        tokens = np.asarray([*answer.tokens[: answer.first], *after], np.int32)
+        return [TokenRow(id=row["id"], tokens=tokens, first=answer.first)]
 
     return make
+
+
+def _in_form(
+    row: dict[str, Any], gold: str, encoder: Encoder, codec: Codec | None, max_tokens: int
+) -> list[int]:
+    """Gold between the blanks of the teacher's answer, and with its end: a stop string, or the
+    token that ends its turn. Where it was cut off, the tokenizer's own, if there is room for it."""
+    said, tokenizer = row["output"], encoder.tokenizer
+    core = said.strip()
+    before = said[: said.find(core)]
+    if not _ended(row):
+        after = encoder.raw([(before + gold, True)])
+        return after if len(after) >= max_tokens else [*after, *_end(tokenizer)]
+    ids = [] if codec is None else codec.unpack_ids(row["token_ids"]).tolist()
+    n = len(ids)
+    while n and not tokenizer.decode(ids[n - 1 : n], skip_special_tokens=True):
+        n -= 1
+    whole = said if codec is None else tokenizer.decode(ids[:n], skip_special_tokens=True)
+    behind = whole[whole.find(core) + len(core) :] if core in whole else ""
+    end = ids[n:] or ([] if codec and behind else _end(tokenizer))
+    return [*encoder.raw([(before + gold + behind, True)]), *end]
 
 
 def _ended(row: dict[str, Any]) -> bool:
@@ -338,10 +371,15 @@ def _text(
 ) -> TokenRow:
     """Prompt and answer in the student's tokens; and the one that ends a text, where it ends."""
     before = encoder.raw(prompt.segments, begin=prompt.messages is None)
-    end = encoder.tokenizer.eos_token_id
-    after = encoder.raw([(answer, True)]) + ([end] if ends and end is not None else [])
+    after = encoder.raw([(answer, True)]) + (_end(encoder.tokenizer) if ends else [])
     tokens = np.asarray([*before, *after], np.int32)
     return TokenRow(id=row["id"], tokens=tokens, first=max(1, len(before)))
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that ends a text, where the tokenizer has one."""
+    end = tokenizer.eos_token_id
+    return [] if end is None else [end]
 
 
 def _fitted(row: TokenRow, max_length: int) -> TokenRow:

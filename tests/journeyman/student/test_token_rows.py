@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -322,3 +323,94 @@ def test_a_student_is_exported_with_the_chat_template_that_it_was_trained_with(
     assert exported.eos_token == "w44"
     ends = GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id
     assert ends == [tokenizer.convert_tokens_to_ids("w44"), 1]
+
+
+def gold_rows(
+    run: Path, tokenizer: Any, rows: Sequence[tuple[dict[str, Any], str]], **labels: Any
+) -> tuple[list[list[int]], list[list[int]]]:
+    """What is learned of each calibrate row (what was said, gold), and what would be right."""
+    settings = made.settings("generate", prompt="the {{ text }}", **labels)
+    shard = [(made.row("w0"), said(rows[0][0]))]
+    shard += [
+        (made.row(f"w{i}", "calibrate", gold), said(answer))
+        for i, (answer, gold) in enumerate(rows)
+    ]
+    made.write_dataset(run, settings, [shard], codec=made.TOP3)
+    token_rows.build(run / "labels", run / "corpus", settings, tokenizer, 64, run / "rows",
+                     as_text=False)  # fmt: skip
+    learned, right = (TokenDataset(run / "rows" / s) for s in ("calibrate", token_rows.GOLD))
+    assert learned.ids == right.ids
+    return tuple(
+        [found.batch(np.array([i])).targets.tolist() for i in range(len(found))]
+        for found in (learned, right)
+    )
+
+
+def said(answer: dict[str, Any]) -> Any:
+    """Behind a prompt of two tokens."""
+    n_tokens = len(answer["token_ids"])
+    return made.generated(**{"probabilities": made.distributions(n_tokens), "n_prompt_tokens": 2}
+                          | answer)  # fmt: skip
+
+
+def test_a_right_answer_ends_with_the_stop_string_that_the_teachers_ended_with(
+    tiny_llama: Model, tmp_path: Path
+) -> None:
+    """Which is learned, in place of the tokenizer's own end."""
+    w5, w6, stop = 8, 9, 48
+    answer = {"output": "w5", "token_ids": [w5, stop]}
+    learned, right = gold_rows(
+        tmp_path, load_tokenizer(tiny_llama.path), [(answer, "w5"), (answer, " w6")], stop=["is"]
+    )
+    assert learned == [[w5, stop], [w5, stop]] and right == [[w5, stop], [w6, stop]]
+
+
+def test_a_right_answer_ends_with_the_token_that_ends_the_teachers_turn(
+    tiny_llama: Model, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama.path)
+    w5, w6, turn = 8, 9, 47
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w44"]})
+    assert tokenizer.convert_tokens_to_ids("w44") == turn
+    answer = {"output": "w5", "token_ids": [w5, turn]}
+    learned, right = gold_rows(tmp_path, tokenizer, [(answer, "w5"), (answer, "w6")])
+    assert learned == [[w5, turn], [w5, turn]] and right == [[w5, turn], [w6, turn]]
+
+
+def test_a_right_answer_has_the_tokenizers_end_where_the_teachers_was_cut_off(
+    tiny_llama: Model, tmp_path: Path
+) -> None:
+    """And none where there is no room for it: answers of one token, say."""
+    cut = {"output": "w5 w6", "token_ids": [8, 9], "finish_reason": "length"}
+    _, right = gold_rows(
+        tmp_path, load_tokenizer(tiny_llama.path),
+        [(cut, "w5 w6"), (cut, "w7"), (cut, "w7 w8")], max_tokens=2,
+    )  # fmt: skip
+    assert right == [[8, 9], [10, 1], [10, 11]]
+
+
+def test_a_kill_while_right_answers_are_written_loses_none(
+    tiny_llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are there are not written again: right answers must be there before them."""
+    asked = make_causal_recipe().model_dump(mode="json")
+    asked["labels"] = {"kind": "generate", "prompt": "the {{ text }}", "k": 3}
+    settings = recipe.parse(asked)
+    answer = said({"output": "w5", "token_ids": [8, 1]})
+    shard = [(made.row("w1"), answer), (made.row("w2", "calibrate", "w5"), answer)]
+    made.write_dataset(tmp_path, settings.labels, [shard], codec=made.TOP3,
+                       teacher=tiny_llama.identity)  # fmt: skip
+    given = (settings, tmp_path / "labels", tmp_path / "corpus", tiny_llama, tiny_llama,
+             tmp_path / "rows")  # fmt: skip
+    write = token_dataset.write
+
+    def dying(folder: Path, *more: Any) -> int:
+        if folder.name == token_rows.GOLD:
+            raise KeyboardInterrupt
+        return write(folder, *more)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(token_dataset, "write", dying)
+        step.write_rows(*given)
+    step.write_rows(*given)
+    assert TokenDataset(tmp_path / "rows" / token_rows.GOLD).ids == [shard[1][0]["id"]]

@@ -90,7 +90,7 @@ def load_tokenizer(folder: Path, max_length: int | None = None) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: its tokenizer cannot be read ({error}).") from error
     if max_length is not None:
-        tokenizer.model_max_length = min(max_length, tokenizer.model_max_length)
+        tokenizer.model_max_length = max_length
     return tokenizer
 
 
@@ -184,7 +184,7 @@ class Classifier:
         import torch
 
         rows = tokenise(self._tokenizer, texts, self._tokenizer.model_max_length)
-        pad_id = self._tokenizer.pad_token_id
+        pad_id = self._tokenizer.pad_token_id or 0  # as ``Classifying`` pads
         with torch.inference_mode():
             return logits_of(self.model, rows, pad_id=pad_id, batch_size=batch_size)
 

@@ -1,12 +1,20 @@
-"""What a student's model is checked for before it trains."""
+"""What a student's model is checked for before it trains, and that it answers as it did there."""
 
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from transformers import BertConfig, GPT2Config, RobertaConfig, T5Config
+import torch
+from transformers import AutoTokenizer, BertConfig, GPT2Config, RobertaConfig, T5Config
 
 from journeyman.errors import ModelError
-from journeyman.student.models import check_positions
+from journeyman.models import Model
+from journeyman.student.classifying import Classifying
+from journeyman.student.models import Classifier, check_positions
+
+from .conftest import make_recipe, make_rows
 
 FOLDER = Path("student")
 
@@ -27,3 +35,46 @@ def test_inputs_longer_than_a_students_positions_are_refused(config: object, mos
 
 def test_a_model_without_positions_reads_any_length():
     check_positions(T5Config(), 100_000, FOLDER)
+
+
+def exported(folder: Path, out: Path) -> Classifier:
+    """A classifier before its first step, of this model, for inputs of 16 tokens."""
+    recipe = make_recipe()
+    student = Classifying(
+        None, torch.device("cpu"), model_dir=folder, student=recipe.learner(),
+        training=recipe.training, read_rows=lambda: [make_rows(4, 2)],
+    )  # fmt: skip
+    student.export(out)
+    return Classifier.load(out)
+
+
+def test_a_student_is_asked_with_as_many_tokens_as_it_was_trained_with(
+    tiny_encoder: Model, tmp_path: Path
+) -> None:
+    """Also where its tokenizer names fewer, as one does that was a student before."""
+    shutil.copytree(tiny_encoder.path, tmp_path / "before")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder.path)
+    tokenizer.model_max_length = 6
+    tokenizer.save_pretrained(tmp_path / "before")
+    student = exported(tmp_path / "before", tmp_path / "student")
+    begun = "please how do i my the a"  # seven words
+    ends = [f"{begun} money", f"{begun} soup", f"{begun} {'money ' * 8} soup"]
+    first, second, cut = student.logits(ends)
+    assert not np.allclose(first, second)
+    whole = student.logits([f"{begun} {'money ' * 7}"])[0]
+    np.testing.assert_allclose(cut, whole, atol=1e-7)
+
+
+def test_a_decoder_without_a_padding_token_answers(tiny_llama: Model, tmp_path: Path) -> None:
+    """As it does text by text."""
+    shutil.copytree(tiny_llama.path, tmp_path / "decoder")
+    for name in ("config.json", "tokenizer_config.json"):
+        path = tmp_path / "decoder" / name
+        values = json.loads(path.read_text())
+        values.pop("pad_token_id" if name == "config.json" else "pad_token")
+        path.write_text(json.dumps(values))
+    assert AutoTokenizer.from_pretrained(tmp_path / "decoder").pad_token_id is None
+    student = exported(tmp_path / "decoder", tmp_path / "student")
+    texts = ["w1", "w2 w3 w4 w5", "w6 w7"]
+    alone = np.concatenate([student.logits([text]) for text in texts])
+    np.testing.assert_allclose(student.logits(texts), alone, atol=1e-5)

@@ -62,11 +62,12 @@ def _other_tokens(recipe: Recipe, parent: Model, teacher: Model) -> str:
 
 def check_vocabulary(recipe: Recipe, parent: Model, teacher: Model) -> None:
     """Raises RecipeError where the recipe asks for what is only possible with a student whose
-    tokens are the teacher's, and they are not."""
+    tokens are the teacher's, and they are not; or for chats with one that has no template."""
     training, model = recipe.training, recipe.learner().model
     other = _other_tokens(recipe, parent, teacher)
     if training.on_policy:
         _check_same_prompts(recipe, parent, teacher, other)
+    _check_chat(recipe, parent, other)
     if not other or training.divergence == "uld":
         return
     if isinstance(recipe.labels, Logits):
@@ -89,6 +90,28 @@ def check_vocabulary(recipe: Recipe, parent: Model, teacher: Model) -> None:
             "learns the answers as text, by cross-entropy alone, and "
             f"training.{min(by_text)} would change nothing; {unread.LEAVE_OUT}."
         )
+
+
+def _check_chat(recipe: Recipe, parent: Model, other: str) -> None:
+    """In its own tokens the student reads its prompts by its own template."""
+    from journeyman.student.models import load_tokenizer
+
+    asks = recipe.learner().kind == "causal" and getattr(recipe.labels, "chat", False)
+    if not asks or not _in_own_tokens(recipe, other):
+        return
+    if load_tokenizer(parent.path).chat_template is None:
+        raise RecipeError(
+            f"student.model: {recipe.learner().model} has no chat template, and with labels.chat "
+            "it reads its prompts by its own; take one that has (an instruct model, as a rule), or "
+            "set labels.chat: false and write the turns into labels.prompt."
+        )
+
+
+def _in_own_tokens(recipe: Recipe, other: str) -> bool:
+    """Whether the student learns in its own tokens. other: as of ``_other_tokens``."""
+    if not isinstance(recipe.labels, Logits | Generate):
+        return True
+    return bool(other) or recipe.training.divergence == "uld"
 
 
 def _check_same_prompts(recipe: Recipe, parent: Model, teacher: Model, other: str) -> None:
@@ -234,8 +257,8 @@ def write_rows(
         return
     other = _other_tokens(recipe, parent, teacher)
     aligns = recipe.training.divergence == "uld"
-    as_text = not isinstance(recipe.labels, Logits | Generate) or (bool(other) and not aligns)
-    own_tokens = as_text or aligns
+    own_tokens = _in_own_tokens(recipe, other)
+    as_text = own_tokens and not aligns
     _check_labels(labels, recipe, None if as_text else teacher)
     tokenizer = load_tokenizer(parent.path if own_tokens else teacher.path)
     tokenizer.save_pretrained(rows_dir / token_rows.TOKENIZER)  # the student's from now on

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +35,8 @@ def settings(
         mode="json"
     )
     values["training"] |= training
-    asked = {"kind": kind, "k": 3, **({"prompt": "{{ text }}"} if kind == "generate" else {})}
+    asked: dict[str, object] = {"kind": kind} | ({} if kind == "rationales" else {"k": 3})
+    asked |= {} if kind == "logits" else {"prompt": "{{ text }}"}
     return recipe.parse(values | {"labels": asked | (labels or {})})
 
 
@@ -162,6 +165,34 @@ def test_token_by_token_is_refused_with_the_reason(
     step.check_vocabulary(settings(kind, **training), tiny_llama, tiny_llama)
     uld = settings(kind, divergence="uld", cross_entropy=0.3)
     step.check_vocabulary(uld, bytes_llama, tiny_llama)
+
+
+@pytest.mark.parametrize(
+    ("kind", "training"),
+    [
+        ("generate", {}),
+        ("generate", {"divergence": "uld", "cross_entropy": 0.3}),
+        ("rationales", {}),
+    ],
+)
+def test_chats_with_a_student_that_has_no_template_are_refused_before_labels_are_paid_for(
+    kind: str, training: dict[str, object], tiny_llama: Model, bytes_llama: Model, tmp_path: Path
+) -> None:  # fmt: skip
+    plain, chat = settings(kind, **training), settings(kind, {"chat": True}, **training)
+    step.check_vocabulary(plain, bytes_llama, tiny_llama)
+    with pytest.raises(RecipeError, match=r"student\.model: test/tiny-bytes has no chat template"):
+        step.check_vocabulary(chat, bytes_llama, tiny_llama)
+    tokenizer = load_tokenizer(bytes_llama.path)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    shutil.copytree(bytes_llama.path, tmp_path / "instruct")
+    tokenizer.save_pretrained(tmp_path / "instruct")
+    instruct = dataclasses.replace(bytes_llama, path=tmp_path / "instruct")
+    step.check_vocabulary(chat, instruct, tiny_llama)
+
+
+def test_a_student_of_the_teachers_tokens_needs_no_template_of_its_own(tiny_llama: Model) -> None:
+    chat = settings(labels={"chat": True})
+    step.check_vocabulary(chat, tiny_llama, tiny_llama)
 
 
 def test_a_student_that_was_trained_before_a_setting_was_refused_is_exported(

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import platform
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from journeyman.errors import ModelError
 from journeyman.recipe import Teacher
 
 _PACKAGE = "package://"
+_CARD = "README.md"  # which says under what licence the weights are
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZER = (
     "tokenizer.json",
@@ -218,7 +220,7 @@ def _from_hub(reference: str, revision: str | None, *, dry_run: bool = False) ->
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", _CARD]
     try:
         return snapshot_download(
             reference, revision=revision, allow_patterns=patterns, dry_run=dry_run
@@ -259,6 +261,8 @@ def _dequantised(gguf: Path, cache: Path) -> Path:
             raise ModelError(f"{gguf}: transformers cannot read this GGUF file: {error}") from error
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
+        if (gguf.parent / _CARD).is_file():
+            shutil.copyfile(gguf.parent / _CARD, fresh / _CARD)
     return folder
 
 

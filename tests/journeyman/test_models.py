@@ -1,4 +1,5 @@
 import dataclasses
+import fnmatch
 import json
 import os
 from collections.abc import Callable
@@ -82,6 +83,19 @@ def test_a_hub_model_that_cannot_be_fetched_says_how_to(monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"hf download nobody/nothing"):
         models.resolve("nobody/nothing")
+
+
+def test_a_hub_models_card_comes_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """It says under what licence the weights are."""
+    asked: list[str] = []
+
+    def download(reference: str, *, allow_patterns: list[str], **_: object) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert models.resolve("somebody/something").path == folder
+    assert any(fnmatch.fnmatch("README.md", pattern) for pattern in asked)
 
 
 @pytest.mark.parametrize("find", [models.resolve, models.look])

@@ -50,7 +50,26 @@ def write(
         )
         shutil.copyfile(curve, fresh / "training.jsonl")
         write_json(fresh / "journeyman.json", _record(best, state, origin))
-        write_bytes(fresh / "README.md", _card(best, state, origin).encode())
+        write_card(fresh, best, state, origin)
+
+
+def write_card(
+    folder: Path, best: Evaluation, state: State, origin: Provenance, rounds: Sequence[State] = ()
+) -> None:
+    """rounds: on-policy ones, behind the training that ``state`` is of; best is of the last one."""
+    write_bytes(folder / "README.md", _card(best, state, origin, rounds).encode())
+
+
+def state_of(record: Mapping[str, Any]) -> State:
+    """A training's end, from the student's own record (``journeyman.json``)."""
+    return State(
+        step=record["steps"],
+        total_steps=record["planned_steps"],
+        seconds=record["seconds"],
+        n_rows=record["rows"],
+        evaluations=(),
+        stopped_early=record["stopped_early"],
+    )
 
 
 def _copy(source: str, target: str, where: Path) -> None:
@@ -82,8 +101,9 @@ def _record(best: Evaluation, state: State, origin: Provenance) -> dict[str, obj
     }
 
 
-def _card(best: Evaluation, state: State, origin: Provenance) -> str:
+def _card(best: Evaluation, state: State, origin: Provenance, rounds: Sequence[State] = ()) -> str:
     recipe = origin.recipe
+    last, seconds = [state, *rounds][-1], sum(one.seconds for one in (state, *rounds))
     classifies = recipe.learner().kind == "classifier"
     what = _classifier(recipe) if classifies else _causal(recipe, best)
     return f"""{_header(recipe, origin.parent)}
@@ -95,12 +115,13 @@ def _card(best: Evaluation, state: State, origin: Provenance) -> str:
 - Teacher: `{recipe.teacher.model}`, {what.labels}.
 - Weights it started from: `{origin.parent.reference}` (SHA-256 `{origin.parent.weights_digest}`).
 - {state.n_rows} train rows, {recipe.training.epochs} epochs{_stopped(state)}, batches of
-  {recipe.training.batch_size}, {what.loss}; {state.seconds:.0f} s on {origin.world_size}
+  {recipe.training.batch_size}, {what.loss}; {seconds:.0f} s on {origin.world_size}
   worker(s). Texts are cut at {recipe.learner().max_length} tokens.
-
+{_rounds(recipe, rounds)}
 ## How good it is
 
-After {best.step} of {state.total_steps} steps (epoch {best.epoch}), on {best.n_rows} held-out rows
+After {best.step} of {last.total_steps} steps{" of the last round" * bool(rounds)} (epoch \
+{best.epoch}), on {best.n_rows} held-out rows
 (the split `calibrate`; the checkpoint was picked on these rows, so a little optimistic):
 
 | | |
@@ -171,6 +192,9 @@ def _causal(recipe: Recipe, best: Evaluation) -> _Words:
         if best.against == "draws":
             learned = f"`{training.divergence}` by true draws"
         codec = f", distributions in codec `{labels.codec}`"
+        if share := training.cross_entropy:
+            of_text = "cross-entropy on the text's own tokens"
+            learned = of_text if share == 1 else f"{learned},\n  {share:g} of the loss {of_text}"
     return _Words(
         title="a distilled language model",
         use=f"""A small language model that writes like a large one. Made by Journeyman
@@ -185,6 +209,17 @@ write = pipeline("text-generation", model="PATH_OF_THIS_FOLDER")
         labels=f"labels of kind `{labels.kind}`{codec}",
         loss=f"learning rate {training.learning_rate:g},\n  {learned}",
         warning="fluent text is not true text",
+    )
+
+
+def _rounds(recipe: Recipe, rounds: Sequence[State]) -> str:
+    settings = recipe.training.on_policy
+    if settings is None or not rounds:
+        return ""
+    rows = ", ".join(str(one.n_rows) for one in rounds)
+    return (
+        f"- Then {len(rounds)} on-policy round(s) on answers of its own, whose tokens the teacher\n"
+        f"  scored: {rows} rows, `{settings.divergence}`. The seconds are of all of it.\n"
     )
 
 

@@ -25,7 +25,8 @@ from journeyman.labels import dataset, pipeline
 from journeyman.labels.store import LabelStore
 from journeyman.models import Model
 from journeyman.recipe import Generate, Logits, OnPolicy, Recipe, Training, digest
-from journeyman.student import loop, round_corpus, step, writing
+from journeyman.student import export, loop, round_corpus, step, writing
+from journeyman.student.checkpoints import Evaluation
 
 _RECORD = "journeyman.json"
 
@@ -246,16 +247,31 @@ def _take(
     recipe: Recipe,
     parent: Model,
 ) -> None:
-    """The last round's student as the run's own, with what the rounds before it came to."""
+    """The last round's student as the run's own, with what all of them learned and took."""
+    trained = [export.state_of(record) for record in records]
     record = records[-1] | {
         "inputs": inputs,
         "recipe": recipe.hash,
         "labels": records[0]["labels"],  # the teacher's own answers
         "parent": parent.identity,
-        "seconds": round(sum(r["seconds"] for r in records), 3),
+        "rows": sum(one.n_rows for one in trained),
+        "steps": sum(one.step for one in trained),
+        "planned_steps": sum(one.total_steps for one in trained),
+        "stopped_early": any(one.stopped_early for one in trained),
+        "seconds": round(sum(one.seconds for one in trained), 3),
         "on_policy": [{"labels": r["labels"], "rows": r["rows"], "best": r["best"]}
                       for r in records],
     }  # fmt: skip
+    origin = export.Provenance(
+        recipe=recipe,
+        parent=parent,
+        inputs=inputs,
+        labels_digest=record["labels"],
+        world_size=record["world_size"],
+        hardware=record["hardware"],
+    )
     with files.replaced_directory(out_dir) as fresh:
         shutil.copytree(last, fresh, dirs_exist_ok=True)
         files.write_json(fresh / _RECORD, record)
+        best = Evaluation(**record["best"])
+        export.write_card(fresh, best, trained[0], origin, rounds=trained[1:])

@@ -145,6 +145,17 @@ def test_a_text_alone_gives_cross_entropy_and_no_kl(tiny_llama: Model, tmp_path:
     assert found.agreement == pytest.approx((student.argmax(1) == TEXT[1:]).mean())
 
 
+def card_of(recipe: Recipe, best: Evaluation, parent: Model, folder: Path) -> str:
+    state = State(step=3, total_steps=3, seconds=1.0, n_rows=9, evaluations=(best,))
+    origin = export.Provenance(
+        recipe=recipe, parent=parent, inputs="i", labels_digest="l", world_size=1, hardware={}
+    )
+    (folder / "model").mkdir()
+    (folder / "curve").write_text("")
+    export.write(folder / "out", folder / "model", folder / "curve", best, state, origin)
+    return (folder / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("against", "loss", "agreement", "learned"),
     [
@@ -161,22 +172,26 @@ def test_a_card_calls_figures_what_they_are(
     best = Evaluation(
         epoch=1, step=3, agreement=0.25, n_rows=4, against=against, cross_entropy=1.5, perplexity=2
     )
-    state = State(step=3, total_steps=3, seconds=1.0, n_rows=9, evaluations=(best,))
-    origin = export.Provenance(
-        recipe=parse(values),
-        parent=tiny_llama,
-        inputs="i",
-        labels_digest="l",
-        world_size=1,
-        hardware={},
-    )
-    (tmp_path / "model").mkdir()
-    (tmp_path / "curve").write_text("")
-    export.write(tmp_path / "out", tmp_path / "model", tmp_path / "curve", best, state, origin)
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = card_of(parse(values), best, tiny_llama, tmp_path)
     assert f"| agreement with {agreement} | 0.250 |" in card
     assert f"| {loss}, nats a token | 1.500 |" in card
     assert learned in card and "KL(" not in card
+
+
+@pytest.mark.parametrize(
+    ("share", "learned", "not_learned"),
+    [
+        (0.0, "`forward_kl`", "cross-entropy"),
+        (0.3, "0.3 of the loss cross-entropy on the text's own tokens", "1 of the loss"),
+        (1.0, "cross-entropy on the text's own tokens", "`forward_kl`"),
+    ],
+)
+def test_a_card_says_what_share_of_the_loss_is_cross_entropy(
+    share: float, learned: str, not_learned: str, tiny_llama: Model, tmp_path: Path
+) -> None:
+    best = Evaluation(epoch=1, step=3, agreement=0.25, n_rows=4, kl=1.5, perplexity=2)
+    card = card_of(make_causal_recipe(cross_entropy=share), best, tiny_llama, tmp_path)
+    assert learned in card and not_learned not in card
 
 
 def test_the_best_is_the_lowest_loss_also_of_a_run_that_called_it_kl() -> None:

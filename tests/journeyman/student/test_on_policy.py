@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -127,8 +128,12 @@ class Parts:
             # A student of its own: rounds depend on the weights that they begin with.
             config = files.read_json(fresh / "config.json") | {"made": inputs}
             (fresh / "config.json").write_text(json.dumps(config))
-            record = {"inputs": inputs, "seconds": 2.0, "labels": "l", "rows": 3, "best": {"kl": 1}}
+            best = {"epoch": 1, "step": 2, "agreement": 0.5, "kl": 1.0, "n_rows": 4}
+            record = {"inputs": inputs, "seconds": 2.0, "labels": "l", "rows": 3, "steps": 2,
+                      "planned_steps": 2, "stopped_early": False, "world_size": 1, "hardware": {},
+                      "best": best}  # fmt: skip
             (fresh / "journeyman.json").write_text(json.dumps(record))
+            (fresh / "README.md").write_text("---\nlicense: other\n---\n")
 
     def _train(self, *given: Any, inputs: str, **_: Any) -> None:
         self._student(given[-1], inputs)
@@ -172,6 +177,28 @@ def test_rounds_follow_each_other_and_end_in_the_runs_student(parts: Parts) -> N
               corpus.read_shard(parts.run / folder, s["name"])["id"].to_pylist()}
              for folder in of_round(0, "prompts") + of_round(1, "prompts")]  # fmt: skip
     assert len(taken[0]) == len(taken[1]) == 3 and not taken[0] & taken[1]
+
+
+def test_rows_steps_and_seconds_of_a_student_are_of_all_its_rounds(parts: Parts) -> None:
+    parts(settings())
+    record = files.read_json(parts.run / "student" / "journeyman.json")
+    assert (record["rows"], record["steps"], record["seconds"]) == (9, 6, 6)
+
+
+def test_the_card_of_a_student_names_its_parent_its_labels_and_its_rounds(
+    parts: Parts, tmp_path: Path
+) -> None:
+    folder = tmp_path / "licensed"
+    shutil.copytree(parts.llama.path, folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    parts.llama = dataclasses.replace(parts.llama, path=folder)
+    parts(settings())
+    card = (parts.run / "student" / "README.md").read_text()
+    assert f"`{parts.llama.reference}` (SHA-256 `{parts.llama.weights_digest}`)" in card
+    assert "its card says: mit" in card and "labels of kind `generate`" in card
+    assert "- 3 train rows, 1 epochs" in card and "6 s on 1" in card
+    assert "2 on-policy round(s)" in card and "scored: 3, 3 rows, `reverse_kl`" in card
+    assert "After 2 of 2 steps of the last round" in card
 
 
 @pytest.mark.parametrize(

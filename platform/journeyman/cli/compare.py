@@ -39,7 +39,8 @@ def add_command(commands: Any) -> None:
     compare.add_argument(
         "--report",
         action="store_true",
-        help="keep the comparison in the runs' folders: journeyman report draws it on their pages",
+        help="keep the comparison in the runs' folders, or behind their URLs: journeyman report "
+        "draws it on their pages",
     )
 
 
@@ -47,8 +48,7 @@ def _compare(options: argparse.Namespace) -> int:
     from journeyman import run_folder
     from journeyman.report import comparison
 
-    folders = [run_folder.here(run) for run in options.runs]
-    students = [comparison.read(folder) for folder in folders]
+    students = [comparison.read(run_folder.here(run)) for run in options.runs]
     heads = ("run", "MB", "agreement", "accuracy", "KL", "cross-entropy", "perplexity", "exact",
              "rows/s", "train rows", "steps", "seconds")  # fmt: skip
     print(table([heads, *map(_cells, students)]))
@@ -62,8 +62,8 @@ def _compare(options: argparse.Namespace) -> int:
         files.write_bytes(options.plot, plots.size_agreement(students).encode())
         print(f"\nplot      {options.plot}")
     if options.report:
-        for folder in folders:
-            comparison.keep(students, folder)
+        for run in options.runs:
+            comparison.keep(students, run)
         print("\nkept; journeyman report R draws it on the page of each run")
     return 0
 

@@ -1,12 +1,13 @@
 """Finished students side by side: what each run's folder says of its student.
 
-``journeyman compare --report`` leaves them as ``comparison.json`` in each run's folder, where the
-page of that run finds them.
+``journeyman compare --report`` leaves them as ``comparison.json`` in each run's folder, or behind
+its URL, where the page of that run finds them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 from journeyman import files
 from journeyman.errors import DataError
+from journeyman.folder import Folder
 from journeyman.student.learner import AGREES_WITH, Against
 
 _KEPT = "comparison.json"
@@ -101,19 +103,21 @@ def agreement_notes(students: Sequence[ComparedStudent]) -> list[str]:
     return notes
 
 
-def keep(students: Sequence[ComparedStudent], run: Path) -> None:
-    """Leave the comparison in a run's folder."""
-    files.write_json(run / _KEPT, [dataclasses.asdict(student) for student in students])
+def keep(students: Sequence[ComparedStudent], run: str | Path) -> None:
+    """Leave the comparison in a run's folder. run: the folder, or its URL. Raises ClusterError."""
+    compared = [dataclasses.asdict(student) for student in students]
+    Folder(run).put(_KEPT, json.dumps(compared, indent=2, ensure_ascii=False).encode())
 
 
-def kept(run: Path) -> tuple[ComparedStudent, ...]:
-    """What ``keep`` left there; empty where it left nothing."""
-    if not (run / _KEPT).is_file():
-        return ()
+def kept(run: str | Path) -> tuple[ComparedStudent, ...]:
+    """What ``keep`` left there; empty where it left nothing. Raises DataError, ClusterError."""
+    folder = Folder(run)
     try:
-        return tuple(ComparedStudent(**values) for values in files.read_json(run / _KEPT))
-    except TypeError as error:
+        return tuple(ComparedStudent(**values) for values in json.loads(folder.get(_KEPT)))
+    except FileNotFoundError:
+        return ()
+    except (TypeError, ValueError) as error:
         raise DataError(
-            f"{run / _KEPT}: not a comparison of this version; remove it, or run journeyman "
-            "compare --report again."
+            f"{folder.path(_KEPT)}: damaged, or not a comparison of this version; remove it, or "
+            "run journeyman compare --report again."
         ) from error

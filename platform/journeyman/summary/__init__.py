@@ -57,7 +57,7 @@ def page_facts(run: RunFolder) -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "recipe_yaml": yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False),
         "training": files.read_json_lines(run.path("train") / "training.jsonl"),
-        "compared": comparison.kept(run.directory),
+        "compared": comparison.kept(run.where),
     }
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from journeyman import cli
+from journeyman import cli, summary
 from journeyman.errors import DataError
 from journeyman.mirror import Mirror
 from journeyman.report import comparison, page
+from journeyman.run_folder import RunFolder
+from tests.journeyman.labels import synthetic as made
 from tests.journeyman.labels.object_server import serving
 from tests.journeyman.report.synthetic import report_data
 from tests.journeyman.report.test_page import Page
@@ -118,6 +120,23 @@ def test_a_run_in_a_store_stands_beside_one_on_a_disk(
         assert [row.split()[::2][:2] for row in rows] == [["here", "0.800"], ["far", "0.900"]]
         assert cli.main(["compare", f"{url}/none"]) == 1
         assert f"{url}/none: there is no run with a student" in capsys.readouterr().err
+
+
+def test_a_comparison_is_kept_for_the_page_of_a_run_in_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOURNEYMAN_CACHE", str(tmp_path / "cache"))
+    here = make_run(tmp_path / "here", megabytes=0.5, agreement=0.8)
+    there = make_run(tmp_path / "there", megabytes=0.5, agreement=0.9)
+    with serving(monkeypatch) as (_, url):
+        Mirror(local=there / "student", url=f"{url}/far/student").push()
+        run = RunFolder(made.recipe_of("classes", url).model_copy(update={"name": "far"}))
+        run.fetch("train")
+        assert summary.page_facts(run)["compared"] == ()
+        assert cli.main(["compare", str(here), f"{url}/far", "--report"]) == 0
+        students = summary.page_facts(run)["compared"]
+    assert [student.name for student in students] == ["here", "far"]
+    assert students == comparison.kept(here)
 
 
 def test_what_cannot_be_compared_gets_a_sentence(

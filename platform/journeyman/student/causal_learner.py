@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class Causal:
         self.module = _Projected(model, objective(training))
         self._n_outputs = len(causal.backbone_and_head(model)[1])
         self.work = self._work()
+        self.measured_in_s = 0.0
         rows, self._examples = self._rows, self._rows.examples
         begins = self._examples[:-1]
         self.row_ids = rows.ids
@@ -167,10 +169,11 @@ class Causal:
         """On answers: reasonings are a task beside theirs."""
         self.module.eval()
         answers = np.flatnonzero(~self._held_out.reasoning)
-        sums, n_right = np.zeros(5), 0
+        sums, n_right, began = np.zeros(5), 0, time.monotonic()
         with torch.no_grad():  # in inference mode sharded weights could not learn afterwards
             for batch in take(_by_length(self._held_out, answers)):
                 sums += self._measured(batch)
+            self.measured_in_s = time.monotonic() - began
             if self._gold:
                 for batch in take(_by_length(self._gold, np.arange(len(self._gold)))):
                     n_right += self._n_written(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,7 @@ class Classifying:
         self.lengths = self._tokens.lengths
         self.sizes = self.n_learned = np.ones(len(self._train.ids), np.int64)
         self._class_weights = self._weigh_classes(device)
+        self.measured_in_s = 0.0
         self._weights: np.ndarray | None = None
         if training.row_weight != "none":
             self._weights = row_weights.normalised(self._train.sure, self.sizes)
@@ -137,12 +139,14 @@ class Classifying:
     def evaluate(self, take: Callable[[Iterator[Any]], Iterator[Any]] = iter) -> Measured:
         """Rows are in memory, where nothing is read."""
         self.module.eval()
+        began = time.monotonic()
         logits = models.logits_of(
             self.module,
             self._held_out_tokens,
             pad_id=self._pad_id,
             batch_size=_EVALUATION_BATCH,
         ).astype(np.float64)
+        self.measured_in_s = time.monotonic() - began
         self.module.train()
         if not np.isfinite(logits).all():
             raise DataError(

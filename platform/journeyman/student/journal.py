@@ -41,7 +41,7 @@ class Journal:
         self._writer = CheckpointWriter(task.checkpoints)
         self._training = task.training
         self._peak_flops = peak_flops
-        self._began = self._saved = self._evaluation_began = time.monotonic()
+        self._began = self._saved = time.monotonic()
         self._shown = -_SHOW_EVERY_S
         self._seconds_before, self._first_step = lesson.state.seconds, lesson.state.step
         self._losses: list[float] = []  # since the last record
@@ -89,14 +89,12 @@ class Journal:
 
     def evaluating(self, step: int) -> None:
         """An evaluation begins behind a step's record."""
-        self._evaluation_began = time.monotonic()
         self._show(step, evaluating=True)
 
     def evaluated(self, step: int, measured: Measured) -> bool:
         """Whether a checkpoint is to be saved of what was measured; ``state`` says whether training
         ends with it. Raises ClusterError, for a checkpoint that was begun earlier."""
-        took = time.monotonic() - self._evaluation_began
-        rate = round(measured.n_rows / max(took, 1e-9), 1)
+        rate = round(measured.n_rows / max(self._lesson.learner.measured_in_s, 1e-9), 1)
         epoch = self._plan.epoch(step)
         found = Evaluation(epoch=epoch, step=step, **dataclasses.asdict(measured))
         self.metrics = {k: v for k, v in dataclasses.asdict(found).items() if v is not None}

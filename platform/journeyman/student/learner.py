@@ -98,6 +98,11 @@ class Learner(Protocol):
     def sizes(self) -> np.ndarray:
         """int64[n]: what each train row counts in a mean, 1 or the tokens that are learned."""
 
+    @property
+    def measured_in_s(self) -> float:
+        """Seconds that the held-out rows took in the newest evaluation; of language models without
+        the further pass over right answers."""
+
     def compile(self) -> None:
         """Have torch.compile make code of what is trained; raises ModelError where it cannot."""
 

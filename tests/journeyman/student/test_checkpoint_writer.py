@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,11 +17,13 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from journeyman.errors import ClusterError, JourneymanError
 from journeyman.models import Model
-from journeyman.student import batches, worker
+from journeyman.student import batches, token_dataset, token_rows, worker
+from journeyman.student.causal_learner import Causal
 from journeyman.student.checkpoints import Checkpoints, State, read_curve
 from journeyman.student.journal import Journal
 from journeyman.student.lesson import Lesson, Task, load, prepare
 from journeyman.student.plan import Plan
+from journeyman.student.token_dataset import TokenRow
 
 from .conftest import VOCABULARY
 from .test_worker import ALONE, classifying, model_of, writing
@@ -104,6 +108,25 @@ def test_a_student_without_attention_is_trained_without_mfu(
     MambaForCausalLM(config).save_pretrained(folder)
     record = first_record(tmp_path / "mamba")
     assert record["tokens_per_s"] > 0 and "mfu" not in record
+
+
+def test_rows_a_second_are_of_the_held_out_rows_alone(
+    tiny_encoder: Model, tiny_llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the further pass over right answers, which counts no rows."""
+    folder = model_of("causal", tiny_encoder, tiny_llama, tmp_path)
+    right = TokenRow(id="right", tokens=np.array([4, 5, 6]), first=1)
+    token_dataset.write(folder / "rows" / token_rows.GOLD, [right], None)
+    written = Causal._n_written
+    monkeypatch.setattr(Causal, "_n_written", lambda *a: time.sleep(0.5) or written(*a))
+    steps = Steps("causal", folder, tmp_path / "work")
+    steps.take(1)
+    began = time.monotonic()
+    steps.evaluate(1)
+    took = time.monotonic() - began
+    record = read_curve(steps.task.checkpoints.curve)[-1]
+    assert record["gold_accuracy"] is not None
+    assert record["n_rows"] / record["rows_per_s"] < took - 0.45
 
 
 def on_disk(folder: Path) -> dict[str, torch.Tensor]:

@@ -91,6 +91,7 @@ def test_a_classifier_takes_no_key_of_causal_students(override: str, words: str)
         ("student.lora.target_modules=[]", "student.lora.target_modules"),
         ("training.beta=1", "training.beta"),
         ("training.skew=0", "training.skew"),
+        ("training.seed=-1", "training.seed"),
     ],
 )
 def test_impossible_causal_student_is_one_sentence(override: str, words: str):

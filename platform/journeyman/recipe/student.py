@@ -275,7 +275,9 @@ class Training(Section):
     max_failures: Annotated[int, Field(ge=0)] = Field(
         2, description="Worker failures from which a run restarts at its last checkpoint."
     )
-    seed: int = Field(0, description="Of row order and of the head's first weights.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="Of row order and of the head's first weights."
+    )
 
     @field_validator("class_weight", mode="before")
     @classmethod

@@ -90,7 +90,7 @@ def test_it_is_certified_for_writing_on_and_what_came_of_it_is_shown(
 @pytest.mark.parametrize(
     ("path", "override", "words"),
     [
-        (RECIPE, "student.kind=classifier", "start, layers and config go with kind: causal"),
+        (RECIPE, "student.kind=classifier", "student.kind: classifier learns class distributions"),
         (RECIPE, "student.layers=null", "start: pruned needs layers"),
         (DEMO, "student.kind=causal", "student.kind: causal learns tokens"),
     ],

@@ -67,19 +67,10 @@ def test_impossible_combination_is_one_sentence(override: str, words: str):
 CAUSAL = "student={model: m, kind: causal}"
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("student.start=fresh", "start, layers and config go with kind: causal"),
-        ("student.config={hidden_size: 8}", "start, layers and config go with kind: causal"),
-        ("student.layer_choice=similarity", "layer_choice and lora go with kind: causal"),
-        ("student.lora={rank: 4}", "layer_choice and lora go with kind: causal"),
-    ],
-)
-def test_a_classifier_takes_no_key_of_causal_students(override: str, words: str):
-    assert words in sentence(override)
+CLASSIFIER = "student.kind=classifier"
 
 
+@pytest.mark.parametrize("kind", [CAUSAL, CLASSIFIER])
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -94,13 +85,19 @@ def test_a_classifier_takes_no_key_of_causal_students(override: str, words: str)
         ("training.seed=-1", "training.seed"),
     ],
 )
-def test_impossible_causal_student_is_one_sentence(override: str, words: str):
-    assert words in sentence(CAUSAL, override)
-    assert "\n" not in sentence(CAUSAL, override)
+def test_impossible_student_is_one_sentence(kind: str, override: str, words: str):
+    assert words in sentence(kind, override)
+    assert "\n" not in sentence(kind, override)
 
 
-def test_fresh_student_takes_its_layers_from_one_key_and_no_low_rank_matrices():
-    fresh = (CAUSAL, "student.start=fresh")
+def test_a_classifiers_config_leaves_its_labels_to_the_classes():
+    words = sentence("student.start=fresh", "student.config={num_labels: 3}")
+    assert "config.num_labels is what labels.classes says; leave it out" in words
+
+
+@pytest.mark.parametrize("kind", [CAUSAL, CLASSIFIER])
+def test_fresh_student_takes_its_layers_from_one_key_and_no_low_rank_matrices(kind: str):
+    fresh = (kind, "student.start=fresh")
     words = sentence(*fresh, "student.layers=2", "student.config={num_hidden_layers: 3}")
     assert "layers and config.num_hidden_layers say the same" in words
     assert "lora adds to weights that have learned" in sentence(*fresh, "student.lora={}")

@@ -12,6 +12,7 @@ from journeyman.recipe.base import Count, Section, Share
 Weight = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 RowWeight = Literal["none", "confidence", "agreement"]
+_OF_LABELS = {"num_labels", "id2label", "label2id"}  # values of a config
 
 
 class Lora(Section):
@@ -28,7 +29,7 @@ class Lora(Section):
         None,
         min_length=1,
         description="Names of the modules that get them, such as q_proj; default all linear ones "
-        "but the output projection.",
+        "but the output projection, or a classifier's head.",
     )
 
 
@@ -37,14 +38,15 @@ class Student(Section):
 
     model: str = Field(
         description="Where it starts from: hub id, local folder or package://NAME/RESOURCE. "
-        "classifier: an encoder. causal: a language model; with start: pruned the teacher itself, "
-        "as a rule."
+        "classifier: an encoder, or a language model, whose last token is classified. causal: a "
+        "language model. With start: pruned the teacher itself, as a rule."
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     kind: Literal["classifier", "causal"] = Field(
         "classifier",
-        description="classifier: an encoder that learns labels.kind: classes. causal: a language "
-        "model that learns labels.kind: logits, generate or rationales.",
+        description="classifier: an encoder, or a language model with a head in the place of its "
+        "output projection, that learns labels.kind: classes. causal: a language model that learns "
+        "labels.kind: logits, generate or rationales.",
     )
     max_length: Count = Field(128, description="Longest input in tokens; longer ones are cut.")
     text: str = Field(
@@ -58,28 +60,28 @@ class Student(Section):
     )
     start: Literal["pretrained", "pruned", "fresh"] = Field(
         "pretrained",
-        description="causal: pretrained: the model's weights. pruned: some of its layers, all else "
-        "as it is. fresh: random weights, with its config and tokenizer.",
+        description="pretrained: the model's weights. pruned: some of its layers, all else as it "
+        "is. fresh: random weights, with its config and tokenizer. A classifier's head is new.",
     )
     layers: Count | None = Field(
         None,
-        description="causal, pruned or fresh: how many transformer layers it has; default, for "
+        description="pruned or fresh: how many transformer layers it has; default, for "
         "fresh, as many as the model.",
     )
     layer_choice: Literal["even", "similarity"] = Field(
         "even",
-        description="causal, pruned: which layers stay. even: the first, the last and evenly "
+        description="pruned: which layers stay. even: the first, the last and evenly "
         "spaced ones between. similarity: those that change the hidden states of sample texts "
         "most, by cosine (Block Influence of ShortGPT, Men et al. 2024).",
     )
     config: dict[str, Any] = Field(
         default_factory=dict,
-        description="causal, fresh: values of the model's config to change, such as hidden_size.",
+        description="fresh: values of the model's config to change, such as hidden_size.",
     )
     lora: Lora | None = Field(
         None,
-        description="causal: train low-rank matrices only, through the package peft, and merge "
-        "them into the weights at the end.",
+        description="Train low-rank matrices only, through the package peft, and merge them into "
+        "the weights at the end. A classifier's head learns whole beside them.",
     )
 
     def templates(self) -> dict[str, str]:
@@ -95,10 +97,6 @@ class Student(Section):
 
     @model_validator(mode="after")
     def _start_fits(self) -> Student:
-        if self.kind == "classifier" and (self.start != "pretrained" or self.layers or self.config):
-            raise ValueError("start, layers and config go with kind: causal")
-        if self.kind == "classifier" and (self.layer_choice != "even" or self.lora):
-            raise ValueError("layer_choice and lora go with kind: causal")
         if self.start == "pruned" and self.layers is None:
             raise ValueError("start: pruned needs layers: how many to keep")
         if self.start == "pretrained" and self.layers is not None:
@@ -107,6 +105,8 @@ class Student(Section):
             raise ValueError("layer_choice goes with start: pruned")
         if self.config and self.start != "fresh":
             raise ValueError("config goes with start: fresh")
+        if self.kind == "classifier" and (said := sorted(_OF_LABELS & self.config.keys())):
+            raise ValueError(f"config.{said[0]} is what labels.classes says; leave it out")
         if self.layers is not None and "num_hidden_layers" in self.config:
             raise ValueError("layers and config.num_hidden_layers say the same; give layers only")
         if self.start == "fresh" and self.lora:
@@ -163,7 +163,7 @@ class Training(Section):
     epochs: Count = Field(4, description="Passes over the train rows.")
     batch_size: Count = Field(32, description="Rows of one optimizer step, over all workers.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(
-        5e-5, description="Of the encoder, or of a causal student."
+        5e-5, description="Of what has learned: all but a classifier's head."
     )
     head_learning_rate: Annotated[float, Field(gt=0)] = Field(
         2e-3, description="Of a classifier's head."

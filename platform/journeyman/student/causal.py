@@ -6,19 +6,17 @@ exported folder needs nothing of ours.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from journeyman.errors import ModelError
 from journeyman.recipe import Student
-from journeyman.student import architecture, lora, pruning
-from journeyman.student.models import load_tokenizer, quiet
+from journeyman.student import architecture, lora, start
+from journeyman.student.models import quiet
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 # Config values that change logits behind the projection, which the losses would not see.
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -28,25 +26,15 @@ def build(
     folder: Path,
     student: Student,
     seed: int,
-    keep: Callable[[PreTrainedModel], Sequence[int]] | None = None,
-) -> PreTrainedModel:
+    keep: start.Keep | None = None,
+) -> Any:
     """The student before its first step, float32; with ``lora`` a ``peft`` model around it.
 
-    seed: of random weights; keep: says which layers stay of a model that is pruned, default
-    ``pruning.chosen`` without texts. Raises ModelError.
+    seed: of random weights; keep: as of ``start.shaped``. Raises ModelError.
     """
-    import torch
-
     if student.start == "fresh":
         return _fresh(folder, student, seed)
-    model = load(folder)
-    if student.start == "pruned":
-        kept = keep(model) if keep else pruning.chosen(model, folder, student)
-        model = pruning.of_layers(model, kept, folder)
-    if student.lora:
-        torch.manual_seed(seed)
-        model = lora.adapted(model, student, folder)
-    return model
+    return start.shaped(load(folder), folder, student, seed, keep)
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -112,7 +100,7 @@ def _fresh(folder: Path, student: Student, seed: int) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _changed(architecture.read_config(folder), student, folder)
+    config = architecture.changed(architecture.read_config(folder), student, folder)
     try:
         with quiet():
             torch.manual_seed(seed)
@@ -125,56 +113,13 @@ def _fresh(folder: Path, student: Student, seed: int) -> PreTrainedModel:
     return _checked(model, folder)
 
 
-def _changed(base: PretrainedConfig, student: Student, folder: Path) -> PretrainedConfig:
-    """The folder's config with the student's values in it."""
-    values = base.to_dict()
-    there = values | dict.fromkeys(base.attribute_map)
-    for name in student.config:
-        if name not in there:
-            near = difflib.get_close_matches(name, there, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"see {folder / 'config.json'}."
-            raise ModelError(f"student.config.{name}: {base.model_type} has no such value; {hint}")
-    if "vocab_size" in student.config:
-        _check_vocab_size(student.config["vocab_size"], folder)
-    changes = {base.attribute_map.get(n, n): value for n, value in student.config.items()}
-    if student.layers is not None:
-        number = base.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        if number not in values:
-            raise ModelError(
-                f"{folder}: {base.model_type} is made of several models; start: fresh with layers "
-                "takes a language model alone."
-            )
-        # Values for each layer, such as layer_types, are patterns that repeat.
-        pattern = [i % values[number] for i in range(student.layers)]
-        changes = (
-            {number: student.layers}
-            | architecture.by_layer(values, values[number], pattern)
-            | changes
-        )
-    try:
-        return type(base).from_dict(values | changes)
-    except architecture.unreadable() as error:
-        raise ModelError(
-            f"{folder}: student.config does not fit ({architecture.first_line(error)})."
-        ) from error
-
-
-def _check_vocab_size(wanted: int, folder: Path) -> None:
-    known = len(load_tokenizer(folder))
-    if wanted < known:
-        raise ModelError(
-            f"{folder}: student.config.vocab_size is {wanted}, and its tokenizer knows {known} "
-            "tokens; give at least as many."
-        )
-
-
 def backbone_and_head(model: Any) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
     """What gives hidden states, after the final norm, and the output projection.
 
     The backbone is called as the model is; its ``last_hidden_state`` is float[b, t, h]. The
     projection is float[v, h], its bias float[v]; logits are hidden · projectionᵀ + bias.
     """
-    plain = model.get_base_model() if lora.is_adapted(model) else model
+    plain = lora.plain(model)
     head = plain.get_output_embeddings()
     if head is None or not hasattr(head, "weight"):
         raise ModelError(

@@ -6,13 +6,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from journeyman import files
 from journeyman.errors import DataError
 from journeyman.recipe import Student, Training
 from journeyman.student import (
@@ -22,18 +22,16 @@ from journeyman.student import (
     lora,
     models,
     projection,
-    pruning,
     row_weights,
+    start,
     token_dataset,
     token_rows,
 )
-from journeyman.student.checkpoints import LORA
 from journeyman.student.divergences import Objective, SparseTeacher, judged, within
 from journeyman.student.flops import Work
 from journeyman.student.learner import Measured
 from journeyman.student.token_dataset import TokenBatch, TokenDataset
 
-_LAYERS = "layers.json"  # beside low-rank matrices: which of the model's they are of
 _LARGEST_EXPONENT = 700.0  # of a float64
 _EVALUATION_BATCH = 16
 _SAMPLE_ROWS = 64  # that layers are compared on
@@ -97,18 +95,8 @@ class Causal:
     def _model(self, folder: Path | None, model_dir: Path, student: Student, seed: int) -> Any:
         if folder and not student.lora:
             return causal.load(folder)
-
-        def keep(model: Any) -> list[int]:
-            if folder and (folder / _LAYERS).exists():
-                self._kept = files.read_json(folder / _LAYERS)["kept"]
-            else:
-                texts = self._sample_texts() if student.layer_choice == "similarity" else ()
-                self._kept = pruning.chosen(model, model_dir, student, texts)
-            return self._kept
-
-        model = causal.build(model_dir, student, seed, keep)
-        if folder:
-            lora.restore(model, torch.load(folder / LORA))
+        build = partial(causal.build, model_dir, student, seed)
+        model, self._kept = start.begun(build, model_dir, student, folder, self._sample_texts)
         return model
 
     def _sample_texts(self) -> list[str]:
@@ -224,14 +212,10 @@ class Causal:
         return _missed(batch, first, targets)[1]
 
     def write(self, module: Any, folder: Path) -> None:
-        matrices = lora.adapter(module.model)
-        if matrices is None:
+        if lora.is_adapted(module.model):
+            lora.write(module.model, self._kept, folder)
+        else:
             self._write_plain(module.model, folder)
-            return
-        folder.mkdir(parents=True)
-        torch.save(matrices, folder / LORA)
-        if self._kept:  # measured again, they might be others than the matrices are of
-            files.write_json(folder / _LAYERS, {"kept": self._kept})
 
     def export(self, folder: Path) -> None:
         self._write_plain(lora.merged(self.module.model), folder)

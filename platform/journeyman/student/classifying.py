@@ -1,9 +1,10 @@
-"""An encoder that learns class distributions."""
+"""A classifier that learns class distributions."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,13 @@ from journeyman.student import (
     acceleration,
     batches,
     class_rows,
+    classifier,
     flops,
+    lora,
     losses,
     models,
     row_weights,
+    start,
 )
 from journeyman.student.batches import TokenRows
 from journeyman.student.inputs import Inputs
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 _EVALUATION_BATCH = 64
+_SAMPLE_ROWS = 64  # that layers are compared on
 
 
 class Classifying:
@@ -45,10 +50,13 @@ class Classifying:
         training: Training,
         read_rows: Callable[[], Iterable[ClassRows]],
     ) -> None:
-        """folder: a checkpoint's weights, else those of model_dir. read_rows: gives them in parts,
-        whose texts are dropped one after the other. Raises DataError, ModelError."""
+        """folder: a checkpoint's weights, else those that ``student`` asks for, of model_dir.
+        read_rows: gives them in parts, whose texts are dropped one after the other. Raises
+        DataError, ModelError."""
         self._training, self._device = training, device
         self._tokenizer = models.load_tokenizer(model_dir, student.max_length)
+        if self._tokenizer.pad_token is None:  # of a language model, as a rule
+            self._tokenizer.pad_token = self._tokenizer.eos_token
         if student.text_pair is not None:
             # What tells the two apart is the separator. Whoever loads the exported folder must
             # leave out token types too, which its own tokenizer decides.
@@ -64,13 +72,12 @@ class Classifying:
         )
         self._tokens, self._held_out_tokens = self._train.tokens, self._held_out.tokens
         self._labels = self._train.labels
-        self.module = models.build(folder or model_dir, self._labels, training.seed)
+        self._kept: list[int] = []  # numbers of the layers that stay of a model that is pruned
+        self.module = self._model(folder, model_dir, student)
         models.check_positions(self.module.config, student.max_length, model_dir)
-        if self.module.config.pad_token_id != self._pad_id:  # a decoder reads its last token's
-            self.module.config.pad_token_id = self._pad_id  # states, and must tell it from padding
         if training.activation_checkpointing:
             models.checkpoint_activations(self.module)
-        self.work = flops.of_layers(self.module.base_model, self.module.config)
+        self.work = flops.of_layers(lora.plain(self.module).base_model, self.module.config)
         self.row_ids = self._train.ids
         self.lengths = self._tokens.lengths
         self.sizes = self.n_learned = np.ones(len(self._train.ids), np.int64)
@@ -79,6 +86,19 @@ class Classifying:
         self._weights: np.ndarray | None = None
         if training.row_weight != "none":
             self._weights = row_weights.normalised(self._train.sure, self.sizes)
+
+    def _model(self, folder: Path | None, model_dir: Path, student: Student) -> Any:
+        labels, seed = self._labels, self._training.seed
+        if folder and not student.lora:
+            return models.build(folder, labels, seed, self._pad_id)
+        build = partial(classifier.build, model_dir, student, labels, self._pad_id, seed)
+        model, self._kept = start.begun(build, model_dir, student, folder, self._sample_texts)
+        return model
+
+    def _sample_texts(self) -> list[str]:
+        rows, n = self._tokens, min(_SAMPLE_ROWS, len(self._tokens))
+        some = np.split(rows.ids[: rows.starts[n]], rows.starts[1:n])
+        return [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in some]
 
     def _weigh_classes(self, device: torch.device) -> torch.Tensor | None:
         """float32[c]; raises DataError where a class that has no rows would be balanced."""
@@ -108,7 +128,7 @@ class Classifying:
 
     def groups(self, training: Training) -> list[dict[str, Any]]:
         return models.parameter_groups(
-            self.module,
+            lora.plain(self.module),
             encoder_rate=training.learning_rate,
             head_rate=training.head_learning_rate,
         )
@@ -121,8 +141,9 @@ class Classifying:
 
         device = self.module.device
         input_ids, mask = models.tensors(self._tokens, batch, self._pad_id, device)
+        options = models.no_cache(self.module)
         with acceleration.autocast(device, self._training.precision):
-            logits = parallel(input_ids=input_ids, attention_mask=mask).logits
+            logits = parallel(input_ids=input_ids, attention_mask=mask, **options).logits
         loss = losses.distillation(
             logits.float(),
             torch.from_numpy(self._train.targets(batch)).to(device),
@@ -171,9 +192,15 @@ class Classifying:
         )
 
     def write(self, module: Any, folder: Path) -> None:
-        with models.quiet():
-            module.save_pretrained(folder)
-        self._tokenizer.save_pretrained(folder)
+        if lora.is_adapted(module):
+            lora.write(module, self._kept, folder)
+        else:
+            self._write_plain(module, folder)
 
     def export(self, folder: Path) -> None:
-        self.write(self.module, folder)
+        self._write_plain(lora.merged(self.module), folder)
+
+    def _write_plain(self, model: Any, folder: Path) -> None:
+        with models.quiet():
+            model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)

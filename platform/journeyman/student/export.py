@@ -18,7 +18,7 @@ import yaml
 import journeyman
 from journeyman.files import disk_errors, replaced_directory, write_bytes, write_json
 from journeyman.models import Model
-from journeyman.recipe import Generate, Logits, Recipe
+from journeyman.recipe import Generate, Logits, Recipe, Student
 from journeyman.student.checkpoints import Evaluation, State
 from journeyman.student.learner import AGREES_WITH, LOSS
 
@@ -113,7 +113,7 @@ def _card(best: Evaluation, state: State, origin: Provenance, rounds: Sequence[S
 ## Where it comes from
 
 - Teacher: `{recipe.teacher.model}`, {what.labels}.
-- Weights it started from: `{origin.parent.reference}` (SHA-256 `{origin.parent.weights_digest}`).
+- {_start(recipe.learner(), origin.parent)}
 - {state.n_rows} train rows, {recipe.training.epochs} epochs{_stopped(state)}, batches of
   {recipe.training.batch_size}, {what.loss}; {seconds:.0f} s on {origin.world_size}
   worker(s). Texts are cut at {recipe.learner().max_length} tokens.
@@ -160,8 +160,8 @@ def _classifier(recipe: Recipe) -> _Words:
         learned = "the teacher's\n  most likely class"
     return _Words(
         title="a distilled classifier",
-        use=f"""A small encoder that answers like a large language model: it sorts a text into one
-of {len(asked.classes)} classes. Made by Journeyman {journeyman.__version__}.
+        use=f"""A small model that answers like a large one: it sorts a text into one of
+{len(asked.classes)} classes. Made by Journeyman {journeyman.__version__}.
 
 ```python
 from transformers import pipeline
@@ -221,6 +221,30 @@ def _rounds(recipe: Recipe, rounds: Sequence[State]) -> str:
         f"- Then {len(rounds)} on-policy round(s) on answers of its own, whose tokens the teacher\n"
         f"  scored: {rows} rows, `{settings.divergence}`. The seconds are of all of it.\n"
     )
+
+
+def _start(student: Student, parent: Model) -> str:
+    """Its first weights: where they are from, which of its layers, what learned in their place."""
+    found = f"`{parent.reference}` (SHA-256 `{parent.weights_digest}`)"
+    if student.start == "fresh":
+        changed = {"num_hidden_layers": student.layers} if student.layers else {}
+        values = ", ".join(f"{name}: {value}" for name, value in (changed | student.config).items())
+        changes = f" and {values}" * bool(values)
+        return f"Weights it started from: random ones, with the config of\n  {found}{changes}."
+    kept = {
+        "even": "evenly spaced",
+        "similarity": "those that change hidden states most",
+    }[student.layer_choice]
+    layers = f",\n  {student.layers} of its layers ({kept})" * (student.start == "pruned")
+    said = f"Weights it started from: {found}{layers}."
+    if student.lora:
+        head = ", beside a head that learned whole" * (student.kind == "classifier")
+        rank, alpha = student.lora.rank, student.lora.alpha
+        said += (
+            f"\n- LoRA: low-rank matrices (rank {rank}, alpha {alpha:g}) learned in place of the"
+        )
+        said += f"\n  weights{head}, and were merged into them."
+    return said
 
 
 def _stopped(state: State) -> str:

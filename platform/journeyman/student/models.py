@@ -31,10 +31,13 @@ _COUNT_FROM_PADDING = (
 )
 
 
-def build(folder: Path, labels: Sequence[str], seed: int) -> PreTrainedModel:
+def build(
+    folder: Path, labels: Sequence[str], seed: int, pad_id: int | None = None
+) -> PreTrainedModel:
     """A classifier over ``labels``, float32, with the folder's weights where they fit.
 
-    seed: of the weights that the folder does not have, as a rule the classification head.
+    seed: of the weights that the folder does not have, as a rule the classification head; pad_id:
+    the token behind a text's end, by default the folder's own.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -44,17 +47,26 @@ def build(folder: Path, labels: Sequence[str], seed: int) -> PreTrainedModel:
         with quiet():
             return AutoModelForSequenceClassification.from_pretrained(
                 folder,
-                num_labels=len(labels),
-                id2label=dict(enumerate(labels)),
-                label2id={label: i for i, label in enumerate(labels)},
+                **named(labels),
+                # A decoder reads its last token's states, and must tell it from padding.
+                **({} if pad_id is None else {"pad_token_id": pad_id}),
                 ignore_mismatched_sizes=True,  # a head for another number of labels
                 dtype=torch.float32,
             )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{folder}: transformers cannot make a text classifier of it ({error}); "
-            "student.model must name an encoder."
+            "student.model must name an encoder, or a language model."
         ) from error
+
+
+def named(labels: Sequence[str]) -> dict[str, Any]:
+    """The values of a config that say how many labels there are, and their names."""
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
 
 
 def check_positions(config: Any, max_length: int, folder: Path) -> None:
@@ -116,12 +128,20 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """AdamW's two groups: the pretrained encoder, and the head on top of it.
 
-    The pooler counts as head: sentence encoders are trained without theirs.
+    The pooler counts as head: sentence encoders are trained without theirs. Parameters that do not
+    learn, as under LoRA, are in neither group.
     """
     encoder = [p for name, p in model.base_model.named_parameters() if "pooler." not in name]
     in_encoder = {id(p) for p in encoder}
-    head = [p for p in model.parameters() if id(p) not in in_encoder]
+    head = [p for p in model.parameters() if id(p) not in in_encoder and p.requires_grad]
+    encoder = [p for p in encoder if p.requires_grad]
     return [{"params": encoder, "lr": encoder_rate}, {"params": head, "lr": head_rate}]
+
+
+def no_cache(model: Any) -> dict[str, bool]:
+    """What to call a model with that is asked for a whole text at once: of a decoder no keys and
+    values are kept."""
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
 
 def logits_of(
@@ -132,12 +152,13 @@ def logits_of(
 
     n_labels = model.config.num_labels
     result = np.empty((len(rows), n_labels), np.float32)
-    order = np.argsort(rows.lengths, kind="stable")
+    order, options = np.argsort(rows.lengths, kind="stable"), no_cache(model)
     with torch.no_grad():  # in inference mode sharded weights could not learn afterwards
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             input_ids, mask = tensors(rows, batch, pad_id, model.device)
-            result[batch] = model(input_ids=input_ids, attention_mask=mask).logits.float().cpu()
+            logits = model(input_ids=input_ids, attention_mask=mask, **options).logits
+            result[batch] = logits.float().cpu()
     return result
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from journeyman.errors import ModelError
 from journeyman.recipe import Student
 from journeyman.student import architecture
-from journeyman.student.models import load_tokenizer, quiet
+from journeyman.student.models import load_tokenizer, no_cache, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,8 @@ def of_layers(model: PreTrainedModel, kept: Sequence[int], folder: Path) -> PreT
     for old, layer in zip(kept, pruned.get_submodule(path), strict=True):
         if changed := _other_settings(layers[old], layer):
             raise _unknown_layers(model, folder, f"{changed} of a layer depends on its place")
-    pruned.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):  # of what writes
+        pruned.generation_config = model.generation_config
     return pruned
 
 
@@ -111,7 +112,7 @@ def block_influence(
         layer.register_forward_hook(measure(number), with_kwargs=True)
         for number, layer in enumerate(layers)
     ]
-    n_tokens = 0
+    n_tokens, options = 0, no_cache(model)
     was_training = model.training
     model.eval()
     try:
@@ -119,7 +120,7 @@ def block_influence(
             for text in texts:
                 ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
                 if ids:
-                    model.base_model(input_ids=torch.tensor([ids]), use_cache=False)
+                    model.base_model(input_ids=torch.tensor([ids]), **options)
                     n_tokens += len(ids)
     finally:
         model.train(was_training)

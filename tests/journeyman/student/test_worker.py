@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from journeyman.errors import DataError
 from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
-from journeyman.recipe import Recipe
+from journeyman.recipe import Recipe, Student
 from journeyman.student import checkpoints, worker
 from journeyman.student.causal_learner import Causal
 from journeyman.student.classifying import Classifying
@@ -45,12 +45,14 @@ def class_rows() -> ClassRows:
     return dataclasses.replace(rows, logprobs=np.log(np.where(is_first, sure, (1 - sure) / 2)))
 
 
-def classifying(encoder: Path, **training: object) -> tuple[Recipe, Load]:
+def classifying(
+    encoder: Path, lora: dict[str, int] | None = None, **training: object
+) -> tuple[Recipe, Load]:
     recipe = make_recipe(gold_weight=0.3, batch_size=6, **training)
     return recipe, partial(
         Classifying,
         model_dir=encoder,
-        student=recipe.learner(),
+        student=Student.model_validate(recipe.learner().model_dump() | {"lora": lora}),
         training=recipe.training,
         read_rows=lambda: [class_rows()],
     )
@@ -80,7 +82,8 @@ def steps(
 
     begin: of the batches, the first that work's checkpoint has not learned.
     """
-    recipe, loads = {"classifier": classifying, "causal": writing}[kind](model, **training)
+    make = {"classifier": classifying, "adapted": partial(classifying, lora={"rank": 4})}
+    recipe, loads = (make | {"causal": writing})[kind](model, **training)
     known = checkpoints.Checkpoints(work, "test")
     task = Task(training=recipe.training, checkpoints=known, load=loads)
     state = known.latest()
@@ -95,7 +98,8 @@ def steps(
     loaded = lesson.learner.batches(part for share in shares for part in share.parts)
     losses = [taken.take(i, share, loaded) for i, share in enumerate(shares, begin)]
     check_damaged_rows_of_one_end_all(taken, len(batches), shares[-1], place)
-    gradients = {n: whole(p.grad) for n, p in lesson.learner.module.named_parameters()}
+    learning = {n: p for n, p in lesson.learner.module.named_parameters() if p.requires_grad}
+    gradients = {n: whole(p.grad) for n, p in learning.items()}
     norm = np.array(lesson.held.gradient_norm())
     n_held = sum(own(p).nbytes for p in lesson.learner.module.parameters())
     write = lesson.snapshot()
@@ -210,7 +214,7 @@ ALONE = Place(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def model_of(kind: str, encoder: Model, llama: Model, folder: Path) -> Path:
-    if kind == "classifier":
+    if kind != "causal":
         return encoder.path
     copy = shutil.copytree(llama.path, folder / "llama")
     write_token_rows(copy / "rows", n_train=8, n_calibrate=2, weights=SURE)
@@ -224,6 +228,8 @@ def model_of(kind: str, encoder: Model, llama: Model, folder: Path) -> Path:
         ("classifier", 1, "ddp"),
         ("causal", 3, "ddp"),
         pytest.param("classifier", 3, "fsdp", marks=pytest.mark.slow),
+        pytest.param("adapted", 1, "ddp", marks=pytest.mark.slow),
+        pytest.param("adapted", 3, "fsdp", marks=pytest.mark.slow),
         ("causal", 3, "fsdp"),
     ],
 )

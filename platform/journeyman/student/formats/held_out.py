@@ -102,7 +102,7 @@ def compare(rows: HeldOut, student: Answer, copy: Answer) -> Compared:
 def of_torch(model: Any) -> Answer:
     """A ``transformers`` model on the CPU."""
     model.eval()
-    options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    options = models.no_cache(model)
 
     def answer(input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from journeyman.errors import ModelError
+from journeyman.student import models
 from journeyman.student.formats.held_out import Answer
 
 FILE = "model.onnx"
@@ -76,7 +77,7 @@ class _Plain(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self._options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        self._options = models.no_cache(model)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(

@@ -133,13 +133,14 @@ def byte_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- ONNX ---
 
 
-@pytest.mark.parametrize("kind", ["classifier", "causal"])
+@pytest.mark.parametrize("kind", ["classifier", "classifying decoder", "causal"])
 def test_onnx_answers_as_pytorch_whatever_the_batch_and_length(
     kind: str, tiny_encoder: Model, tiny_llama: Model, tmp_path: Path
 ) -> None:
     model = causal.load(tiny_llama.path)
-    if kind == "classifier":
-        model = models.build(tiny_encoder.path, ("a", "b"), seed=0)
+    if kind != "causal":
+        folder = (tiny_encoder if kind == "classifier" else tiny_llama).path
+        model = models.build(folder, ("a", "b"), seed=0)
     onnx.write(model, tmp_path)
     random = np.random.default_rng(0)
     for shape in ((2, 8), (1, 1), (1, 5), (5, 1), (4, 20)):
@@ -240,10 +241,13 @@ def test_a_copy_that_answers_otherwise_is_not_kept(
 
 
 def test_what_is_missing_is_said_in_a_sentence(
-    tiny_encoder: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_encoder: Model, tiny_llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = classifier_run(tmp_path, tiny_encoder)
     with pytest.raises(ModelError, match="this student is bert; export it to onnx or int8"):
+        step.export(run, "gguf")
+    models.build(tiny_llama.path, tuple(TOPICS), seed=0).save_pretrained(run.path("train"))
+    with pytest.raises(ModelError, match="this student is a classifier; export it to onnx or int8"):
         step.export(run, "gguf")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ModelError, match=r"pip install 'journeyman\[export\]'"):

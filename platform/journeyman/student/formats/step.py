@@ -139,6 +139,11 @@ def export(run: RunFolder, to: Format, precision: gguf.Precision = "f32") -> Exp
     model = _model(run)
     if to == "gguf":
         gguf.check_architecture(model.config)
+        if run.recipe.learner().kind == "classifier":
+            raise ModelError(
+                "GGUF is written of language models, and this student is a classifier; export it "
+                "to onnx or int8."
+            )
     final = run.path("export") / to
     with _held_out(run) as rows, files.replaced_directory(final) as fresh:
         for pattern in _KEPT:

@@ -32,9 +32,14 @@ from serve.students import STUDENT_CPUS
 from serve.teacher import Teacher
 from serve.writers import INGRESS, Student
 
-# Serve counts a request that waits for the teacher as load on the ingress. The bounds that refuse
-# requests are our own (cascade.max_queued_requests); this one must never be what holds one back.
+# Serve counts a request that waits for a model as load on the ingress. The bounds that refuse
+# requests are our own (cascade.max_queued_requests and max_student_queue), with a time to come back
+# that is computed; Serve's must never be what holds one back,
 _ROOM_FOR_ACCEPTED = 500
+# and only refuses, in its proxies and in plain text, where a replica is behind with refusing. A
+# burst that is being handed on counts as waiting there, too.
+_MOST_IN_PROXY = 1000
+_BEHIND = {"status_code": 503, "retry_after_s": 5.0}
 _UPSCALE_DELAY_S = 5.0  # an engine takes longer to start than a burst to show
 _LOOK_BACK_S = 5.0
 _REPORT_EVERY_S = 1.0
@@ -105,11 +110,18 @@ def _ingress(settings: Recipe, n_cpus: float, **scaling: Any) -> Any:
     return serve.deployment(
         serve.ingress()(Ingress),
         name=INGRESS,
-        max_ongoing_requests=settings.cascade.max_queued_requests + _ROOM_FOR_ACCEPTED,
+        max_ongoing_requests=_most_waiting(settings) + _ROOM_FOR_ACCEPTED,
+        max_queued_requests=_MOST_IN_PROXY,
+        backpressure_config=_BEHIND,
         ray_actor_options=_actor(settings, n_cpus),
         graceful_shutdown_timeout_s=_drain_s(settings),
         **scaling,
     )
+
+
+def _most_waiting(settings: Recipe) -> int:
+    """Requests of one text each in a replica of the ingress, before it refuses."""
+    return settings.cascade.max_queued_requests + settings.cascade.max_student_queue
 
 
 def _teacher(settings: Recipe, question: Labels, columns: Sequence[str]) -> Any:

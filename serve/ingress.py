@@ -223,7 +223,9 @@ class Ingress:
         elif isinstance(watch, Watch):
             rule.tighten(watch.threshold)
         student = self._student(loaded, encoders, rule)
-        cascade = Cascade(rule.policy, student, self._teacher, settings)
+        cascade = Cascade(
+            rule.policy, student, self._teacher, settings, student_wait_s=lambda: student.wait_s
+        )
         answering: Answering = cascade
         if settings.remembered_texts:
             answering = remembering = Remembering(cascade, settings.remembered_texts)

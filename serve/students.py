@@ -63,10 +63,13 @@ class Rule:
 
 
 class Student(StudentDecisions, Protocol):
-    """Decides on texts between ``start`` and ``close``. unready: why it cannot, None if it can."""
+    """Decides on texts between ``start`` and ``close``. unready: why it cannot, None if it can;
+    wait_s: seconds until what waits for it is decided, 0 where nobody knows."""
 
     @property
     def unready(self) -> str | None: ...
+    @property
+    def wait_s(self) -> float: ...
     def start(self) -> None: ...
     async def close(self) -> None: ...
 
@@ -103,6 +106,10 @@ class Encoders:
     async def close(self) -> None:
         for batcher in self._batchers:
             await batcher.close()
+
+    @property
+    def wait_s(self) -> float:
+        return sum(batcher.wait_s for batcher in self._batchers)  # which share the CPU
 
     async def submit(self, items: Sequence[str]) -> list[Decision | Escalation]:
         decided: dict[int, Decision | Escalation] = {}

@@ -260,6 +260,11 @@ class Writer:
     def unready(self) -> str | None:
         return self._engine.unready
 
+    @property
+    def wait_s(self) -> float:
+        """Unknown: an engine works on many at once, some of which take long."""
+        return 0.0
+
     async def submit(self, items: Sequence[str]) -> list[Decision | Escalation]:
         """Raises StudentUnavailable."""
         try:

@@ -146,3 +146,16 @@ def test_a_replica_that_goes_has_time_for_the_longest_request(run: tiny.Run):
 
     look(build(run.bundle_dir))
     assert names == {"Cascade", "Teacher", "Agreement"}
+
+
+def test_so_many_requests_of_one_text_come_to_a_replica_that_its_own_bounds_refuse_first(
+    run: tiny.Run,
+):
+    """What Serve holds back waits without a deadline, and is refused in plain text."""
+    settings = run.recipe.cascade
+    ingress = build(run.bundle_dir)._bound_deployment._deployment_config
+    own = settings.max_queued_requests + settings.max_student_queue
+    assert ingress.max_ongoing_requests >= own + 100
+    assert 0 < ingress.max_queued_requests <= 1000, "the proxies' memory has a bound, too"
+    assert ingress.backpressure_config.status_code == 503
+    assert ingress.backpressure_config.retry_after_s

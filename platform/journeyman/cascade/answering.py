@@ -33,6 +33,7 @@ from journeyman.teacher.answers import ClassLabels
 Asked = Literal["cascade", "student", "teacher"]
 
 _ASK_AGAIN_S = 1.0
+_LONGEST_S = 60.0  # that a client is sent away for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,12 +110,14 @@ class Cascade:
         teacher: HeardLabels,
         settings: Settings,
         clock: Callable[[], float] = time.monotonic,
+        student_wait_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
+        """student_wait_s: until what waits for the student is decided; 0 where nobody knows."""
         self._policy = policy
         self._student = student
         self._teacher = teacher
         self._settings = settings
-        self._clock = clock
+        self._clock, self._student_wait_s = clock, student_wait_s
         self.waiting = WaitingRoom(settings.max_queued_requests, clock)
         self._students = WaitingRoom(
             settings.max_student_queue, clock, "student", StudentOverloaded
@@ -148,6 +151,7 @@ class Cascade:
         self, texts: Sequence[str], asked: Asked, deadline: float
     ) -> list[Decision | Escalation]:
         """By the student; where it is away, its teacher answers everything."""
+        self._check_student_keeps_up()
         with self._students.places(len(texts)):
             try:
                 async with self._before(deadline):
@@ -156,6 +160,17 @@ class Cascade:
                 if asked == "student":
                     raise
                 return [Escalation(student=None) for _ in texts]
+
+    def _check_student_keeps_up(self) -> None:
+        """Raises StudentOverloaded. A queue as long as the deadline would leave no request the
+        time to be answered: all the student's work would be for some that have just passed it."""
+        wait_s, most_s = self._student_wait_s(), self._settings.request_timeout_s / 2
+        if wait_s > most_s:
+            raise StudentOverloaded(
+                f"what waits for the student takes about {wait_s:.0f} s, more than the half of a "
+                "request's deadline; send this request again a little later.",
+                min(wait_s, _LONGEST_S),
+            )
 
     async def _with_teacher(
         self,

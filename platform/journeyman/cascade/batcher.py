@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+_NEW = 0.3  # what the last batch weighs in the pace
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -42,6 +44,7 @@ class Batcher(Generic[Item, Result]):
         self._work = work
         self._worked = worked
         self._max_size = max_size
+        self._pace_s: float | None = None  # for an item, where batches are full
         self._waiting: deque[_Waiting[Item, Result]] = deque()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batcher")
@@ -64,6 +67,12 @@ class Batcher(Generic[Item, Result]):
     @property
     def n_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds until all that waits is worked on, at the pace of the last full batches; 0 where
+        there was none yet."""
+        return len(self._waiting) * (self._pace_s or 0.0)
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
         """Results of some items, in order; they may share batches with other callers' items.
@@ -123,10 +132,20 @@ class Batcher(Generic[Item, Result]):
                 self._thread, self._work, items
             )
         finally:
-            self._worked(time.monotonic() - began)
+            seconds = time.monotonic() - began
+            self._worked(seconds)
         if len(results) != len(items):
             raise RuntimeError(f"{len(items)} items went in and {len(results)} results came out")
+        self._keep_pace(seconds / len(items), is_full=len(items) == self._max_size)
         return results
+
+    def _keep_pace(self, seconds: float, is_full: bool) -> None:
+        """seconds: an item. A batch that is not full takes longer for each, so it says something
+        only where it was quicker than the full ones."""
+        if self._pace_s is None:
+            self._pace_s = seconds if is_full else None
+        elif is_full or seconds < self._pace_s:
+            self._pace_s += _NEW * (seconds - self._pace_s)
 
 
 def _cancel(waiting: Iterable[_Waiting[Item, Result]]) -> None:

@@ -339,7 +339,7 @@ class Cascade(Section):
     )
     max_student_queue: Count = Field(
         2048, description="Texts waiting for the student, of each replica, before further requests "
-        "get 503.",
+        "get 503; fewer where they take half of request_timeout_s.",
     )  # fmt: skip
     student_replicas: StudentReplicas = Field(default_factory=StudentReplicas)
     teacher_replicas: TeacherReplicas = Field(default_factory=TeacherReplicas)

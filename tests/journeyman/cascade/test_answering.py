@@ -12,6 +12,7 @@ from journeyman.cascade.policy import Decision, Escalation, Policy
 from journeyman.cascade.refusals import (
     DeadlinePassed,
     Overloaded,
+    StudentOverloaded,
     StudentUnavailable,
     TeacherUnavailable,
     TextRefused,
@@ -365,3 +366,23 @@ def test_nothing_stands_in_for_a_teacher_where_the_student_has_no_answer():
             await cascade.answer(["a"])
 
     asyncio.run(run())
+
+
+def test_where_the_students_queue_takes_half_of_a_deadline_requests_are_refused_at_once():
+    """Or the student would only ever work on texts whose deadline has just come."""
+
+    async def test() -> None:
+        asked, wait_s = Asked(), 9.9
+        settings = Settings(request_timeout_s=20)
+        cascade = Cascade(
+            POLICY, asked.student, asked.teacher, settings, student_wait_s=lambda: wait_s
+        )
+        assert who(await cascade.answer(["sure"])) == ["student"]
+        wait_s = 12.3
+        with pytest.raises(StudentOverloaded, match="takes about 12 s") as refused:
+            await cascade.answer(["sure"])
+        assert refused.value.retry_after_s == 12.3
+        assert who(await cascade.answer(["hm"], "teacher")) == ["teacher"]
+        assert asked.student.asked == ["sure"]
+
+    asyncio.run(test())

@@ -171,3 +171,34 @@ def test_it_tells_how_long_each_batch_took_a_failing_one_too() -> None:
 
     asyncio.run(ask())
     assert len(took) == 2 and min(took) >= 0.01
+
+
+def test_what_waits_takes_as_long_as_at_the_pace_of_full_batches() -> None:
+    """An item by itself takes longer than its share of a full batch."""
+    seconds = {1: 0.04, 4: 0.04, 2: 0.002}
+
+    def work(items: Sequence[int]) -> list[int]:
+        time.sleep(seconds[len(items)])
+        return list(items)
+
+    async def ask() -> None:
+        batcher: Batcher[int, int] = Batcher(work, 4)
+        batcher.start()
+        waiting: list[float] = []
+
+        async def seen(n: int) -> None:
+            """What is said while so many wait."""
+            task = asyncio.create_task(batcher.submit(range(n)))
+            await asyncio.sleep(0)
+            waiting.append(batcher.wait_s)
+            await task
+
+        for n in (1, 40, 1, 40, 2, 40):
+            await seen(n)
+        await batcher.close()
+        none, _, of_one, full, _, quicker = waiting
+        assert none == 0.0 and batcher.wait_s == 0.0
+        assert of_one == pytest.approx(full / 40) and 0.4 <= full < 4
+        assert quicker < full
+
+    asyncio.run(ask())

@@ -22,15 +22,15 @@ from ray.serve.exceptions import RayServeException
 from journeyman.cascade import watching
 from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.breaker import Breaker
+from journeyman.cascade.budgets import Lent
 from journeyman.cascade.drift import Audit, Watch
 from journeyman.cascade.sharing import News, Shared, SharedBreaker
 from journeyman.cascade.watching import Batch, Kept
 from journeyman.errors import JourneymanError
 from journeyman.folder import Folder
-from serve.billing import EVERY_S, GONE_AFTER_S, TIMEOUT_S, Bill, Billing
+from serve.billing import EVERY_S, GONE_AFTER_S, LEAVES_WITHIN_S, TIMEOUT_S, Bill, Billing
 
 _OWED_S = 10.0  # between two times that only what is owed is written
-_LEAVES_WITHIN_S = 3.0  # with each of two last words, of a replica that Serve gives ten seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,7 @@ class Agreement:
             rung=kept.watch.rung,
         )
 
-    async def settle(self, bill: Bill) -> dict[str, float]:
+    async def settle(self, bill: Bill) -> Lent:
         """See ``Billing.settle``."""
         return await self._billing.settle(bill)
 
@@ -250,7 +250,7 @@ class Member:
             feedback=self.feedback,
         )
         try:
-            async with asyncio.timeout(_LEAVES_WITHIN_S if self._leaves else TIMEOUT_S):
+            async with asyncio.timeout(LEAVES_WITHIN_S if self._leaves else TIMEOUT_S):
                 agreed = await self.ask(report)
         except (RayError, RayServeException, TimeoutError, JourneymanError) as error:
             self.breaker.alone()

@@ -1,6 +1,7 @@
 """What API keys with a budget have spent, settled by all replicas of a cascade in one ledger a day.
 
 The deployment's part keeps the ledger and hands out leases; a replica's part settles its purse.
+What one that stops can tell nobody, as with all of Serve, it leaves beside the ledger.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from journeyman.cascade.budgets import Ledger, Purse
-from journeyman.errors import JourneymanError
+from journeyman.cascade.budgets import Ledger, Lent, Purse
+from journeyman.errors import ClusterError, JourneymanError
 from journeyman.folder import Folder
 
 # Of every replica's calls to the deployment Agreement.
 EVERY_S = 1.0
 TIMEOUT_S = 10.0
+LEAVES_WITHIN_S = 3.0  # with each of its last words, of a replica that Serve gives ten seconds
 GONE_AFTER_S = 60.0  # without a word of it, a replica is dead, and what it had pending is lost
 
 
@@ -29,7 +31,7 @@ GONE_AFTER_S = 60.0  # without a word of it, a replica is dead, and what it had 
 class Bill:
     """What one replica's keys have spent since it settled last; number: of this bill, so that one
     that is sent again counts once; holds: its leases, of which it spent that; state: the folder or
-    store where the ledgers are."""
+    store where the ledgers are; leaves: it is the last one, and its leases are free."""
 
     replica: str
     number: int
@@ -37,6 +39,7 @@ class Bill:
     holds: Mapping[str, float]
     limits: Mapping[str, float]
     state: str
+    leaves: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +48,7 @@ class _Settled:
 
     number: int
     at: float
-    leases: dict[str, float]
+    lent: Lent
 
 
 class Billing:
@@ -56,64 +59,129 @@ class Billing:
         self._settled: dict[str, _Settled] = {}  # by replica
         self._writing = asyncio.Lock()
 
-    async def settle(self, bill: Bill) -> dict[str, float]:
-        """Keep what was spent; the replica's leases. Raises ClusterError, DataError."""
+    async def settle(self, bill: Bill) -> Lent:
+        """Keep what was spent; what is lent to the replica. Raises ClusterError, DataError."""
         now, folder = time.monotonic(), Folder(bill.state)
         async with self._writing:
             ledger = await self._todays(folder)
             before = self._settled.get(bill.replica)
+            if before and bill.number < before.number:  # overtaken, and nobody waits for it
+                return before.lent
             if bill.spent and (before is None or bill.number > before.number):
                 ledger = ledger.paid(bill.spent)
                 await asyncio.to_thread(folder.put, _ledger_name(ledger.day), ledger.to_json())
                 self._ledger = ledger
-            others = [
-                one.leases
-                for replica, one in self._settled.items()
-                if replica != bill.replica and now - one.at < GONE_AFTER_S
-            ]
-            leases = ledger.leases(bill.limits, others)
-            if before is None and bill.holds:
-                # We began anew beneath it. Others hold leases, too, of which we have not heard yet:
-                # it keeps its own until the next time.
-                leases = {key: max(0.0, bill.holds[key] - bill.spent.get(key, 0.0))
-                          for key in leases}  # fmt: skip
-            self._settled[bill.replica] = _Settled(number=bill.number, at=now, leases=leases)
-            return leases
+            lent = Lent(
+                leases={} if bill.leaves else self._leases(ledger, bill, now),
+                used_up=ledger.used_up(bill.limits),
+                day=ledger.day,
+            )
+            self._settled[bill.replica] = _Settled(number=bill.number, at=now, lent=lent)
+            return lent
+
+    def _leases(self, ledger: Ledger, bill: Bill, now: float) -> dict[str, float]:
+        if bill.replica not in self._settled and bill.holds:
+            # We began anew beneath it. Others hold leases, too, of which we have not heard yet: it
+            # keeps its own until the next time.
+            return {
+                key: max(0.0, bill.holds[key] - bill.spent.get(key, 0.0)) for key in bill.limits
+            }
+        others = [
+            one.lent.leases
+            for replica, one in self._settled.items()
+            if replica != bill.replica and one.lent.leases and now - one.at < GONE_AFTER_S
+        ]
+        return ledger.leases(bill.limits, others)
 
     async def _todays(self, folder: Folder) -> Ledger:
         today = datetime.now(UTC).date().isoformat()
         if self._ledger is None or self._ledger.day != today:
-            name = _ledger_name(today)
-            try:
-                written = await asyncio.to_thread(folder.get, name)
-                self._ledger = Ledger.from_json(written, folder.path(name))
-            except FileNotFoundError:
-                self._ledger = Ledger(today)
+            self._ledger = await asyncio.to_thread(_read, folder, today)
         return self._ledger
 
 
-async def settle(
-    purse: Purse, replica: str, state: str, ask: Callable[[Bill], Awaitable[dict[str, float]]]
-) -> None:
-    """Settle a replica's purse, as long as it lives. Where nobody answers, its leases run out."""
-    number, bill = 0, None
-    while True:
-        if bill is None:  # one and the same until it is heard
-            number += 1
-            bill = Bill(
-                replica=replica,
-                number=number,
-                spent=purse.bill(),
-                holds=purse.leases,
-                limits=purse.limits,
-                state=state,
-            )
+@dataclass(slots=True, kw_only=True)
+class Settling:
+    """One replica's part: it settles its purse. state: the folder or store of the ledgers."""
+
+    purse: Purse
+    replica: str
+    state: str
+    ask: Callable[[Bill], Awaitable[Lent]]
+    _running: asyncio.Task[None] | None = field(default=None, init=False)
+    _n_bills: int = field(default=0, init=False)
+    _unheard: Bill | None = field(default=None, init=False)  # one and the same until it is heard
+
+    def start(self) -> None:
+        """From now on, until ``leave``. Where nobody answers, the replica's leases run out."""
+        self._running = asyncio.get_running_loop().create_task(self._run())
+
+    async def leave(self) -> None:
+        """The last word of a replica that stops in order. Where nobody hears it, as all of Serve
+        may be stopping, it is kept for the next ledger that is read."""
+        if self._running:
+            self._running.cancel()
+        if self._unheard:
+            await self._settle(LEAVES_WITHIN_S)
+        if not self._unheard:
+            await self._settle(LEAVES_WITHIN_S, leaves=True)
+        if self._unheard and (left := self.purse.bill()):
+            with contextlib.suppress(TimeoutError, JourneymanError):
+                async with asyncio.timeout(LEAVES_WITHIN_S):
+                    await asyncio.to_thread(_leave_words, Folder(self.state), self.replica, left)
+
+    async def _run(self) -> None:
+        while True:
+            await self._settle(TIMEOUT_S)
+            await asyncio.sleep(EVERY_S)
+
+    async def _settle(self, within_s: float, leaves: bool = False) -> None:
+        bill = self._unheard = self._unheard or self._next_bill(leaves)
         with contextlib.suppress(RayError, RayServeException, TimeoutError, JourneymanError):
-            async with asyncio.timeout(TIMEOUT_S):
-                leases = await ask(bill)
-            purse.settled(bill.spent, leases)
-            bill = None
-        await asyncio.sleep(EVERY_S)
+            async with asyncio.timeout(within_s):
+                lent = await self.ask(bill)
+            self.purse.settled(bill.spent, lent)
+            self._unheard = None
+
+    def _next_bill(self, leaves: bool) -> Bill:
+        self._n_bills += 1
+        return Bill(
+            replica=self.replica,
+            number=self._n_bills,
+            spent=self.purse.bill(),
+            holds=self.purse.leases,
+            limits=self.purse.limits,
+            state=self.state,
+            leaves=leaves,
+        )
+
+
+def _read(folder: Folder, day: str) -> Ledger:
+    """With what replicas have left beside it, which counts twice, rather than not at all, where it
+    cannot be removed."""
+    ledger = _read_one(folder, _ledger_name(day)) or Ledger(day)
+    words = [one.name for one in folder.walk(f"budgets/{day}")]
+    for name in words:
+        if left := _read_one(folder, name):
+            ledger = ledger.paid(left.spent)
+    if words:
+        folder.put(_ledger_name(day), ledger.to_json())
+    for name in words:
+        with contextlib.suppress(ClusterError):
+            folder.delete(name)
+    return ledger
+
+
+def _read_one(folder: Folder, name: str) -> Ledger | None:
+    try:
+        return Ledger.from_json(folder.get(name), folder.path(name))
+    except FileNotFoundError:
+        return None
+
+
+def _leave_words(folder: Folder, replica: str, spent: Mapping[str, float]) -> None:
+    day = datetime.now(UTC).date().isoformat()
+    folder.put(f"budgets/{day}/{replica}.json", Ledger(day, spent).to_json())
 
 
 def _ledger_name(day: str) -> str:

@@ -31,6 +31,7 @@ MAX_BODY_BYTES = 2 * MAX_TEXTS * MAX_CHARACTERS
 # What anybody may see, with keys too: the page, what describes the endpoints, and the probes.
 _OPEN = {"", "/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", "/healthz",
          "/readyz"}  # fmt: skip
+_SETTLED_IN_S = "2"  # replicas settle every second
 _BODY_S = 60.0  # for a whole body to arrive
 
 
@@ -49,7 +50,8 @@ def described(path: str, *, has_body: bool, has_keys: bool) -> dict[str, Any]:
             "No API key, or an unknown one.", {"WWW-Authenticate": "Bearer, the scheme of keys."}
         )
         found["429"] = errors.described(
-            "More requests a minute than the key has, or its budget of the day is spent.",
+            "More requests a minute than the key has, or its budget of the day is spent, or that "
+            "is not settled yet.",
             errors.RETRY_AFTER | errors.NEVER_RETRY,
         )
     return found
@@ -103,7 +105,7 @@ class Gate:
             after = {"Retry-After": str(math.ceil(wait_s))}
             return errors.response(429, "rate_limit_error", "rate_limit_exceeded", sentence, after)
         if self._purse and not self._purse.may_pay(key.sha256):
-            return _spent(key, self._purse)
+            return _may_not_pay(key, self._purse)
         paying.set(key.sha256)  # for this request, which is a task of its own
         return None
 
@@ -135,13 +137,17 @@ def _route_path(scope: Scope) -> str:
     return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
-def _spent(key: Key, purse: Purse) -> JSONResponse:
-    if not purse.has_settled:
-        sentence, seconds = "what this key has spent today is not known yet.", 1.0
-    else:
-        now = datetime.now(UTC)
-        midnight = (now + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
-        seconds = (midnight - now).total_seconds()
-        sentence = f"the key {key.name} has spent its {key.dollars_per_day:g} dollars of today."
+def _may_not_pay(key: Key, purse: Purse) -> JSONResponse:
+    now = datetime.now(UTC)
+    if not purse.is_used_up(key.sha256, now.date().isoformat()):
+        sentence = (
+            f"what the key {key.name} has spent today is not known yet, or its next dollars are "
+            "being handed out; send this request again in some seconds."
+        )
+        after = {"Retry-After": _SETTLED_IN_S}
+        return errors.response(429, "rate_limit_error", "budget_not_settled", sentence, after)
+    midnight = (now + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+    seconds = (midnight - now).total_seconds()
+    sentence = f"the key {key.name} has spent its {key.dollars_per_day:g} dollars of today."
     after = {"Retry-After": str(math.ceil(seconds)), "x-should-retry": "false"}
     return errors.response(429, "insufficient_quota", "budget_used_up", sentence, after)

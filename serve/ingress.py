@@ -34,7 +34,7 @@ from serve import loading, writers
 from serve.accounts import Account, account
 from serve.agreement import Agreed, Member
 from serve.asking import TeacherByHandle
-from serve.billing import settle
+from serve.billing import Settling
 from serve.http import api
 from serve.live import Live, Served
 from serve.loading import Loaded
@@ -81,15 +81,16 @@ class Ingress:
         self._writers = student
         limits = {k.sha256: k.dollars_per_day for k in spec.keys if k.dollars_per_day is not None}
         self._purse = Purse(limits)
+        self._settling: Settling | None = None
         self._keyring = Keyring(spec.keys, time.monotonic)
         first = self._served(spec.loaded, classifiers(spec.loaded), _watch(spec.loaded))
         self._live = Live(first, self._load)
         state = spec.loaded.recipe.cascade.state
         if limits and state:
-            ask = agreement.settle.remote
-            self._settling = asyncio.get_running_loop().create_task(
-                settle(self._purse, self._replica, state, ask)
+            self._settling = Settling(
+                purse=self._purse, replica=self._replica, state=state, ask=agreement.settle.remote
             )
+            self._settling.start()
         self._watching = asyncio.get_running_loop().create_task(self._teacher.watch())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -99,9 +100,11 @@ class Ingress:
         return api(self._live, self._unready, keyring, self._purse, origins)
 
     async def __del__(self) -> None:
-        """Serve calls this when the replica stops: what is kept becomes files at once."""
+        """Serve calls this when the replica stops: what is kept becomes files at once, and what
+        keys have spent is settled."""
         if hasattr(self, "_live"):
-            await self._live.close()
+            last_bill = self._settling.leave() if self._settling else asyncio.sleep(0)
+            await asyncio.gather(self._live.close(), last_bill)
 
     async def reconfigure(self, user_config: dict[str, Any] | None, rank: object = None) -> None:
         """Serve calls this when ``user_config`` has changed; see ``live.UserConfig``. rank: only a

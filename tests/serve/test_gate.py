@@ -3,12 +3,13 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 
 import httpx
 import pytest
 
 from journeyman.cascade import keys
-from journeyman.cascade.budgets import Purse, paying
+from journeyman.cascade.budgets import Lent, Purse, paying
 from journeyman.cascade.keys import Key, Keyring
 from serve.gate import MAX_BODY_BYTES
 from serve.http import api
@@ -17,6 +18,8 @@ from tests.serve.test_openai import Cascade
 
 KEY = keys.new_key()
 HASH = keys.line_of("shop", KEY, None).split()[1].removeprefix("sha256:")
+
+TODAY = datetime.now(UTC).date().isoformat()
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +131,32 @@ def test_a_body_that_is_too_large_is_not_read(bundle):
 
 def test_a_key_that_has_spent_its_budget_waits_for_midnight(bundle):
     purse, ask = Purse({HASH: 5.0}), {"json": {"input": "x"}, "headers": bearer(KEY)}
-    [early] = send(bundle, ring(), ask, purse=purse)  # nobody knows yet what it has spent
-    assert early.status_code == 429 and early.headers["Retry-After"] == "1"
-    purse.settled({}, {HASH: 5.0})
+    purse.settled({}, Lent(leases={HASH: 2.5}, day=TODAY))
     [fine] = send(bundle, ring(), ask, purse=purse)
     assert fine.status_code == 200
-    purse.pay(HASH, 5.0)
+    purse.settled({}, Lent(leases={HASH: 0.0}, used_up=frozenset({HASH}), day=TODAY))
     [spent] = send(bundle, ring(), ask, purse=purse)
     assert spent.status_code == 429 and 0 < int(spent.headers["Retry-After"]) <= 86_400
+    assert spent.headers["x-should-retry"] == "false"
     assert spent.json()["error"]["code"] == "budget_used_up"
     assert spent.json()["error"]["message"] == "the key shop has spent its 5 dollars of today."
+
+
+def test_a_key_whose_budget_is_left_in_the_ledger_is_asked_to_come_again_at_once(bundle):
+    """Nothing is settled yet; this replica's lease is spent, or a lost one still has all; the day
+    is a new one."""
+    ask = {"json": {"input": "x"}, "headers": bearer(KEY)}
+    spent, without, yesterday = Purse({HASH: 5.0}), Purse({HASH: 5.0}), Purse({HASH: 5.0})
+    spent.settled({}, Lent(leases={HASH: 2.5}, day=TODAY))
+    spent.pay(HASH, 2.5)
+    without.settled({}, Lent(leases={HASH: 0.0}, day=TODAY))
+    used_up = frozenset({HASH})
+    yesterday.settled({}, Lent(leases={HASH: 0.0}, used_up=used_up, day="2024-02-29"))
+    for purse in (Purse({HASH: 5.0}), spent, without, yesterday):
+        [refused] = send(bundle, ring(), ask, purse=purse)
+        assert refused.status_code == 429 and refused.headers["Retry-After"] == "2"
+        assert refused.json()["error"]["code"] == "budget_not_settled"
+        assert "x-should-retry" not in refused.headers
 
 
 def test_a_request_knows_whose_it_is(bundle):

@@ -3,13 +3,14 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
 import jsonschema
 import pytest
 
-from journeyman.cascade.budgets import Purse
+from journeyman.cascade.budgets import Lent, Purse
 from journeyman.cascade.refusals import DeadlinePassed, Overloaded, TextRefused
 from serve import gate
 from serve.http import api
@@ -47,7 +48,9 @@ class Answered:
         per_minute: int | None = None, spent: bool = False, **request: Any,
     ) -> None:  # fmt: skip
         purse = Purse({HASH: 5.0})
-        purse.settled({}, {HASH: 0.0 if spent else 5.0})
+        today = datetime.now(UTC).date().isoformat()
+        used_up = frozenset({HASH} if spent else ())
+        purse.settled({}, Lent(leases={HASH: 0.0 if spent else 5.0}, used_up=used_up, day=today))
         live = tiny.live(Cascade(error), bundle)  # type: ignore[arg-type]
         app = api(live, lambda: unready, ring(per_minute) if keys else None, purse)
         request.setdefault("headers", bearer(KEY))

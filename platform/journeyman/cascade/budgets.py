@@ -1,8 +1,9 @@
 """What API keys may cost: dollars a day at the teacher's price, over all replicas and restarts.
 
 A replica spends from a lease and settles every second; what it has spent is written before it gets
-the next one. Leases of all replicas together never exceed what is left, so a key can cost more than
-its budget only by the requests that were under way when it ran out. Pure: takes the date.
+the next one. Leases of all replicas together never reach what is left, so a key can cost more than
+its budget only by the requests that were under way when it ran out, and by what a replica that was
+killed had not settled. Pure: takes the date.
 """
 
 from __future__ import annotations
@@ -11,11 +12,22 @@ import contextvars
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from journeyman.errors import DataError
 
 # The key whose request is being answered, by its hash; None where nobody needs one.
 paying: contextvars.ContextVar[str | None] = contextvars.ContextVar("paying", default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lent:
+    """What a replica may spend until it settles again, in dollars by key; used_up: keys whose
+    budget of this day is spent, by the ledger; day: ISO date in UTC."""
+
+    leases: Mapping[str, float]
+    used_up: frozenset[str] = frozenset()
+    day: str = ""
 
 
 class Ledger:
@@ -26,6 +38,11 @@ class Ledger:
         self.day = day
         self._spent = defaultdict(float, spent or {})
 
+    @property
+    def spent(self) -> dict[str, float]:
+        """Dollars by key."""
+        return dict(self._spent)
+
     def paid(self, spent: Mapping[str, float]) -> Ledger:
         """The ledger with this on top."""
         keys = {*self._spent, *spent}
@@ -35,15 +52,20 @@ class Ledger:
         self, limits: Mapping[str, float], others: Sequence[Mapping[str, float]]
     ) -> dict[str, float]:
         """Dollars that a replica may spend until it settles again; others: leases that the other
-        replicas hold."""
+        replicas hold. A share is left for one that nobody has heard of yet: a replica that starts,
+        maybe in place of one that was lost with its lease."""
         return {
             key: max(0.0, limit - self._spent[key] - sum(held.get(key, 0.0) for held in others))
-            / (len(others) + 1)
+            / (len(others) + 2)
             for key, limit in limits.items()
         }
 
+    def used_up(self, limits: Mapping[str, float]) -> frozenset[str]:
+        """Keys that have spent their limit."""
+        return frozenset(key for key, limit in limits.items() if self._spent[key] >= limit)
+
     def to_json(self) -> bytes:
-        return json.dumps({"day": self.day, "spent": dict(self._spent)}, indent=1).encode()
+        return json.dumps({"day": self.day, "spent": self.spent}, indent=1).encode()
 
     @classmethod
     def from_json(cls, written: bytes, where: str) -> Ledger:
@@ -64,23 +86,24 @@ class Purse:
     def __init__(self, limits: Mapping[str, float]) -> None:
         """limits: dollars a day, of the keys that have a budget."""
         self.limits = dict(limits)
-        self._leases: dict[str, float] | None = None  # before the first settlement
+        self._lent: Lent | None = None  # before the first settlement
         self._unsettled: defaultdict[str, float] = defaultdict(float)
 
     @property
     def leases(self) -> dict[str, float]:
         """Dollars by key; none before the first settlement."""
-        return dict(self._leases or {})
-
-    @property
-    def has_settled(self) -> bool:
-        return self._leases is not None
+        return dict(self._lent.leases) if self._lent else {}
 
     def may_pay(self, key: str) -> bool:
         """Whether a request of this key may begin."""
         if key not in self.limits:
             return True
-        return self._leases is not None and self._leases[key] > self._unsettled[key]
+        return self.leases.get(key, 0.0) > self._unsettled[key]
+
+    def is_used_up(self, key: str, day: str) -> bool:
+        """Whether the key has spent its budget of that day; else it may pay again soon, once its
+        lease is a new one."""
+        return self._lent is not None and self._lent.day == day and key in self._lent.used_up
 
     def pay(self, key: str | None, dollars: float) -> None:
         if key is not None and key in self.limits:
@@ -90,8 +113,8 @@ class Purse:
         """What is to be settled."""
         return {key: dollars for key, dollars in self._unsettled.items() if dollars > 0}
 
-    def settled(self, bill: Mapping[str, float], leases: dict[str, float]) -> None:
-        """The bill was written, and these are the next leases."""
+    def settled(self, bill: Mapping[str, float], lent: Lent) -> None:
+        """The bill was written, and this is lent next."""
         for key, dollars in bill.items():
             self._unsettled[key] -= dollars
-        self._leases = leases
+        self._lent = lent

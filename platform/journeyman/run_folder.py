@@ -14,7 +14,7 @@ from journeyman.errors import ClusterError, DataError
 from journeyman.folder import Folder
 from journeyman.mirror import Mirror, reading_copy_of
 from journeyman.models import Model
-from journeyman.recipe import Recipe
+from journeyman.recipe import Classes, Recipe, digest
 
 _FOLDERS = {
     "prepare": "corpus",
@@ -26,6 +26,7 @@ _FOLDERS = {
     "curve": "curve",
     "export": "exports",
 }
+_LEDGER = ".ledger"  # the dot: `runs/*` are runs
 
 
 def here(where: str) -> Path:
@@ -82,6 +83,17 @@ class RunFolder:
     def labels(self) -> str | Path:
         """Where the label dataset is."""
         return self.recipe.labels.destination or self.mirror("label").url or self.path("label")
+
+    @property
+    def ledger(self) -> Folder:
+        """Where the runs beside one another say what their certify rows were used for: those of the
+        same classes, or all whose students write. Nobody chooses between students of two jobs, so
+        that what one spends of a text is nothing to the other."""
+        labels = self.recipe.labels
+        job = digest(sorted(labels.classes) if isinstance(labels, Classes) else "text")
+        if self.recipe.run_url:
+            return Folder(f"{self.recipe.run_url.rpartition('/')[0]}/{_LEDGER}/{job}")
+        return Folder(self.directory.parent / _LEDGER / job)
 
     @cached_property
     def teacher(self) -> Model:

@@ -276,6 +276,7 @@ class Run(RunFolder):
             before=before,
             teacher_seconds=cost.seconds_a_row(labels["totals"]),
             repeats=corpus.repeats(self.corpus, "certify"),
+            shared=self.ledger,
         )
         return files.read_json(folder / MANIFEST), True
 
@@ -307,6 +308,7 @@ class Run(RunFolder):
                 folder,
                 inputs=inputs,
                 on_progress=show,
+                shared=self.ledger,
             )
         return files.read_json(folder / MANIFEST), True
 

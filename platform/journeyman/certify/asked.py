@@ -5,7 +5,7 @@ their runs, checked to have learned the same corpus, teacher and classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from journeyman import files, models, run_folder
-from journeyman.certify import bundle as bundles
-from journeyman.certify.ledger import LedgerEntry
+from journeyman.certify import spending
+from journeyman.certify.ledger import Ledger
 from journeyman.errors import DataError
 from journeyman.labels import dataset
 from journeyman.labels.store import LabelStore, differences, in_order
@@ -40,7 +40,7 @@ class AskedStudent:
     model: Model
     scorer: StudentScorer
     reads: Student
-    ledger: tuple[LedgerEntry, ...] = ()
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 def before(
@@ -86,7 +86,7 @@ def _before(
         model=models.resolve(str(run / "student")),
         scorer=Classifier.load(run / "student"),
         reads=reads,
-        ledger=bundles.ledger_of(run / "bundle"),
+        ledger=spending.of_bundle(run / "bundle"),
     )
 
 

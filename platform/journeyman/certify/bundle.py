@@ -310,12 +310,6 @@ def load(directory: Path | str) -> PolicyBundle:
     return bundle
 
 
-def ledger_of(directory: Path | str) -> tuple[LedgerEntry, ...]:
-    """What the bundle there has spent of its certify rows; nothing where there is none."""
-    there = (Path(directory) / BUNDLE_FILE).exists()
-    return load_any(directory).ledger if there else ()
-
-
 def load_any(directory: Path | str) -> PolicyBundle | WrittenBundle:
     """Either kind; BundleMismatch as in ``load``."""
     path = Path(directory) / BUNDLE_FILE

@@ -66,10 +66,10 @@ def caveats(certificate: Certificate, spent: float, n_groups: int | None) -> str
     """
     said = []
     if spent > certificate.delta * (1 + 1e-9):
-        said.append(
-            "All that was promised on these certify rows so far holds together with confidence "
-            f"{1 - spent:g}."
-        )
+        left = f"holds together with confidence {1 - spent:g}" if spent < 1 - 1e-9 else (
+            "need not hold together with any confidence"
+        )  # fmt: skip
+        said.append(f"All that was promised on these certify rows so far {left}.")
     if n_groups is not None and n_groups < certificate.n:
         said.append(
             f"The {certificate.n:,} certify rows are of {n_groups:,} groups, and rows of one group "

@@ -25,10 +25,12 @@ from journeyman.certify.chain import Chain, Routed
 from journeyman.certify.curve import cost_quality_curve
 from journeyman.certify.decisions import ScoredRows, decide, design, mix, rows_of
 from journeyman.certify.guarantees import ScoredOutcomes
-from journeyman.certify.ledger import LedgerEntry, delta_spent, rows_digest, spend, together
+from journeyman.certify.ledger import Ledger
 from journeyman.certify.recommendation import caveats, recommend, repeated
 from journeyman.certify.several import OneOfSeveral, Several, certify_several
+from journeyman.certify.spending import spend_rows, write_beside
 from journeyman.errors import DataError
+from journeyman.folder import Folder
 from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
 from journeyman.probabilities import IntArray
@@ -53,13 +55,15 @@ def certify(
     before: Sequence[AskedStudent] = (),
     teacher_seconds: float = 0.0,
     repeats: Mapping[str, int] | None = None,
+    shared: Folder | None = None,
 ) -> PolicyBundle:
     """Write a bundle for this student; rows: of calibrate, certify and test.
 
     inputs: digest of all that the bundle is made of, for the step's manifest; n_groups: how many
     groups the certify rows are of, None where they are in none; before: students that are asked
     before this one; teacher_seconds: of a row's labeling, where nothing is known 0; repeats: how
-    often each row stood in the sources, of those that did more than once.
+    often each row stood in the sources, of those that did more than once; shared: the ledger of the
+    runs beside this one.
     Raises DataError: an empty split, certify rows whose delta is spent, or a cost that is missing.
     """
     started = time.monotonic()
@@ -70,14 +74,15 @@ def certify(
         mixture, parts = mix(seen[-1].parts)
         seen = [replace(seen[-1], parts=parts)]
     settings = recipe.certify
+    decided = _decided(settings, seen, teacher_seconds)
     ledger = spend_rows(
-        settings,
-        seen[-1].parts["certify"].rows.ids,
+        recipe,
+        {split: part.rows.ids for split, part in seen[-1].parts.items()},
         [one.model for one in students],
         out_dir,
+        shared,
         *(one.ledger for one in before),
     )
-    decided = _decided(settings, seen, teacher_seconds)
     (calibrate, _), (certified, routed) = (
         _as_one(decided.chain, [one.parts[split] for one in seen])
         for split in ("calibrate", "certify")
@@ -105,10 +110,10 @@ def certify(
         curve=curve.to_points(keep=served.threshold),
         student_accuracy=curve.student_accuracy,
         teacher_accuracy=curve.teacher_accuracy,
-        ledger=ledger,
+        ledger=ledger.entries,
         recommendation=recommend(served, right[0], right[1], whose)
         + (several.in_words() if several else "")
-        + caveats(served, delta_spent(ledger, rows_digest(certified.rows.ids)), n_groups)
+        + caveats(served, ledger.delta_promised(certified.rows.ids), n_groups)
         + repeated(
             served,
             times(repeats or {}, certified.rows.ids),
@@ -120,12 +125,13 @@ def certify(
         np.savez(fresh / SCORED_FILE, *(one.parts["test"].logits for one in seen))
         for i, one in enumerate(before):
             shutil.copytree(one.model.path, fresh / bundles.folder_before(i))
-        write_down(bundle, recipe, fresh, inputs=inputs, started=started)
+        write_down(bundle, ledger, recipe, fresh, inputs=inputs, started=started)
     return bundle
 
 
 def write_down(
     bundle: Bundle,
+    ledger: Ledger,
     recipe: Recipe,
     folder: Path,
     *,
@@ -133,8 +139,10 @@ def write_down(
     started: float,
     test: Mapping[str, int] | None = None,
 ) -> None:
-    """A bundle, the recipe that it is served by, and the step's manifest, last; started: by
-    ``time.monotonic``; test: what came of the promise, where nothing else keeps it."""
+    """A bundle, the rows of its ledger, the recipe that it is served by, and the step's manifest,
+    last; started: by ``time.monotonic``; test: what came of the promise, where nothing else keeps
+    it."""
+    write_beside(ledger, folder)
     bundles.save(bundle, folder)
     files.write_json(folder / RECIPE_FILE, recipe.model_dump(mode="json"))
     files.write_json(
@@ -230,27 +238,3 @@ def _seen(rows: ClassRows, student: AskedStudent) -> _Seen:
         if name == "certify":  # the first batches of all are slow
             seconds = time.monotonic() - began
     return _Seen(parts=parts, seconds_a_row=seconds / len(parts["certify"].rows))
-
-
-def spend_rows(
-    settings: Certify,
-    ids: Sequence[str],
-    students: Sequence[Model],
-    out_dir: Path,
-    *ledgers: Sequence[LedgerEntry],
-) -> tuple[LedgerEntry, ...]:
-    """The ledger with these uses of the certify rows, after those of the bundle that is there.
-
-    students: in the order in which they are asked; ledgers: of the runs that they come from.
-    """
-    spent = together(bundles.ledger_of(out_dir), *ledgers)
-    *before, own = (student.weights_digest[:12] for student in students)
-    who = f"student {own}" + "".join(f" behind {one}" for one in reversed(before))
-    for kind in settings.guarantees:
-        entry = LedgerEntry(
-            use=f"{kind} at {settings.alpha:g}, {who}",
-            rows_digest=rows_digest(ids),
-            delta=settings.delta,
-        )
-        spent = spend(spent, entry, settings.max_delta)
-    return spent

@@ -27,7 +27,6 @@ from journeyman.certify.curve import cost_quality_curve
 from journeyman.certify.deferral_head import cross_fitted, fit_deferral_head
 from journeyman.certify.guarantees import Outcomes, ScoredOutcomes, certify_kind, choose
 from journeyman.certify.judging import Verdicts
-from journeyman.certify.ledger import delta_spent, rows_digest
 from journeyman.certify.matching import Same
 from journeyman.certify.recommendation import caveats, recommend, repeated
 from journeyman.certify.row_answers import RowAnswers, row_answers, rows_of
@@ -38,7 +37,8 @@ from journeyman.certify.sequence_scores import (
     WrittenConfidence,
     answer_features,
 )
-from journeyman.certify.step import spend_rows, times, write_down
+from journeyman.certify.spending import spend_rows
+from journeyman.certify.step import times, write_down
 from journeyman.certify.written_answers import (
     OF_JUDGE,
     OF_STUDENT,
@@ -48,6 +48,7 @@ from journeyman.certify.written_answers import (
     of_samples,
 )
 from journeyman.errors import DataError, RecipeError
+from journeyman.folder import Folder
 from journeyman.models import Model
 from journeyman.probabilities import FloatArray
 from journeyman.recipe import Certify, Generate, Logits, Rationales, Recipe, digest
@@ -167,9 +168,10 @@ def certify(
     *,
     inputs: str,
     on_progress: Callable[[LabelProgress], None],
+    shared: Folder | None = None,
 ) -> WrittenBundle:
     """Write a bundle for this student; folder: of its answers, which are made where they are not
-    there for the same student and question. Ray is up.
+    there for the same student and question; shared: the ledger of runs beside it. Ray is up.
 
     Raises RecipeError, DataError (an empty split, certify rows whose delta is spent), ModelError.
     """
@@ -181,11 +183,10 @@ def certify(
     answers = held_out.by_student(corpus_dir, student)
     parts, judge = _parts(held_out, labels, answers, student, teacher)
     certified = parts["certify"]
-    ledger = spend_rows(settings, certified.ids, [student], out_dir)
     confidence, certificates = _decide(settings, parts["calibrate"], certified)
+    ledger = spend_rows(recipe, {s: p.ids for s, p in parts.items()}, [student], out_dir, shared)
     served, scores = certificates[0], certified.scores(confidence)
     curve = cost_quality_curve(scores, certified.outcomes.differs, *(certified.right or ()))
-    right = parts["calibrate"].right or (None, None)
     n_groups = corpus.read_manifest(corpus_dir).get("groups", {}).get("certify")
     n_times = times(corpus.repeats(corpus_dir, "certify"), certified.ids)
     bundle = WrittenBundle(
@@ -206,15 +207,15 @@ def certify(
         curve=curve.to_points(keep=served.threshold),
         student_accuracy=curve.student_accuracy,
         teacher_accuracy=curve.teacher_accuracy,
-        ledger=ledger,
-        recommendation=recommend(served, *right)
-        + caveats(served, delta_spent(ledger, rows_digest(certified.ids)), n_groups)
+        ledger=ledger.entries,
+        recommendation=recommend(served, *(parts["calibrate"].right or (None, None)))
+        + caveats(served, ledger.delta_promised(certified.ids), n_groups)
         + repeated(served, n_times, scores, certified.outcomes.differs)
         + judging.words(judge, recipe)
         + consistency.cost(taken),
     )
     with files.replaced_directory(out_dir) as fresh:
-        write_down(bundle, recipe, fresh, inputs=inputs, started=started,
+        write_down(bundle, ledger, recipe, fresh, inputs=inputs, started=started,
                    test=_realised(parts.get("test"), bundle))  # fmt: skip
     return bundle
 

@@ -86,7 +86,7 @@ class Certify(Section):
     max_delta: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5,
         description="Certify rows that are used again (for another student, say) spend delta each "
-        "time; once so much is spent they are refused.",
+        "time, in whichever run of `output`; once a row has spent so much they are refused.",
     )
     scores: tuple[Score, ...] = Field(
         ("max_probability", "margin", "entropy", "deferral_head"),
@@ -160,6 +160,11 @@ class Certify(Section):
         if not self.before:
             later |= {"before", "each_stage", "stage_costs"}
         return self.model_dump(mode="json", exclude=later)
+
+    def way(self) -> dict[str, Any]:
+        """What decides how each guarantee comes out, given the students and their rows."""
+        beside = {"besides", "max_delta", "before"}
+        return {name: value for name, value in self.decisive().items() if name not in beside}
 
     @model_validator(mode="after")
     def _match_has_its_pattern(self) -> Certify:

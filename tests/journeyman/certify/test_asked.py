@@ -66,10 +66,10 @@ def test_a_student_of_the_same_labels_is_asked_with_its_own_templates_and_ledger
     assert one.reads.templates() == {"student.text": "{{ text }}!",
                                      "student.text_pair": "{{ passage }}"}  # fmt: skip
     assert one.scorer.logits(["book a flight"]).shape == (1, len(tiny.LABELS))
-    assert one.ledger == ()
+    assert one.ledger.entries == ()
     use = LedgerEntry(use="of the small one", rows_digest="r", delta=0.1)
     save(a_bundle(ledger=(use,)), run / "bundle")
-    assert found(run, labels, ("passage", "text"))[0].ledger == (use,)
+    assert found(run, labels, ("passage", "text"))[0].ledger.entries == (use,)
 
 
 def test_labels_that_a_run_made_by_itself_in_the_same_way_will_do(tmp_path):

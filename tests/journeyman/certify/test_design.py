@@ -1,4 +1,4 @@
-"""The score is picked by certified coverage; the ledger; what the user is told to do."""
+"""The score is picked by certified coverage; what the user is told to do."""
 
 import math
 
@@ -8,7 +8,6 @@ from scipy.special import softmax
 
 from journeyman.certify.certificate import certify_system_agreement
 from journeyman.certify.design import choose_score, forecast_coverage
-from journeyman.certify.ledger import LedgerEntry, delta_spent, rows_digest, spend
 from journeyman.certify.metrics import area_under_risk_coverage
 from journeyman.certify.recommendation import caveats, recommend, repeated
 from journeyman.certify.scores import SCORES, score
@@ -120,22 +119,6 @@ def test_nothing_to_pick_from_is_refused():
         choose_score({}, np.array([True]), lambda _: 0.0)
     with pytest.raises(DataError, match="no calibrate rows"):
         forecast_coverage([], np.zeros(0, bool), 0.1, 0.1, 100)
-
-
-def test_digest_of_rows_ignores_their_order_and_nothing_else():
-    assert rows_digest(["a", "b"]) == rows_digest(["b", "a"])
-    different = [["a", "b"], ["ab"], ["a", "b", "b"], ["a"], [], ["", "ab"]]
-    assert len({rows_digest(ids) for ids in different}) == len(different)
-
-
-def test_second_use_of_the_same_rows_spends_delta_or_is_refused():
-    first = LedgerEntry(use="system", rows_digest="r1", delta=0.05)
-    second = LedgerEntry(use="selective", rows_digest="r1", delta=0.05)
-    ledger = spend(spend((), first, 0.1), second, 0.1)
-    assert delta_spent(ledger, "r1") == pytest.approx(0.1)
-    with pytest.raises(DataError, match=r"have spent 0\.1 of 0\.1 on: system; selective"):
-        spend(ledger, first, 0.1)
-    assert len(spend(ledger, first.model_copy(update={"rows_digest": "r2"}), 0.1)) == 3
 
 
 def right(n_both: int, n_student: int, n_teacher: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from journeyman.certify.asked import AskedStudent
 from journeyman.certify.bundle import PolicyBundle
 from journeyman.certify.calibration import Calibrator
 from journeyman.certify.certificate import certify_system_agreement
-from journeyman.certify.ledger import LedgerEntry, rows_digest, together
+from journeyman.certify.ledger import Ledger, LedgerEntry, rows_digest, together
 from journeyman.certify.scores import ScoreName, score
 from journeyman.certify.step import certify, read_test_logits
 from journeyman.errors import BundleMismatch, DataError, RecipeError
@@ -71,7 +71,7 @@ def certified(
             model=a_model(folder, f"before-{i}"),
             scorer=Scorer(logits),
             reads=settings.learner(),
-            ledger=ledger,
+            ledger=Ledger(entries=ledger),
         )
         for i, logits in enumerate(students[:-1])
     ]
@@ -204,7 +204,9 @@ def test_what_the_other_runs_spent_of_the_same_rows_counts_once(tmp_path):
     assert [entry.delta for entry in first.ledger] == [0.2, 0.1]
     assert "holds together with confidence 0.7" in first.recommendation
     again = certified(tmp_path, rows, students, COSTS, ledger=(of_its_run,))
-    assert [entry.delta for entry in again.ledger] == [0.2, 0.1, 0.1]
+    assert again.ledger == first.ledger
+    other = certified(tmp_path, rows, students, COSTS, "certify.alpha=0.2", ledger=(of_its_run,))
+    assert [entry.delta for entry in other.ledger] == [0.2, 0.1, 0.1]
     assert first.ledger[1].use == "system_agreement at 0.1, student own behind before-0"
     with pytest.raises(DataError, match=r"have spent 0\.45 of 0\.5 on"):
         more = (of_its_run.model_copy(update={"delta": 0.25}),)

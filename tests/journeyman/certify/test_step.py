@@ -204,8 +204,9 @@ def test_no_gold_at_all_is_one_sentence(tmp_path):
 
 def test_certify_rows_that_have_spent_their_delta_are_refused(tmp_path):
     rows, student = some_rows(2.0, 2.6)
-    for _ in range(2):
-        certified(tmp_path, rows, student, "certify.besides=[accuracy]")
-    with pytest.raises(DataError, match=r"have spent 0\.5 of 0\.5 on: system_agreement"):
-        certified(tmp_path, rows, student, "certify.besides=[accuracy]")
+    both = "certify.besides=[accuracy]"
+    for score in ("margin", "entropy"):
+        certified(tmp_path, rows, student, both, f"certify.scores=[{score}]")
+    with pytest.raises(DataError, match=r"spent 0\.4 of 0\.5 on: system_agreement.* 0\.2 more"):
+        certified(tmp_path, rows, student, both)
     assert len(bundles.load(tmp_path / "bundle").ledger) == 4

@@ -69,10 +69,12 @@ class Agreed:
 
 @dataclass(slots=True)
 class _Seen:
-    """Of a member: when it was heard last, and audits of its that are in no watch yet."""
+    """Of a member: when it was heard last, its last batch, which may be in no watch yet, and how
+    many audits are to come behind it."""
 
     at: float
     n_owed: int
+    batch: Batch = (0, ())
 
 
 class Agreement:
@@ -129,24 +131,25 @@ class Agreement:
             self._n_teachers = await asyncio.to_thread(_running_teachers)
 
     async def _audited(self, report: Report, now: float) -> Kept | None:
-        """What is kept after a report, which is known to be owed until it is; None where nobody
+        """What is kept after a report, which is known here until it is; None where nobody
         audits."""
         bundle, member = report.bundle, report.member
         if report.feedback is None or not (report.fresh or bundle in self._kept):
             return None
         folder, seen = Folder(report.feedback), self._seen.setdefault(bundle, {})
-        seen[member] = _Seen(at=now, n_owed=report.n_owed + len(report.audits))
+        batch: Batch = (report.batch, report.audits)
+        seen[member] = _Seen(at=now, n_owed=report.n_owed, batch=batch)
         async with self._writing:
             kept = await self._kept_of(report, folder, now)
             gone = [name for name, one in seen.items() if now - one.at > GONE_AFTER_S]
             for name in (left := {*gone, *self._left_words[bundle]}):
-                owed = seen[name].n_owed if name in gone else 0
-                kept = await self._without(kept, folder, bundle, name, owed)
-            kept = kept.told(member, [(report.batch, report.audits)], report.n_owed)
+                dead = seen[name] if name in gone else None
+                kept = await self._without(kept, folder, bundle, name, dead)
+            kept = kept.told(member, [batch], report.n_owed)
             if self._must_write(bundle, kept, now):
                 await asyncio.to_thread(watching.store, folder, bundle, kept)
                 self._written[bundle] = kept, now
-            self._kept[bundle], seen[member].n_owed = kept, report.n_owed
+            self._kept[bundle] = kept
             for name in left:
                 seen.pop(name, None)
                 await asyncio.to_thread(watching.forget_last_words, folder, bundle, name)
@@ -176,12 +179,15 @@ class Agreement:
         return self._kept[bundle]
 
     async def _without(
-        self, kept: Kept, folder: Folder, bundle: str, gone: str, n_owed: int
+        self, kept: Kept, folder: Folder, bundle: str, gone: str, dead: _Seen | None
     ) -> Kept:
-        """One member. What it owed died with it, and is an error for all anyone knows, unless it
-        has left words."""
+        """One member. What it owed died with it, unless it has left words."""
         words = await asyncio.to_thread(watching.read_last_words, folder, bundle, gone)
-        return kept.gone(gone, n_owed) if words is None else kept.told(gone, words, 0)
+        if words is not None:
+            return kept.told(gone, words, 0)
+        if dead is None:
+            return kept.gone(gone, 0)
+        return kept.told(gone, [dead.batch], 0).gone(gone, dead.n_owed)
 
 
 def _running_teachers() -> int:

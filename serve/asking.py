@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,6 +35,7 @@ _BACK_IN_S = 5.0  # no better is known of an engine that starts
 _AVOIDED_S = 5.0  # a replica that says that it cannot; asked again, it says so in milliseconds
 _MOST_ASKED = 8  # replicas, for one call
 _LOOK_TIMEOUT_S = 1.0  # of all replicas, for whether one is left
+_RESTS_AFTER_S = 60.0  # without a request, so that audits keep no teacher awake that may sleep
 # What was done for calls that were given up is asked for every second, until every replica has long
 # heard that the last of them is.
 _COME_EVERY_S = 1.0
@@ -66,6 +68,7 @@ class TeacherByHandle:
         self._handle, self._which = handle, which
         self._bill = bill
         self._given_up_at = 0.0  # the last call
+        self._requested_at = -math.inf  # the last call that was no audit's
         self._coming: asyncio.Task[None] | None = None
         self._avoided_until: dict[str, float] = {}  # by replica
         self._looking: asyncio.Task[None] | None = None
@@ -81,6 +84,13 @@ class TeacherByHandle:
     @property
     def asleep(self) -> bool:
         return self._may_sleep and self.n_running == 0
+
+    @property
+    def rests(self) -> bool:
+        """Whether it sleeps, or would soon if it were asked for nothing but requests."""
+        if not self._may_sleep:
+            return False
+        return self.n_running == 0 or time.monotonic() > self._requested_at + _RESTS_AFTER_S
 
     def count(self, n_running: int) -> None:
         self.n_running = n_running
@@ -98,6 +108,8 @@ class TeacherByHandle:
     async def _asked(
         self, call: Callable[[dict[str, Any]], Awaitable[Sequence[Said] | Unavailable]]
     ) -> Sequence[Said]:
+        if not ((whose := account.get()) and whose.is_audit):
+            self._requested_at = time.monotonic()
         if self._looking and not self._looking.done():
             await asyncio.wait({self._looking})
         if self.asleep:
@@ -115,11 +127,10 @@ class TeacherByHandle:
             away = _unavailable(self._gone, getattr(error, "actor_id", None))
         else:
             if not isinstance(reply, Unavailable):
-                whose = account.get()
                 if self._bill and whose and whose.is_audit:  # else counted by its answer
                     self._bill(whose, _spent_on(reply))
                 return reply
-            away = _unavailable(reply.reason, reply.replica or None)
+            away = _unavailable(reply.reason, reply.replica or None, reply.begun)
         raise away  # not chained to an error, whose words may quote a text
 
     async def _of_one_that_can(
@@ -292,8 +303,10 @@ def _spent_on(reply: Sequence[Said]) -> Spent:
     return spent
 
 
-def _unavailable(reason: str, replica: str | None = None) -> TeacherUnavailable:
-    return TeacherUnavailable(_words(reason), _BACK_IN_S, replica)
+def _unavailable(
+    reason: str, replica: str | None = None, had_texts: bool = True
+) -> TeacherUnavailable:
+    return TeacherUnavailable(_words(reason), _BACK_IN_S, replica, had_texts)
 
 
 def _words(reason: str) -> str:

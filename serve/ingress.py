@@ -179,13 +179,10 @@ class Ingress:
             rule.policy,
             cascade,
             student,
-            busy=lambda: (
-                cascade.waiting.n_waiting > 0
-                or self._teacher.asleep
-                or not cascade.breaker.is_closed
-            ),
+            busy=lambda: cascade.waiting.n_waiting > 0,
             patience_s=recipe.cascade.request_timeout_s,
             judge=judge,
+            rests=lambda: self._teacher.rests or not cascade.breaker.is_closed,
         )
 
     async def _audits(self, auditor: Auditor, bundle: str) -> None:

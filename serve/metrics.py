@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _WINDOW_S = 60.0
 _GAUGE_INTERVAL_S = 1.0
 # void: the student for a failing teacher; remembered: nobody, it had been answered before.
+_WITHOUT_OUTCOME = ("lost", "left_out", "not_drawn")  # audits
 _KINDS = ("student", "teacher", "void", "remembered", "refused")
 _LATENCIES_S = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
 
@@ -48,7 +49,8 @@ class Health:
 
     def figures(self) -> dict[str, Any]:
         """watch: None where none is kept; rung: steps by which the audits have tightened the
-        threshold, None where all is escalated; lost, left_out, judged: of this replica's."""
+        threshold, None where all is escalated; lost, left_out, not_drawn, judged: of this
+        replica's."""
         agreed, auditor = self.member.last, self.member.auditor
         return {
             "watch": None
@@ -58,6 +60,7 @@ class Health:
                 "pending": auditor.n_pending,
                 "lost": auditor.n_lost,
                 "left_out": auditor.n_left_out,
+                "not_drawn": auditor.n_not_drawn,
                 "judged": auditor.n_judged,
                 "rung": agreed.rung,
                 "accept_above": written_threshold(agreed.accept_above),
@@ -155,7 +158,8 @@ class Measured:
         self._unknown = counter(
             "audits_unknown",
             "Audits without an outcome, by why: lost (each counts as an error), left out (the "
-            "teacher can never answer the text), or stopped (it waited as its replica stopped).",
+            "teacher can never answer the text), not_drawn (too many waited as it came), or "
+            "stopped (it waited as its replica stopped).",
             "why",
         )
         self._said_unknown: Counter[str] = Counter()
@@ -215,7 +219,9 @@ class Measured:
     def stopped(self) -> None:
         """Audits that wait when a replica stops in order, or its bundle leaves, are left out."""
         if auditor := self._health.member.auditor:
-            now = Counter(lost=auditor.n_lost, left_out=auditor.n_left_out)
+            now = Counter(
+                lost=auditor.n_lost, left_out=auditor.n_left_out, not_drawn=auditor.n_not_drawn
+            )
             self._count_unknown(now + Counter(stopped=auditor.n_unkept))
 
     def shadowed(self, decisions: Sequence[Decision | Escalation]) -> None:
@@ -252,7 +258,7 @@ class Measured:
                 rung = watch["rung"]
                 figures["tightened"] = -1 if rung is None else rung
                 figures["audits_pending"] = watch["pending"]
-                self._count_unknown(Counter({why: watch[why] for why in ("lost", "left_out")}))
+                self._count_unknown(Counter({why: watch[why] for why in _WITHOUT_OUTCOME}))
             for name, gauge in self._gauges.items():
                 gauge.set(float(figures.get(name) or 0.0), tags=self._tags)
             await asyncio.sleep(_GAUGE_INTERVAL_S)

@@ -87,6 +87,9 @@ def test_audits_that_wait_when_their_replica_stops_are_counted_once():
     measured.stopped()
     measured.stopped()
     counted.inc.assert_called_once_with(2, tags={"bundle": "b", "why": "stopped"})
+    auditor.not_drawn(3)
+    measured.stopped()
+    counted.inc.assert_called_with(3, tags={"bundle": "b", "why": "not_drawn"})
 
 
 def test_answers_from_memory_are_no_escalations():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from serve.accounts import Account, account
 from serve.asking import TeacherByHandle
 from serve.growth import Whole
 from serve.students import Rule
-from serve.teacher import Teacher
+from serve.teacher import Teacher, Unavailable
 from serve.writers import Writer
 from tests.serve.test_writers import ASKED, loaded, until
 
@@ -281,6 +282,49 @@ def test_what_an_audit_takes_of_the_teacher_is_told_once_and_a_requests_by_its_a
 
     asyncio.run(scenario())
     assert bills == [(AUDIT, Spent(n_prompt_tokens=2, n_output_tokens=2))]
+
+
+def test_audits_keep_no_teacher_awake_that_may_sleep(monkeypatch: pytest.MonkeyPatch):
+    """It rests, for them, after a while without a request; one that may not sleep never does."""
+
+    async def scenario(may_sleep: bool) -> list[bool]:
+        teacher = TeacherByHandle(Handle(UNSURE), may_sleep)  # type: ignore[arg-type]
+        teacher.unready = None
+        rested = [teacher.rests]
+        for n_running, whose, after_s in (
+            (1, AUDIT, 0),
+            (1, None, 0),
+            (1, AUDIT, 61),
+            (0, None, 0),
+        ):
+            teacher.count(1)
+            account.set(whose)
+            await teacher.labels(["x"])
+            teacher.count(n_running)
+            now = time.monotonic()
+            with monkeypatch.context() as later:
+                later.setattr("time.monotonic", lambda at=now + after_s: at)
+                rested.append(teacher.rests)
+        return rested
+
+    assert asyncio.run(scenario(True)) == [True, True, False, True, True]
+    assert not any(asyncio.run(scenario(False)))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_teacher_says_whether_it_had_the_texts_when_it_could_not_answer(begun: bool):
+    async def scenario() -> bool:
+        async def answer(*_: Any, **__: Any) -> Unavailable:
+            return Unavailable(reason="starts again", replica="a", begun=begun)
+
+        handle = SimpleNamespace(label=SimpleNamespace(remote=answer))
+        teacher = TeacherByHandle(handle)  # type: ignore[arg-type]
+        teacher.unready = None
+        with pytest.raises(TeacherUnavailable) as refused:
+            await teacher.labels(["x"])
+        return refused.value.had_texts
+
+    assert asyncio.run(scenario()) == begun
 
 
 ASKED_OF_JUDGE = Classes(classes={"same": "Yes", "different": "No"}, prompt="{{ first }}")

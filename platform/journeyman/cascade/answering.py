@@ -268,12 +268,32 @@ class Cascade:
 
     async def labels(self, texts: Sequence[str]) -> Sequence[Said]:
         """The teacher's for an audit: such as could answer a request, and not while the teacher is
-        left alone. Raises TeacherUnavailable, TeacherAway where it need not be asked."""
-        if not self.breaker.is_closed:
+        left alone. After that one may be let through, since where the student answers everything
+        nobody else would ever find the teacher well again. Raises TeacherUnavailable, TeacherAway
+        where it need not be asked."""
+        is_probe = not self.breaker.is_closed
+        if not self.breaker.admit(self._clock()):
             raise TeacherAway("the teacher is left alone for a while.")
-        labels = await self._teacher.labels(texts)
-        self._check(labels, len(texts))
+        began = self._clock()
+        try:
+            labels = await self._teacher.labels(texts)
+            self._check(labels, len(texts))
+        except BaseException as error:
+            if is_probe:
+                self._probed(error, began)
+            raise
+        if is_probe:
+            self.breaker.succeeded()
         return labels
+
+    def _probed(self, error: BaseException, began: float) -> None:
+        """An audit that was let through, and failed."""
+        if isinstance(error, TeacherUnavailable) and not isinstance(
+            error, TeacherStarting | TeacherAway
+        ):
+            self.breaker.failed(self._clock(), error.replica, began)
+        else:
+            self.breaker.abandoned()
 
     def _check(self, labels: Sequence[Said], n_texts: int) -> None:
         """Raises TeacherUnavailable if these cannot be answers to the texts."""

@@ -1,16 +1,19 @@
-"""What the teacher says of audited answers of the student, asked when it has nothing else to do.
+"""What the teacher says of audited answers of the student, asked beside its other work.
 
-An audit never delays a request: it is queued, and asked for while no text waits for the teacher;
-so is a judge, where the certificate asked one about answers that are worded differently.
+An audit never delays the request that it is of: it is queued, and asked for while no text waits for
+the teacher, or once it has waited some seconds itself: a cascade may never be idle, and one text
+more in the teacher is felt by nobody. So is a judge, where the certificate asked one about answers
+that are worded differently.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from journeyman.cascade.answering import (
     EscalationRule,
@@ -21,15 +24,26 @@ from journeyman.cascade.answering import (
 )
 from journeyman.cascade.drift import Audit
 from journeyman.cascade.policy import Decision, Escalation
-from journeyman.cascade.refusals import StudentUnavailable, TeacherAway, TeacherStarting
+from journeyman.cascade.refusals import (
+    StudentUnavailable,
+    TeacherAway,
+    TeacherStarting,
+    TeacherUnavailable,
+)
 from journeyman.cascade.watching import LOST, UNANSWERED
 
-_MOST_WAITING = 100_000  # texts: a night without a teacher, at one audit a second
-_MOST_CHARACTERS = 64_000_000  # of them and their answers
+_MOST_WAITING = 10_000  # outcomes and texts: three hours without a teacher, at one a second
+_MOST_CHARACTERS = 64_000_000  # of texts and answers
 _LOOK_AGAIN_S = 0.2
+_HURRIES_AFTER_S = 5.0  # whatever else the teacher has to do
+_WAKES_AFTER_S = 1800.0  # a teacher that sleeps, or is left alone
+_LONGEST_AWAY_S = 10.0  # between two looks at a model that is away, which cost nothing
 _AGAIN_S = 10.0  # after a failure, and twice that after the next one: most have passed by then
+_LONGEST_AGAIN_S = 600.0
 _TIMEOUT_S = 60.0
 _MOST_FAILURES = 3  # on one text, to answer within its time among them
+
+_CameOfIt = Literal["answered", "failed", "away"]
 
 
 class AnswerJudge(Protocol):
@@ -42,10 +56,11 @@ class AnswerJudge(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Waiting:
-    """decision: the student's, None where it is not known yet; by_teacher: its answer, where that
-    is there, worded differently, and waits for the judge."""
+    """since: when it came; decision: the student's, None where it is not known yet; by_teacher: its
+    answer, where that is there, worded differently, and waits for the judge."""
 
     text: str
+    since: float
     decision: Decision | None
     by_teacher: str | None = None
 
@@ -63,11 +78,39 @@ class _Waiting:
         return _audit(self.decision, same=False)
 
 
+@dataclass(slots=True)
+class _Failures:
+    """Of the teacher's on one text. just_now: the last, so that another text is to be tried;
+    answers_others: whether it has answered one since the first."""
+
+    n: int = 0
+    just_now: bool = False
+    answers_others: bool = False
+
+    def another(self) -> None:
+        self.n += 1
+        self.just_now = True
+
+    def others_answered(self) -> None:
+        if not self.answers_others:  # it may have come back just now, so one more is to follow
+            self.n = min(self.n, _MOST_FAILURES - 1)
+        self.just_now, self.answers_others = False, True
+
+
 class Auditor:
     """Compares audited answers with the teacher's. Use it from one event loop.
 
     Outcomes leave in the order in which their requests came: those that are known at once would
     come first otherwise, and a run of those that had to wait, behind them, looks like a change.
+
+    What may be missing among them. The watch is valid as long as whether an audit is in it is
+    settled before anything of its text is known, as then its risk, given all that came before, is
+    the traffic's. So one that comes while too many wait is not drawn at all (``has_room``, asked
+    with the coin): how many wait depends on texts that came before. To drop one that waits would be
+    another matter: it waits since the student answered it, so those that are left would be too
+    good. It is kept until its outcome is there, whether the teacher is busy, asleep, or away for a
+    day, which is no evidence of errors; only where the teacher fails on its text again and again
+    and answers others meanwhile it is given up, and is an error.
 
     A text that the teacher can never answer is left out, as certification left such rows out: the
     promise is about the others. Whether it is one is a matter of the text alone, not of what the
@@ -82,37 +125,52 @@ class Auditor:
         busy: Callable[[], bool],
         patience_s: float = _TIMEOUT_S,
         judge: AnswerJudge | None = None,
+        rests: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """busy: whether requests wait for the teacher; patience_s: that a request has with it, and
         so an audit, which waits a minute at least; judge: of answers that the policy does not find
-        the same, where the certificate asked one."""
-        self._judge = judge
+        the same, where the certificate asked one; rests: whether the teacher sleeps, or is left
+        alone; clock: seconds."""
+        self._judge, self._clock, self._rests = judge, clock, rests
         self._policy, self._teacher, self._student, self._busy = policy, teacher, student, busy
         self._patience_s = max(patience_s, _TIMEOUT_S)
         self._queue: deque[_Waiting | Audit] = deque()  # not an Audit at its head
         self._outcomes: list[Audit] = []
-        self._failures = 0  # of the one at the head
+        self._catches_up = False  # until nothing waits any more
+        self._failures = _Failures()  # on the head
         self._n_characters = 0  # of those that wait
         self.n_pending = 0  # audits without an outcome so far
         self.n_lost = 0  # whose outcome nobody will know: each counts as an error
         self.n_left_out = 0  # of texts that the teacher cannot answer
+        self.n_not_drawn = 0  # as too many waited
         self.n_judged = 0  # that the judge was asked about
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a text may be drawn, to be asked before it is looked at."""
+        return len(self._queue) < _MOST_WAITING and self._n_characters < _MOST_CHARACTERS
+
+    def not_drawn(self, n_texts: int) -> None:
+        """That the coin chose, and there was no room for."""
+        self.n_not_drawn += n_texts
 
     def add(self, text: str, decision: Decision) -> None:
         """decision: what the request was answered with, or would have been."""
         if decision.answered_by == "teacher":
             return self.escalated(decision)
-        self._wait(_Waiting(text=text, decision=replace(decision, written=None)))
+        self._wait(text, replace(decision, written=None))
 
     def undecided(self, text: str) -> None:
         """One whose request ended before its student had decided: it is asked again, as what it
         says depends on the text alone."""
-        self._wait(_Waiting(text=text, decision=None))
+        self._wait(text, None)
 
     def escalated(self, decision: Decision | None) -> None:
         """One that the student did not answer, so that its outcome is known; None: it has no answer
         to it at all, or was away."""
-        self._push(_unaccepted(decision))
+        self._queue.append(_unaccepted(decision))
+        self._release()
 
     def unlabeled(self) -> None:
         """One that the teacher was asked for, and cannot answer."""
@@ -134,30 +192,80 @@ class Auditor:
         return found
 
     async def run(self) -> None:
-        """Work through what waits, as long as the cascade serves."""
+        """Work through what waits, one text at a time, as long as the cascade serves."""
+        first_pauses = {"failed": _AGAIN_S, "away": _LOOK_AGAIN_S}
+        longest = {"failed": _LONGEST_AGAIN_S, "away": _LONGEST_AWAY_S}
+        pauses = dict(first_pauses)
         while True:
-            if not self._queue or self._busy():
+            if not self._may_ask():
                 await asyncio.sleep(_LOOK_AGAIN_S)
                 continue
-            head = self._queue[0]  # it is pending until its outcome is there
-            assert not isinstance(head, Audit)
-            try:
-                async with asyncio.timeout(self._patience_s):
-                    outcome = await self._step(head)
-            except (TeacherAway, TeacherStarting, StudentUnavailable):  # they will be back
-                await asyncio.sleep(_LOOK_AGAIN_S)
+            came_of_it = await self._work()
+            if came_of_it == "answered":
+                pauses = dict(first_pauses)
                 continue
-            except Exception:  # at this text, for all anyone knows: too slow, no answer, a bug
-                self._failures += 1
-                if self._failures < _MOST_FAILURES:
-                    await asyncio.sleep(_AGAIN_S * self._failures)
-                    continue
-                outcome = head.failed
-            if self._queue and self._queue[0] is head:
-                if isinstance(outcome, _Waiting):
-                    self._goes_on(outcome)
-                else:
-                    self._settle(outcome)
+            await asyncio.sleep(pauses[came_of_it])
+            pauses[came_of_it] = min(2 * pauses[came_of_it], longest[came_of_it])
+
+    def _may_ask(self) -> bool:
+        """A teacher that was woken for an audit is asked for all that wait, so that they wake it
+        once."""
+        if not self._queue:
+            self._catches_up = False
+            return False
+        head = self._queue[0]
+        assert isinstance(head, _Waiting)
+        waited_s = self._clock() - head.since
+        self._catches_up |= waited_s >= _WAKES_AFTER_S
+        if self._rests() and not self._catches_up:
+            return False
+        return waited_s >= _HURRIES_AFTER_S or not self._busy()
+
+    async def _work(self) -> _CameOfIt:
+        """Ask about the head. Where that failed, it may be the teacher that fails on all: then on
+        another one, too, before anything is held against the text."""
+        if self._failures.just_now and (place := self._another()) is not None:
+            came_of_it = await self._ask(place)
+            if came_of_it == "failed":
+                self._failures = _Failures()
+            elif came_of_it == "answered":
+                self._failures.others_answered()
+            return came_of_it
+        if self._failures.n >= _MOST_FAILURES and self._failures.answers_others:
+            self._give_up()
+            return "answered"
+        came_of_it = await self._ask(0)
+        if came_of_it == "failed":
+            self._failures.another()
+        return came_of_it
+
+    def _another(self) -> int | None:
+        """The place of the next one that the teacher would be asked about."""
+        waiting = (
+            place
+            for place, one in enumerate(self._queue)
+            if place and isinstance(one, _Waiting) and one.decision is not None
+        )
+        return next(waiting, None)
+
+    async def _ask(self, place: int) -> _CameOfIt:
+        """About one that stays where it is until its outcome is there."""
+        one = self._queue[place]
+        assert isinstance(one, _Waiting)
+        try:
+            async with asyncio.timeout(self._patience_s):
+                outcome = await self._step(one)
+        except (TeacherAway, TeacherStarting, StudentUnavailable):  # they will be back
+            return "away"
+        except TeacherUnavailable as refusal:
+            return "failed" if refusal.had_texts else "away"
+        except Exception:  # at this text, for all anyone knows: too slow, no answer, a bug
+            return "failed"
+        if isinstance(outcome, _Waiting):
+            self._goes_on(outcome, place)
+        else:
+            self._settle(outcome, place)
+        return "answered"
 
     async def _step(self, audited: _Waiting) -> Audit | _Waiting | None:
         """Its outcome, None where it is to be left out; or itself as it waits for the judge, who
@@ -171,16 +279,18 @@ class Auditor:
         if audited.by_teacher is not None:
             return await self._judged(audited.text, decision, audited.by_teacher)
         label = (await self._teacher.labels([audited.text]))[0]
-        return self._compared(audited.text, decision, label)
+        return self._compared(audited, decision, label)
 
-    def _compared(self, text: str, decision: Decision, label: Said) -> Audit | _Waiting | None:
+    def _compared(
+        self, audited: _Waiting, decision: Decision, label: Said
+    ) -> Audit | _Waiting | None:
         if isinstance(label, Unlabeled):
             return None
         by_teacher = self._policy.escalated(label, decision).label
         same = self._policy.same(decision.label, by_teacher)
         if same or self._judge is None:
             return _audit(decision, same=same)
-        return _Waiting(text=text, decision=replace(decision, written=None), by_teacher=by_teacher)
+        return replace(audited, decision=replace(decision, written=None), by_teacher=by_teacher)
 
     async def _judged(self, text: str, decision: Decision, by_teacher: str) -> Audit:
         assert self._judge is not None
@@ -188,41 +298,41 @@ class Auditor:
         self.n_judged += 1
         return _audit(decision, same=same)
 
-    def _wait(self, one: _Waiting) -> None:
+    def _wait(self, text: str, decision: Decision | None) -> None:
+        one = _Waiting(text=text, since=self._clock(), decision=decision)
         self.n_pending += 1
         self._n_characters += one.n_characters
-        self._push(one)
-
-    def _push(self, one: _Waiting | Audit) -> None:
         self._queue.append(one)
-        self._release()
-        self._make_room()
 
-    def _goes_on(self, one: _Waiting) -> None:
-        """In place of itself at the head."""
+    def _goes_on(self, one: _Waiting, place: int) -> None:
+        """In place of itself."""
+        before = self._queue[place]
+        assert isinstance(before, _Waiting)
+        self._queue[place] = one
+        self._n_characters += one.n_characters - before.n_characters
+        if place == 0:
+            self._failures = _Failures()
+
+    def _give_up(self) -> None:
+        """The head."""
         head = self._queue[0]
         assert isinstance(head, _Waiting)
-        self._queue[0] = one
-        self._n_characters += one.n_characters - head.n_characters
-        self._failures = 0
-        self._make_room()
+        self.n_lost += head.failed is LOST
+        self._settle(head.failed)
 
-    def _make_room(self) -> None:
-        while len(self._queue) > _MOST_WAITING or self._n_characters > _MOST_CHARACTERS:
-            self._settle(LOST)
-
-    def _settle(self, outcome: Audit | None) -> None:
-        """Of the one at the head, which waits."""
-        head = self._queue.popleft()
-        assert isinstance(head, _Waiting)
+    def _settle(self, outcome: Audit | None, place: int = 0) -> None:
+        """Of one that waits; None: it is left out."""
+        one = self._queue[place]
+        assert isinstance(one, _Waiting)
         self.n_pending -= 1
-        self._n_characters -= head.n_characters
-        self._failures = 0
-        self.n_lost += outcome is LOST
+        self._n_characters -= one.n_characters
         if outcome is None:
+            del self._queue[place]
             self.unlabeled()
         else:
-            self._outcomes.append(outcome)
+            self._queue[place] = outcome
+        if place == 0:
+            self._failures = _Failures()
         self._release()
 
     def _release(self) -> None:

@@ -47,18 +47,20 @@ class Recording:
         if asked != "cascade":
             return await self._cascade.answer(texts, asked)
         audited = [self._coin.random() < self._audit_rate for _ in texts]  # before all else
+        auditor = self._with_room(sum(audited))
         try:
             answers = await self._cascade.answer(texts, asked)
         except Refusal as refusal:
-            self._unanswered(texts, audited, refusal)
+            self._unanswered(texts, audited, auditor, refusal)
             raise
         except BaseException:  # the client went away, most likely from a long answer; or we failed
-            self._unanswered(texts, audited, None)
+            self._unanswered(texts, audited, auditor, None)
             raise
         for i, text in enumerate(texts):
             decision = answers.decisions[i]
-            void = i in answers.void
-            self._audit(audited[i], text, Escalation(student=decision) if void else decision)
+            if audited[i] and auditor:
+                void = i in answers.void
+                _audit(auditor, text, Escalation(student=decision) if void else decision)
         by_teacher = {
             i for i, decision in enumerate(answers.decisions)
             if decision.answered_by == "teacher" and i not in answers.remembered
@@ -76,8 +78,20 @@ class Recording:
         )
         return answers
 
+    def _with_room(self, n_texts: int) -> Auditor | None:
+        """Who learns of so many texts; nobody where too many wait already, which is settled here,
+        before anything is known of these."""
+        if self._auditor is None or self._auditor.has_room:
+            return self._auditor
+        self._auditor.not_drawn(n_texts)
+        return None
+
     def _unanswered(
-        self, texts: Sequence[str], audited: Sequence[bool], refusal: Refusal | None
+        self,
+        texts: Sequence[str],
+        audited: Sequence[bool],
+        auditor: Auditor | None,
+        refusal: Refusal | None,
     ) -> None:
         """Audits of a request without an answer are kept all the same, as certification assumes
         that no text is missing for what became of it: without those of bad times, or of clients
@@ -85,20 +99,20 @@ class Recording:
         unlabeled = refusal.unlabeled if isinstance(refusal, TextRefused) else frozenset()
         decided = refusal.decided if refusal else ()
         for i, text in enumerate(texts):
-            if i not in unlabeled:
-                self._audit(audited[i], text, decided[i] if decided else None)
-            elif audited[i] and self._auditor:
-                self._auditor.unlabeled()
+            if audited[i] and auditor:
+                if i in unlabeled:
+                    auditor.unlabeled()
+                else:
+                    _audit(auditor, text, decided[i] if decided else None)
         now = time.time()
         self._journal.add(unanswered(texts, audited, self._audit_rate, self._bundle, now))
 
-    def _audit(self, audited: bool, text: str, decision: Decision | Escalation | None) -> None:
-        """decision: answered or not; None: the request ended before there was one."""
-        if not (audited and self._auditor):
-            return
-        if decision is None:
-            self._auditor.undecided(text)
-        elif isinstance(decision, Escalation):
-            self._auditor.escalated(decision.student)
-        else:
-            self._auditor.add(text, decision)
+
+def _audit(auditor: Auditor, text: str, decision: Decision | Escalation | None) -> None:
+    """decision: answered or not; None: the request ended before there was one."""
+    if decision is None:
+        auditor.undecided(text)
+    elif isinstance(decision, Escalation):
+        auditor.escalated(decision.student)
+    else:
+        auditor.add(text, decision)

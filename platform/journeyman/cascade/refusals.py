@@ -41,13 +41,18 @@ class NoClasses(Refusal):
 
 
 class TeacherUnavailable(Refusal):
-    """The teacher is starting, starting again, or gone. replica: of it that failed, where known."""
+    """The teacher is starting, starting again, or gone. replica: of it that failed, where known;
+    had_texts: whether it may have begun, so that a text may be why."""
 
     def __init__(
-        self, sentence: str, retry_after_s: float | None = None, replica: str | None = None
+        self,
+        sentence: str,
+        retry_after_s: float | None = None,
+        replica: str | None = None,
+        had_texts: bool = True,
     ) -> None:
         super().__init__(sentence, retry_after_s)
-        self.replica = replica
+        self.replica, self.had_texts = replica, had_texts
 
 
 class TeacherStarting(TeacherUnavailable):

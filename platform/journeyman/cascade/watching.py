@@ -50,8 +50,15 @@ class Heard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """What is kept of a bundle's audits: each is in the watch, or owed by a member, and is an
-    error there once that is gone without a word."""
+    """What is kept of a bundle's audits: each is in the watch, or owed by a member.
+
+    A member that dies without a word leaves a series that ends sooner, as outcomes leave it in the
+    order in which their requests came. The first of those that it owed may be missing for what it
+    is (it waited for the teacher since the student had answered it), so it counts as an error. The
+    others are missing because that one was not there yet, whatever is in them: a series that ends
+    at a place that was settled before is as valid as the whole, so they are left out. Were they
+    errors, each replica that is lost with a queue would break a promise that holds.
+    """
 
     watch: Watch
     members: Mapping[str, Heard] = field(default_factory=dict)
@@ -73,10 +80,8 @@ class Kept:
         return self.members.get(member, Heard()).n_owed
 
     def gone(self, member: str, n_owed: int) -> Kept:
-        """After a member died that owed so many."""
-        watch = self.watch
-        for _ in range(n_owed):
-            watch = watch.audited(LOST)
+        """After a member died that owed so many, of which the first counts."""
+        watch = self.watch.audited(LOST) if n_owed else self.watch
         others = {name: heard for name, heard in self.members.items() if name != member}
         return Kept(watch=watch, members=others)
 

@@ -1,6 +1,7 @@
 """One request through student, policy and teacher: who is asked for what, and what stops it."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from journeyman.cascade.refusals import (
     Overloaded,
     StudentOverloaded,
     StudentUnavailable,
+    TeacherAway,
     TeacherUnavailable,
     TextRefused,
 )
@@ -384,5 +386,28 @@ def test_where_the_students_queue_takes_half_of_a_deadline_requests_are_refused_
         assert refused.value.retry_after_s == 12.3
         assert who(await cascade.answer(["hm"], "teacher")) == ["teacher"]
         assert asked.student.asked == ["sure"]
+
+    asyncio.run(test())
+
+
+def test_an_audit_finds_a_teacher_well_again_that_no_request_asks():
+    """As none does where the student answers everything: its breaker would be open for ever."""
+
+    async def test() -> None:
+        asked = Asked(breaker={"failures": 1, "pause_s": 0.05})
+        asked.teacher.away = True
+        with pytest.raises(TeacherUnavailable):
+            await asked.cascade.answer(["hm"])
+        with pytest.raises(TeacherAway):
+            await asked.cascade.labels(["an audit"])
+        assert len(asked.teacher.asked) == 1, "it is left alone"
+        await asyncio.sleep(0.06)
+        with pytest.raises(TeacherUnavailable):
+            await asked.cascade.labels(["an audit"])
+        assert asked.cascade.breaker.opens_in_s(time.monotonic()) > 0.05, "twice as long"
+        asked.teacher.away = False
+        await asyncio.sleep(0.11)
+        assert len(await asked.cascade.labels(["an audit"])) == 1
+        assert asked.cascade.breaker.is_closed
 
     asyncio.run(test())

@@ -234,23 +234,32 @@ def test_answers_that_a_judge_fails_on_again_and_again_differ_and_are_not_lost(
 ):
     """As a pair without a verdict does in the certificate: on the rungs that accept it."""
     monkeypatch.setattr(auditing, "_AGAIN_S", 0.01)
-    teacher, judge = Teacher(), Judge(*[TypeError("a bug")] * 3)
+
+    class FailsOnOne(Judge):
+        async def same(self, text: str, one: str, other: str) -> bool:
+            same = await super().same(text, one, other)
+            if text == "yy":
+                raise TypeError("a bug")
+            return same
+
+    teacher, judge = Teacher(), FailsOnOne()
     auditor = judged(teacher, judge)
-    auditor.add("y", answer("yeah"))
+    auditor.add("yy", answer("yeah"))
     auditor.add("y", answer("yeah"))
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
     assert auditor.outcomes() == [Audit(score=0.8, loss=1), Audit(score=0.8, loss=0)]
-    assert len(judge.asked) == 4 and teacher.asked == ["y", "y"]
+    assert len(judge.asked) == 4 and teacher.asked == ["yy", "y"]
     assert (auditor.n_lost, auditor.n_judged) == (0, 1)
 
 
-def test_what_waits_for_a_judge_holds_little_memory(monkeypatch: pytest.MonkeyPatch):
+def test_what_waits_for_a_judge_counts_with_both_answers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(auditing, "_MOST_CHARACTERS", 7)
-    teacher = Teacher()
-    auditor = judged(teacher, Judge())
-    auditor.add("y", answer("yeah"))  # with the teacher's `yes` they are eight
+    auditor = judged(Teacher(), Judge(*[TeacherAway("away", 1.0)] * 3))
+    auditor.add("y", answer("yeah"))
+    assert auditor.has_room
+    asyncio.run(worked(auditor, lambda: not auditor.has_room))  # with the teacher's `yes`
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert auditor.outcomes() == [LOST] and auditor._n_characters == 0
+    assert auditor.has_room and auditor.outcomes() == [Audit(score=0.8, loss=0)]
 
 
 def wrote(text: str) -> Written:
@@ -306,12 +315,74 @@ def test_audits_outlast_a_teacher_that_is_away():
     assert [audit.loss for audit in auditor.outcomes()] == [0]
 
 
-def test_an_audit_too_many_counts_as_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(auditing, "_MOST_WAITING", 2)
-    auditor = Auditor(POLICY, Teacher(), Student(), busy=lambda: True)
-    for _ in range(3):
+def test_audits_go_beside_requests_that_never_end_and_one_at_a_time():
+    """A cascade of ordinary load is never without an escalation under way; what waits behind the
+    first audits, and their outcomes, would be kept for ever."""
+    now, under_way, most = [0.0], [0], [0]
+
+    class Slow(Teacher):
+        async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+            await asyncio.sleep(0.01)
+            under_way[0] -= 1
+            return await super().labels(texts)
+
+    auditor = Auditor(POLICY, Slow(), Student(), busy=lambda: True, clock=lambda: now[0])
+    for _ in range(20):
         auditor.add("y", answer())
-    assert auditor.n_pending == 2 and auditor.outcomes() == [LOST]
+        auditor.escalated(answer(confidence=0.2))
+
+    async def scenario() -> None:
+        task = asyncio.create_task(auditor.run())
+        await asyncio.sleep(0.3)
+        assert auditor.n_pending == 20 and not auditor.outcomes()
+        now[0] = 6.0
+        async with asyncio.timeout(5):
+            while auditor.n_pending:
+                await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(scenario())
+    assert len(auditor.outcomes()) == 40 and auditor.n_lost == 0 and most[0] == 1
+
+
+def test_a_teacher_that_sleeps_is_woken_for_audits_once_in_half_an_hour(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """As the student of a bundle may answer everything. Then all that wait are asked, also those
+    that came a moment ago, so that each does not wake it anew."""
+    monkeypatch.setattr(auditing, "_LOOK_AGAIN_S", 0.01)
+    now, teacher = [0.0], Teacher()
+    auditor = Auditor(
+        POLICY, teacher, Student(), busy=lambda: False, rests=lambda: True, clock=lambda: now[0]
+    )
+
+    async def scenario() -> None:
+        task = asyncio.create_task(auditor.run())
+        for at, expected in ((0.0, 0), (1700.0, 0), (1801.0, 3), (3000.0, 3), (4900.0, 5)):
+            now[0] = at
+            auditor.add("y", answer())
+            await asyncio.sleep(0.1)
+            assert len(teacher.asked) == expected, at
+        task.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_of_too_many_further_ones_are_not_drawn_and_none_that_waits_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Whatever they would have been: those that the student did not answer are known at once."""
+    monkeypatch.setattr(auditing, "_MOST_WAITING", 2)
+    auditor = Auditor(POLICY, Teacher(), Student(), busy=lambda: False)
+    for _ in range(3):  # the last is of a request that began before
+        auditor.add("y", answer())
+    assert not auditor.has_room and auditor.n_pending == 3
+    auditor.not_drawn(5)
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
+    assert auditor.has_room and [a.loss for a in auditor.outcomes()] == [0, 0, 0]
+    assert (auditor.n_not_drawn, auditor.n_lost) == (5, 0)
 
 
 def test_audits_that_wait_hold_little_memory(monkeypatch: pytest.MonkeyPatch):
@@ -321,10 +392,9 @@ def test_audits_that_wait_hold_little_memory(monkeypatch: pytest.MonkeyPatch):
     said = replace(answer("a text"), written=wrote("a text"))
     auditor.add("text", said)
     assert sys.getrefcount(said) == 2  # it alone holds its tokens
-    for _ in range(3):
-        auditor.add("text", answer("a text"))
-    assert (auditor.n_pending, auditor.n_lost) == (2, 2)
-    assert auditor.outcomes() == [LOST, LOST]
+    assert auditor.has_room
+    auditor.add("text", answer("a text"))
+    assert not auditor.has_room
 
 
 def test_outcomes_leave_in_the_order_of_their_requests():
@@ -338,6 +408,66 @@ def test_outcomes_leave_in_the_order_of_their_requests():
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
     found = [(audit.score, audit.loss) for audit in auditor.outcomes()]
     assert found == [(0.8, 1), (0.2, 0), (0.3, 0), (0.9, 0)]
+
+
+@pytest.mark.parametrize("n_audits", [1, 10])
+@pytest.mark.parametrize(
+    "fails", [TeacherUnavailable("its answer is none"), TypeError("a bug"), None]
+)
+def test_a_teacher_that_fails_on_all_for_long_is_no_evidence_against_any_text(
+    fails: Exception | None, n_audits: int, monkeypatch: pytest.MonkeyPatch
+):
+    """None: it does not answer in time."""
+    monkeypatch.setattr(auditing, "_AGAIN_S", 0.001)
+    monkeypatch.setattr(auditing, "_LONGEST_AGAIN_S", 0.002)
+    monkeypatch.setattr(auditing, "_TIMEOUT_S", 0.002)
+    n_tries = 0
+
+    class Failing(Teacher):
+        async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
+            nonlocal n_tries
+            n_tries += 1
+            if n_tries < 40:
+                if fails:
+                    raise fails
+                await asyncio.sleep(60)
+            return await super().labels(texts)
+
+    auditor = Auditor(POLICY, Failing(), Student(), busy=lambda: False, patience_s=0.0)
+    for _ in range(n_audits):
+        auditor.add("y", answer())
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
+    assert auditor.outcomes() == [Audit(score=0.8, loss=0)] * n_audits
+    assert auditor.n_lost == 0
+
+
+def test_a_text_that_ends_the_teachers_engine_does_so_three_times(monkeypatch: pytest.MonkeyPatch):
+    """Though each time the teacher is away for a while, and can say nothing of others. Then it
+    says itself that it is, where nobody else knows it (of one that may sleep)."""
+    monkeypatch.setattr(auditing, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(auditing, "_LOOK_AGAIN_S", 0.001)
+    tries = []
+
+    class Ended(Teacher):
+        away_for = 0
+
+        async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
+            if self.away_for:
+                self.away_for -= 1
+                raise TeacherUnavailable("is starting again", had_texts=False)
+            if texts == ["b"]:
+                tries.append(texts)
+                self.away_for = 7
+                raise TeacherUnavailable("its engine died")
+            return await super().labels(texts)
+
+    auditor = Auditor(POLICY, Ended(), Student(), busy=lambda: False)
+    auditor.add("b", answer())
+    for _ in range(4):
+        auditor.add("y", answer())
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
+    assert auditor.outcomes() == [LOST, *[Audit(score=0.8, loss=0)] * 4]
+    assert len(tries) == 3
 
 
 @pytest.mark.parametrize("fails", ["raises", "has no answer", "takes too long"])

@@ -413,6 +413,27 @@ def test_of_a_request_that_is_refused_for_one_text_the_watch_sees_the_others(tmp
     assert sorted(row["text"] for row in read(tmp_path)) == ["a", "b", "c", "d"]
 
 
+def test_where_too_many_audits_wait_a_text_is_kept_and_not_watched_whatever_it_is(tmp_path: Path):
+    """That is settled with the coin; one that began while there was room is watched."""
+
+    class Full(Auditor):
+        has_room = True  # type: ignore[assignment]
+
+    class Filling(Answering):
+        async def answer(self, texts: list[str], asked: str = "cascade") -> Answers:
+            auditor.has_room = False  # type: ignore[misc]
+            return await super().answer(texts, asked)
+
+    auditor = Full(None, None, None, busy=lambda: True)  # type: ignore[arg-type]
+    journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=10, roll_s=600)
+    recording = Recording(Filling(), journal, 1.0, "b", auditor=auditor)
+    for _ in range(3):
+        asyncio.run(recording.answer(["a", "b"]))
+    journal.close()
+    assert (auditor.n_unkept, auditor.n_not_drawn) == (2, 4)
+    assert len(read(tmp_path)) == 6
+
+
 def test_an_audit_of_a_request_on_which_we_failed_is_kept_and_has_an_outcome(tmp_path: Path):
     class Broken:
         async def answer(self, texts: list[str], asked: str = "cascade") -> Answers:

@@ -72,10 +72,17 @@ def app(args: AppArgs) -> Application:
         raise click.ClickException(str(error)) from error
 
 
-def build(bundle: str | Path, may_ask: tuple[keys.Key, ...] | None = None) -> Application:
+def build(
+    bundle: str | Path,
+    may_ask: tuple[keys.Key, ...] | None = None,
+    keeps_feedback: bool = True,
+) -> Application:
     """Of a bundle's folder or URL; may_ask: the keys, in place of those that the recipe and the
-    environment name. Raises BundleMismatch, ModelError, RecipeError."""
+    environment name; keeps_feedback: if its recipe says so. Raises BundleMismatch, ModelError,
+    RecipeError."""
     loaded = loading.load(bundle)
+    if not keeps_feedback:
+        loaded = loading.without_feedback(loaded)
     settings = loaded.recipe
     spec = IngressSpec(loaded=loaded, keys=_keys(settings) if may_ask is None else may_ask)
     question = loading.question(loaded)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,12 @@ def load(where: str | Path) -> Loaded:
         teacher=teacher,
         where=str(where),
     )
+
+
+def without_feedback(loaded: Loaded) -> Loaded:
+    """The same for requests that are no traffic, of which nothing is kept or watched."""
+    cascade = loaded.recipe.cascade.model_copy(update={"feedback": None})
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"cascade": cascade}))
 
 
 def question(loaded: Loaded) -> Labels:

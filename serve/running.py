@@ -36,14 +36,16 @@ def running(
     host: str = "127.0.0.1",
     port: int = 0,
     may_ask: tuple[Key, ...] | None = None,
+    keeps_feedback: bool = True,
 ) -> Iterator[str]:
     """Serve a bundle; yields the base URL once the cascade is ready, and shuts Serve down.
 
-    port: 0 takes a free one; may_ask: as ``build``. Raises ClusterError: the port is taken, Serve
-    runs there already, or the cascade does not get ready in time; BundleMismatch, ModelError,
-    RecipeError as ``build``.
+    port: 0 takes a free one; may_ask: as ``build``; keeps_feedback: whether requests are traffic,
+    kept and audited as the recipe says. Raises ClusterError: the port is taken, Serve runs there
+    already, or the cascade does not get ready in time; BundleMismatch, ModelError, RecipeError as
+    ``build``.
     """
-    application = build(bundle, may_ask)
+    application = build(bundle, may_ask, keeps_feedback)
     timeout_s = recipe_of(here(bundle)).teacher.start_timeout_s + _EXTRA_START_S
     port = port or free_port(host)
     check_port(host, port)

@@ -326,7 +326,8 @@ class Run(RunFolder):
         with LiveLine() as line:
             line.show("measure   starting the cascade")
             running, key = cluster.serve_module("running").running, keys.new_key()
-            with running(bundle_folder, may_ask=keys.alone(key)) as base_url:
+            own = {"may_ask": keys.alone(key), "keeps_feedback": False}
+            with running(bundle_folder, **own) as base_url:
                 measured = traffic.send(
                     base_url,
                     key,

@@ -132,6 +132,19 @@ def test_who_measures_alone_may_ask_and_without_a_limit(
     assert found.dollars_per_day is None and ring.find(keys.new_key()) is None
 
 
+def test_what_is_sent_to_measure_a_cascade_is_no_traffic(copied: Path):
+    """Rows of the corpus would be trained on, or certified on, and audits watch over traffic."""
+    settings = json.loads((copied / "bundle" / "recipe.json").read_text())
+    settings["cascade"]["feedback"] = {"to": str(copied / "feedback")}
+    (copied / "bundle" / "recipe.json").write_text(json.dumps(settings))
+
+    def feedback(**kept: bool) -> object:
+        [spec, *_] = build(copied / "bundle", **kept)._bound_deployment.init_args
+        return spec.loaded.recipe.cascade.feedback
+
+    assert feedback() is not None and feedback(keeps_feedback=False) is None
+
+
 def test_a_replica_that_goes_has_time_for_the_longest_request(run: tiny.Run):
     deadline_s = run.recipe.cascade.request_timeout_s
     names = set()

@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from journeyman.cascade.policy import Decision
+from journeyman.cascade.policy import Decision, Escalation
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -87,27 +87,44 @@ def worth_keeping(
 
 
 def unanswered(
-    texts: Sequence[str], audited: Sequence[bool], audit_rate: float, bundle: str, now: float
+    texts: Sequence[str],
+    decided: Sequence[Decision | Escalation],
+    unlabeled: frozenset[int],
+    audited: Sequence[bool],
+    audit_rate: float,
+    bundle: str,
+    now: float,
 ) -> list[Seen]:
-    """Audits of a request that was refused, or left by its client: without them those of bad times
-    and those with long answers would be missing, and the sample were fair no more. Who would have
-    answered is not known."""
-    return [
-        Seen(
-            text=text,
-            split="certify",
-            escalated=False,
-            propensity=audit_rate,
-            label="",
-            answered_by="nobody",
-            confidence=None,
-            probabilities=[],
-            bundle=bundle,
-            received_at=now,
+    """Of a request that was refused, or left by its client: what was audited or escalated. Without
+    these audits those of bad times and those with long answers would be missing, and the sample
+    were fair no more; without these escalations, most of what is hard for the student where the
+    teacher is away or has too much to do. A client that asks again is a request more, as any other.
+
+    decided: by the student, empty where it had not yet; unlabeled: places of texts that the teacher
+    can never answer, from which nobody can learn.
+    """
+    rows = []
+    for i, text in enumerate(texts):
+        decision = decided[i] if decided else None
+        student = decision.student if isinstance(decision, Escalation) else None
+        escalated = isinstance(decision, Escalation)
+        if not (audited[i] or (escalated and i not in unlabeled)):
+            continue
+        rows.append(
+            Seen(
+                text=text,
+                split="certify" if audited[i] else "train",
+                escalated=escalated,
+                propensity=audit_rate if audited[i] else 1.0 - audit_rate,
+                label="",
+                answered_by="nobody",
+                confidence=student.confidence if student else None,
+                probabilities=[],
+                bundle=bundle,
+                received_at=now,
+            )
         )
-        for text, is_audited in zip(texts, audited, strict=True)
-        if is_audited
-    ]
+    return rows
 
 
 class Journal:

@@ -93,9 +93,11 @@ class Recording:
         auditor: Auditor | None,
         refusal: Refusal | None,
     ) -> None:
-        """Audits of a request without an answer are kept all the same, as certification assumes
-        that no text is missing for what became of it: without those of bad times, or of clients
-        that did not wait for a long answer, the sample were fair no more."""
+        """What is worth keeping of a request without an answer is kept all the same.
+
+        Audits, as certification assumes that no text is missing for what became of it: without
+        those of bad times, or of clients that did not wait for a long answer, the sample were fair
+        no more."""
         unlabeled = refusal.unlabeled if isinstance(refusal, TextRefused) else frozenset()
         decided = refusal.decided if refusal else ()
         for i, text in enumerate(texts):
@@ -105,7 +107,9 @@ class Recording:
                 else:
                     _audit(auditor, text, decided[i] if decided else None)
         now = time.time()
-        self._journal.add(unanswered(texts, audited, self._audit_rate, self._bundle, now))
+        self._journal.add(
+            unanswered(texts, decided, unlabeled, audited, self._audit_rate, self._bundle, now)
+        )
 
 
 def _audit(auditor: Auditor, text: str, decision: Decision | Escalation | None) -> None:

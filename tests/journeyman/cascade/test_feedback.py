@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -340,6 +341,47 @@ def test_the_watch_sees_requests_that_were_refused_or_answered_in_the_teachers_p
 
     for degrades in (True, False):
         assert asyncio.run(seen(degrades)) == (1, [1, 0])
+
+
+@pytest.mark.parametrize("why", [TeacherUnavailable("away"), TextRefused(0, "too long")])
+def test_what_was_escalated_is_kept_where_the_teacher_did_not_answer_it(
+    why: TeacherUnavailable | TextRefused, tmp_path: Path
+):
+    """As bad times are those in which there is most of it. Not what the teacher can never answer:
+    it would be labeled in vain; nor what the student had answered, or not decided yet."""
+    student = decision("student")
+
+    class Refusing:
+        async def answer(self, texts: list[str], asked: str = "cascade") -> Answers:
+            if texts != ["undecided"]:
+                unsure = Escalation(student=student)
+                why.decided = [unsure, student, unsure, Escalation(student=None)]
+                if isinstance(why, TextRefused):
+                    why.unlabeled = frozenset({0})
+                raise why
+            raise TeacherUnavailable("away")
+
+    journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=10**6, roll_s=600)
+    recording = Recording(Refusing(), journal, 0.2, "b", random.Random(0))
+
+    async def ask() -> None:
+        for texts in 100 * [["refused", "sure", "unsure", "no answer"], ["undecided"]]:
+            with pytest.raises((TeacherUnavailable, TextRefused)):
+                await recording.answer(texts)
+
+    asyncio.run(ask())
+    journal.close()
+    rows = read(tmp_path)
+    kept = Counter(row["text"] for row in rows)
+    train = {(row["text"], row["escalated"], row["propensity"], row["answered_by"],
+              row["confidence"]) for row in rows if row["split"] == "train"}  # fmt: skip
+    expected = {("unsure", True, 0.8, "nobody", student.confidence),
+                ("no answer", True, 0.8, "nobody", None)}  # fmt: skip
+    if isinstance(why, TeacherUnavailable):
+        expected.add(("refused", True, 0.8, "nobody", student.confidence))
+    assert train == expected
+    assert kept["unsure"] == kept["no answer"] == 100, "each request once"
+    assert 0 < kept["sure"] < 50 and 0 < kept["undecided"] < 50, "audits alone"
 
 
 @pytest.mark.parametrize(

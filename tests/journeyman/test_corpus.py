@@ -388,6 +388,21 @@ def test_feedback_adds_escalations_to_train_and_audits_replace_what_was_held_out
     assert manifest["without_split"] in (n_left_out, n_left_out + 1)  # row 3 may be either
 
 
+def test_of_a_held_out_text_of_feedback_its_audits_alone_are_counted(tmp_path: Path):
+    """By the coin they are as many of a text as it is of the traffic. What is escalated is kept
+    each time: counted, too, it would make the rate by counts one of escalations."""
+    source = jsonl(tmp_path / "a.jsonl", [{"text": "audited", "label": "bank"}] * 4)
+    kept = feedback(
+        tmp_path / "feedback",
+        [("audited", "train")] * 3 + [("audited", "certify")] * 2 + [("audited", "train")] * 5
+        + [("accepted", "certify")] * 2 + [("escalated", "train")] * 7,
+    )  # fmt: skip
+    corpus.prepare(made([source], feedback=str(kept)), tmp_path / "corpus")
+    counts = {row["text"]: row["count"] for row in rows_of(tmp_path / "corpus")}
+    assert counts == {"audited": 2, "accepted": 2, "escalated": 7}
+    assert corpus.read_manifest(tmp_path / "corpus")["duplicates"] > 0
+
+
 def test_feedback_without_files_is_refused_and_of_several_columns_is_taken_apart(tmp_path: Path):
     source = jsonl(tmp_path / "a.jsonl", [{"text": "row", "label": "bank", "title": "t"}] * 3)
     (tmp_path / "none").mkdir()

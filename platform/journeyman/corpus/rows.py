@@ -93,7 +93,12 @@ def prompt_columns(recipe: Recipe) -> list[str]:
 
 
 def distinct(recipe: Recipe, urls: Sequence[str], tally: Tally) -> dict[str, Row]:
-    """Rows by id, in the order in which the sources have them."""
+    """Rows by id, in the order in which the sources have them.
+
+    A row counts as often as it stands there. In a cascade's feedback a held-out one counts its
+    audits alone: what is escalated is kept each time that it comes, and what the student answers
+    only by the coin, so that all of them together would make the escalated texts too many.
+    """
     corpus = recipe.corpus
     named = id_columns(recipe)
     entries: dict[str, Row] = {}
@@ -108,8 +113,12 @@ def distinct(recipe: Recipe, urls: Sequence[str], tally: Tally) -> dict[str, Row
             tally.duplicates += 1
             entry.elsewhere |= entry.group != fresh.group and entry.split != fresh.split
             # A row that stands in two splits is kept out of the one nearer to training.
-            entry.split = max(entry.split, fresh.split, key=SPLITS.index)
-        entry.count += 1
+            split = max(entry.split, fresh.split, key=SPLITS.index)
+            if corpus.feedback and split != entry.split:
+                entry.count = 0
+            entry.split = split
+        if not corpus.feedback or fresh.split == entry.split:
+            entry.count += 1
         if gold is not None and str(gold).strip():  # CSV has no other way to say nothing
             entry.gold[str(gold)] += 1
     # Neither group may lie in two splits, so that such a row can be in none.

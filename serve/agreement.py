@@ -227,8 +227,9 @@ class Member:
 
     async def leave(self) -> None:
         """The last word of a replica that stops in order. Which audits wait then has nothing to do
-        with what would have come of them, so they are left out, and not held for errors. Where
-        nobody hears it, it is kept beside the feedback for who comes next."""
+        with what would have come of them (but for the first: see ``Kept``; stops are too ordinary
+        to make an error of each), so they are left out, and not held for errors. Where nobody hears
+        it, it is kept beside the feedback for who comes next."""
         self._leaves = True
         await self.exchange()
         if not self.failure:  # there may be what has come since that batch

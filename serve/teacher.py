@@ -39,7 +39,7 @@ from journeyman.teacher.answers import (
 )
 from journeyman.teacher.engine import Engine, EngineDied
 from journeyman.teacher.pieces import Pieces
-from journeyman.teacher.progress import Begun, Spent, hearing, spending
+from journeyman.teacher.progress import Begun, Spent, hearing, priority, spending
 from journeyman.teacher.tasks import Task
 from serve.accounts import Account, GivenUp
 from serve.failures import failed, without_words
@@ -211,6 +211,7 @@ class Teacher:
         self, work: Iterable[Coroutine[Any, Any, Said]], account: Account | None
     ) -> list[Said]:
         spending.set(spent := Spent())  # of this call, whose task this is
+        priority.set(int(account is not None and account.is_audit))
         try:
             return await asyncio.gather(*work)
         except asyncio.CancelledError:

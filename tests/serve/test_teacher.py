@@ -21,7 +21,7 @@ from journeyman.errors import ClusterError, ModelError
 from journeyman.recipe import Classes, Generate
 from journeyman.teacher.answers import ClassLabels, ContextOverflow, GeneratedLabels, Recorded
 from journeyman.teacher.engine import EngineDied
-from journeyman.teacher.progress import Begun, Spent, hearing, spending
+from journeyman.teacher.progress import Begun, Spent, hearing, priority, spending
 from serve import asking, teacher
 from serve.accounts import Account, account
 from serve.asking import TeacherByHandle
@@ -239,10 +239,12 @@ def test_what_was_done_for_a_client_that_left_or_an_audit_that_took_too_long_is_
     whose, nobodys = Account(ingress="i", bundle="b", key="k"), AUDIT
     bills: list[tuple[Account, Spent]] = []
     working: list[Spent] = []
+    priorities: list[int] = []
 
     async def run(*_: Any) -> None:
         spent = spending.get()
         assert spent
+        priorities.append(priority.get())
         spent.add(Spent(n_prompt_tokens=7, n_output_tokens=3))
         working.append(spent)
         await asyncio.Event().wait()
@@ -267,6 +269,7 @@ def test_what_was_done_for_a_client_that_left_or_an_audit_that_took_too_long_is_
     asyncio.run(scenario())
     spent = Spent(n_prompt_tokens=7, n_output_tokens=3)
     assert len(bills) == 2 and dict(bills) == {whose: spent, nobodys: spent}
+    assert sorted(priorities) == [0, 1], "the audit can wait"
 
 
 def test_what_an_audit_takes_of_the_teacher_is_told_once_and_a_requests_by_its_answer_alone():

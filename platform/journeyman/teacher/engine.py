@@ -26,7 +26,7 @@ from journeyman.models import Model
 from journeyman.recipe import Teacher
 from journeyman.teacher import adapter, capture, lifeline, plugins, worker
 from journeyman.teacher.answers import Completion, InvalidRequest, Recorded, Spoken
-from journeyman.teacher.progress import Begun, Counting, counting, hearing, spending
+from journeyman.teacher.progress import Begun, Counting, counting, hearing, priority, spending
 from journeyman.teacher.prompting import Sampling
 from journeyman.teacher.spread import Spread
 from journeyman.teacher.worker import SEED
@@ -273,6 +273,7 @@ class Engine:
             self._sampling(marks, params | {"output_kind": "CUMULATIVE" if hear else "FINAL_ONLY"}),
             f"r{next(self._request_ids)}",
             lora_request=self._lora_request,
+            priority=priority.get(),
         )
         try:
             async with asyncio.timeout(turns * self.settings.request_timeout_s) as deadline:
@@ -375,6 +376,7 @@ def engine_arguments(settings: Teacher, model: Model) -> dict[str, Any]:
         "max_logprobs": _MAX_LOGPROBS,
         "worker_extension_cls": f"{worker.__name__}.{worker.Capture.__name__}",
         "disable_log_stats": True,
+        "scheduling_policy": "priority",  # first come, first served among equals
     }
     if model.adapter:
         arguments |= adapter.engine_arguments(model.adapter)

@@ -1,5 +1,5 @@
 """What a caller may learn of its requests before they end: how an answer begins, and the tokens
-that they have taken.
+that they have taken; and what else it may say of all that it asks: that it can wait.
 
 Set in the task that asks the engine; the engine tells as it works.
 """
@@ -46,4 +46,6 @@ class Counting:
 
 hearing: ContextVar[Callable[[Begun], None] | None] = ContextVar("hearing", default=None)
 spending: ContextVar[Spent | None] = ContextVar("spending", default=None)
+# As vLLM's: those with more wait for all with less, and make room for them.
+priority: ContextVar[int] = ContextVar("priority", default=0)
 counting: ContextVar[Counting | None] = ContextVar("counting", default=None)  # of one request

@@ -19,6 +19,8 @@ from journeyman.recipe import Classes, Generate, Logits, Rationales
 from journeyman.teacher import tasks
 from journeyman.teacher.answers import ContextOverflow, EmptyTarget, InvalidRequest
 from journeyman.teacher.engine import Engine, engine_arguments
+from journeyman.teacher.progress import priority
+from journeyman.teacher.prompting import Sampling
 from tests.conftest import small_recipe
 
 TEXTS = [
@@ -239,6 +241,27 @@ def test_a_greedy_answer_and_its_distributions_equal_transformers(replica: Repli
     stored = np.take_along_axis(full, got.recorded.token_ids.astype(np.int64), axis=1)
     np.testing.assert_allclose(got.recorded.logprobs, stored, atol=ATOL)
     assert got.output_logprob == pytest.approx(full[np.arange(12), wanted].sum(), abs=1e-2)
+
+
+def test_an_engine_that_is_full_takes_requests_before_audits_that_came_first(replica: Replica):
+    engine, ended = replica._backend, []
+
+    async def ask(who: str, n_tokens: int) -> None:
+        priority.set(int(who == "audit"))
+        ids = engine.tokenizer.encode(f"{who} number {n_tokens}")
+        await engine.generate(ids, Sampling(max_tokens=n_tokens))
+        ended.append(who)
+
+    async def test() -> None:
+        full = [asyncio.create_task(ask("", 12 + i)) for i in range(engine.max_num_seqs)]
+        await asyncio.sleep(0.05)  # their turn to be sent
+        audits = [asyncio.create_task(ask("audit", 5)) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        requests = [asyncio.create_task(ask("request", 1)) for _ in range(4)]
+        await asyncio.gather(*full, *audits, *requests)
+
+    replica._call(test())
+    assert [who for who in ended if who] == ["request"] * 4 + ["audit"] * 4
 
 
 def test_special_tokens_in_a_chats_text_stay_text(replica: Replica, reference):

@@ -16,6 +16,7 @@ from journeyman import cli, recipe
 from journeyman.certify import bundle as bundles
 from journeyman.certify.bundle import PolicyBundle
 from journeyman.certify.certificate import certify_system_agreement
+from journeyman.certify.ledger import Ledger
 from journeyman.certify.step import write_down
 from journeyman.cli import rollout
 from journeyman.errors import ClusterError, DataError, RecipeError
@@ -35,7 +36,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def certified(bundle: PolicyBundle, settings: recipe.Recipe, folder: Path) -> None:
-    write_down(bundle, settings, folder, inputs="i", started=0.0)
+    write_down(bundle, Ledger(entries=bundle.ledger), settings, folder, inputs="i", started=0.0)
 
 
 def deployed(run: RunFolder, bundle: Path | None = None) -> Path:

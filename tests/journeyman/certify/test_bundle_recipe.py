@@ -10,6 +10,7 @@ from journeyman import cli, recipe, steps
 from journeyman.certify import bundle as bundles
 from journeyman.certify import bundle_recipe
 from journeyman.certify.bundle_recipe import recipe_of, take_up
+from journeyman.certify.ledger import Ledger
 from journeyman.certify.step import write_down
 from journeyman.errors import BundleMismatch, ClusterError
 from journeyman.mirror import Mirror
@@ -26,7 +27,7 @@ def asked(*overrides: str) -> Recipe:
 
 
 def certified(folder: Path, settings: Recipe | None = None) -> Mirror:
-    write_down(a_bundle(), settings or asked(), folder, inputs="i", started=0.0)
+    write_down(a_bundle(), Ledger(), settings or asked(), folder, inputs="i", started=0.0)
     return Mirror(local=folder)
 
 

@@ -17,6 +17,7 @@ from tests.serve.test_overload import slow_classes
 from tests.serve.test_scaling import with_settings
 
 
+@pytest.mark.slow
 def test_a_key_may_pay_again_as_soon_as_a_lost_replica_has_a_successor(
     cascade: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -127,7 +127,8 @@ def slow_classes() -> tuple[type, type]:
     return IdleTeacher, SlowIngress
 
 
-@pytest.mark.parametrize("seconds", [15, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [15, 120])
 def test_at_four_times_what_the_student_can_take_the_rest_is_refused_at_once(
     cascade: Running, slow: httpx.Client, seconds: float
 ):

@@ -245,7 +245,7 @@ class Cascade:
                 labels = await (asked(texts, hear) if hear else asked(texts))
             self._check(labels, len(texts))
             # An audit leaves such a text out, as the certificate has left out such a row.
-            if any(isinstance(label, Unlabeled) and label.is_garbage for label in labels):
+            if _any_garbage(labels):
                 raise _garbage()
         except (TeacherStarting, TeacherAway):
             self.breaker.abandoned()
@@ -278,6 +278,8 @@ class Cascade:
         try:
             labels = await self._teacher.labels(texts)
             self._check(labels, len(texts))
+            if is_probe and _any_garbage(labels):
+                raise _garbage()
         except BaseException as error:
             if is_probe:
                 self._probed(error, began)
@@ -315,6 +317,10 @@ class Cascade:
     def _before_teachers_own(self) -> contextlib.AbstractAsyncContextManager[None]:
         seconds = self._settings.teacher_timeout_s
         return _within(seconds, seconds, "the teacher") if seconds else contextlib.nullcontext()
+
+
+def _any_garbage(labels: Sequence[Said]) -> bool:
+    return any(isinstance(label, Unlabeled) and label.is_garbage for label in labels)
 
 
 def _garbage() -> TeacherUnavailable:

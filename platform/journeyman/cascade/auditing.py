@@ -9,6 +9,7 @@ that are worded differently.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -80,21 +81,28 @@ class _Waiting:
 
 @dataclass(slots=True)
 class _Failures:
-    """Of the teacher's on one text. just_now: the last, so that another text is to be tried;
-    answers_others: whether it has answered one since the first."""
+    """Of the teacher's on one text. just_now: the last, so that others are to be tried;
+    answers_others: whether it has answered one since the first; n_others: texts that it has failed
+    on, too; fails_on_all: whether nothing else is known since it was last tried on others."""
 
     n: int = 0
     just_now: bool = False
     answers_others: bool = False
+    n_others: int = 0
+    fails_on_all: bool = False
 
     def another(self) -> None:
         self.n += 1
         self.just_now = True
 
-    def others_answered(self) -> None:
+    def other_failed(self) -> None:
+        self.n_others += 1
+        self.fails_on_all = True
+
+    def other_answered(self) -> None:
         if not self.answers_others:  # it may have come back just now, so one more is to follow
             self.n = min(self.n, _MOST_FAILURES - 1)
-        self.just_now, self.answers_others = False, True
+        self.just_now, self.answers_others, self.fails_on_all = False, True, False
 
 
 class Auditor:
@@ -149,7 +157,7 @@ class Auditor:
     @property
     def has_room(self) -> bool:
         """Whether a text may be drawn, to be asked before it is looked at."""
-        return len(self._queue) < _MOST_WAITING and self._n_characters < _MOST_CHARACTERS
+        return self.n_unkept < _MOST_WAITING and self._n_characters < _MOST_CHARACTERS
 
     def not_drawn(self, n_texts: int) -> None:
         """That the coin chose, and there was no room for."""
@@ -222,15 +230,18 @@ class Auditor:
         return waited_s >= _HURRIES_AFTER_S or not self._busy()
 
     async def _work(self) -> _CameOfIt:
-        """Ask about the head. Where that failed, it may be the teacher that fails on all: then on
-        another one, too, before anything is held against the text."""
-        if self._failures.just_now and (place := self._another()) is not None:
-            came_of_it = await self._ask(place)
-            if came_of_it == "failed":
+        """Ask about the head. Where that failed, it may be the teacher that fails on all: then
+        about others, until it answers one, before anything is held against the text."""
+        if self._failures.just_now:
+            if (place := self._another()) is not None:
+                came_of_it = await self._ask(place)
+                if came_of_it == "failed":
+                    self._failures.other_failed()
+                elif came_of_it == "answered":
+                    self._failures.other_answered()
+                return came_of_it
+            if self._failures.fails_on_all:
                 self._failures = _Failures()
-            elif came_of_it == "answered":
-                self._failures.others_answered()
-            return came_of_it
         if self._failures.n >= _MOST_FAILURES and self._failures.answers_others:
             self._give_up()
             return "answered"
@@ -240,20 +251,23 @@ class Auditor:
         return came_of_it
 
     def _another(self) -> int | None:
-        """The place of the next one that the teacher would be asked about."""
+        """The place of the next one that the teacher would be asked about, behind those that it
+        has failed on."""
         waiting = (
             place
             for place, one in enumerate(self._queue)
             if place and isinstance(one, _Waiting) and one.decision is not None
         )
-        return next(waiting, None)
+        return next(itertools.islice(waiting, self._failures.n_others, None), None)
 
     async def _ask(self, place: int) -> _CameOfIt:
         """About one that stays where it is until its outcome is there."""
         one = self._queue[place]
         assert isinstance(one, _Waiting)
         try:
-            async with asyncio.timeout(self._patience_s):
+            # It waits for requests in the engine, too: longer each time that it took too long.
+            tries = min(self._failures.n, _MOST_FAILURES - 1)
+            async with asyncio.timeout(self._patience_s * 2**tries):
                 outcome = await self._step(one)
         except (TeacherAway, TeacherStarting, StudentUnavailable):  # they will be back
             return "away"

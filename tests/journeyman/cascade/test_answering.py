@@ -407,6 +407,12 @@ def test_an_audit_finds_a_teacher_well_again_that_no_request_asks():
         assert asked.cascade.breaker.opens_in_s(time.monotonic()) > 0.05, "twice as long"
         asked.teacher.away = False
         await asyncio.sleep(0.11)
+        asked.teacher.garbage = [Unlabeled(reason="no numbers", is_garbage=True)]
+        with pytest.raises(TeacherUnavailable):
+            await asked.cascade.labels(["an audit"])
+        assert not asked.cascade.breaker.is_closed
+        asked.teacher.garbage = None
+        await asyncio.sleep(0.21)
         assert len(await asked.cascade.labels(["an audit"])) == 1
         assert asked.cascade.breaker.is_closed
 

@@ -381,7 +381,7 @@ def test_of_too_many_further_ones_are_not_drawn_and_none_that_waits_is_lost(
     assert not auditor.has_room and auditor.n_pending == 3
     auditor.not_drawn(5)
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert auditor.has_room and [a.loss for a in auditor.outcomes()] == [0, 0, 0]
+    assert [a.loss for a in auditor.outcomes()] == [0, 0, 0] and auditor.has_room
     assert (auditor.n_not_drawn, auditor.n_lost) == (5, 0)
 
 
@@ -495,3 +495,39 @@ def test_a_text_that_the_teacher_fails_on_again_and_again_is_lost_and_holds_up_n
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
     assert auditor.outcomes() == [LOST, Audit(score=0.8, loss=0)]
     assert len(tries) == 3 and auditor.n_lost == 1
+
+
+def test_texts_that_the_teacher_fails_on_one_behind_the_other_hold_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Such as one that was sent, and audited, twice."""
+    monkeypatch.setattr(auditing, "_AGAIN_S", 0.001)
+
+    class Failing(Teacher):
+        async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
+            if texts[0].startswith("b"):
+                raise TypeError("a bug")
+            return await super().labels(texts)
+
+    auditor = Auditor(POLICY, Failing(), Student(), busy=lambda: False)
+    for text in ("b", "bb", "bbb", "y"):
+        auditor.add(text, answer())
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 2))
+    assert auditor.outcomes() == [LOST]
+    for text in ("y", "y"):
+        auditor.add(text, answer())
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 1))
+    assert auditor.outcomes() == [LOST], "the last one has nothing to be compared with"
+    auditor.add("y", answer())
+    asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
+    assert auditor.outcomes() == [LOST, *[Audit(score=0.8, loss=0)] * 4]
+
+
+def test_outcomes_that_nobody_fetches_take_room():
+    """As where the store is away that they are written to."""
+    auditor = Auditor(POLICY, Teacher(), Student(), busy=lambda: False)
+    while auditor.has_room:
+        auditor.escalated(None)
+    assert auditor.n_found == 10_000
+    auditor.outcomes()
+    assert auditor.has_room

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from journeyman.certify import bundle as bundles
+from journeyman.certify.certificate import Certificate
 from journeyman.certify.ledger import MARK_BYTES, Ledger, LedgerEntry, Marks, RowSet
 from journeyman.errors import DataError
 from journeyman.folder import Folder
@@ -35,6 +36,7 @@ def spend_rows(
     recipe: Recipe,
     ids: Mapping[str, Sequence[str]],
     students: Sequence[Model],
+    certificates: Sequence[Certificate],
     out_dir: Path,
     shared: Folder | None,
     *ledgers: Ledger,
@@ -42,13 +44,14 @@ def spend_rows(
     """The ledger with these uses of the certify rows, after those of the bundle that is there and
     those that other runs had of any of these rows; written down in the shared one.
 
-    ids: of the rows of each split; students: in the order in which they are asked; out_dir: of the
-    bundle; shared: of the runs beside this one, None where there is none; ledgers: of the runs that
-    the students come from.
+    ids: of the rows of each split; students: in the order in which they are asked; certificates:
+    what came of it, since a use is another one where costs that were measured anew, or gold that
+    was corrected, decided otherwise; out_dir: of the bundle; shared: of the runs beside this one,
+    None where there is none; ledgers: of the runs that the students come from.
     Raises DataError where a row would spend more than ``certify.max_delta``, ClusterError.
     """
     rows = RowSet.of(ids["certify"])
-    uses = _uses(recipe, RowSet.of(ids["calibrate"]), rows, students)
+    uses = _uses(recipe, RowSet.of(ids["calibrate"]), rows, students, certificates)
     own = of_bundle(out_dir).joined(*ledgers)
     while True:
         there, last = read(shared) if shared else (Ledger(), 0)
@@ -63,10 +66,14 @@ def spend_rows(
 
 
 def _uses(
-    recipe: Recipe, calibrate: RowSet, rows: RowSet, students: Sequence[Model]
+    recipe: Recipe,
+    calibrate: RowSet,
+    rows: RowSet,
+    students: Sequence[Model],
+    certificates: Sequence[Certificate],
 ) -> list[LedgerEntry]:
     settings = recipe.certify
-    way = digest([settings.way(), recipe.cascade.combine, calibrate.digest])
+    beside = [settings.way(), recipe.cascade.combine, calibrate.digest]
     *before, own = (student.weights_digest[:12] for student in students)
     who = f"student {own}" + "".join(f" behind {one}" for one in reversed(before))
     return [
@@ -74,11 +81,15 @@ def _uses(
             use=f"{kind} at {settings.alpha:g}, {who}",
             rows_digest=rows.digest,
             delta=settings.delta,
-            way=way,
+            way=digest([*beside, [_came_of_it(c) for c in certificates if c.kind == kind]]),
             run=recipe.name,
         )
         for kind in settings.guarantees
     ]
+
+
+def _came_of_it(certificate: Certificate) -> list[int]:
+    return [certificate.n_accepted, certificate.errors, certificate.gains]
 
 
 def of_bundle(directory: Path) -> Ledger:

@@ -79,6 +79,7 @@ def certify(
         recipe,
         {split: part.rows.ids for split, part in seen[-1].parts.items()},
         [one.model for one in students],
+        (*decided.certificates, *(decided.of_classes or ())),
         out_dir,
         shared,
         *(one.ledger for one in before),

@@ -184,7 +184,8 @@ def certify(
     parts, judge = _parts(held_out, labels, answers, student, teacher)
     certified = parts["certify"]
     confidence, certificates = _decide(settings, parts["calibrate"], certified)
-    ledger = spend_rows(recipe, {s: p.ids for s, p in parts.items()}, [student], out_dir, shared)
+    ids = {split: part.ids for split, part in parts.items()}
+    ledger = spend_rows(recipe, ids, [student], certificates, out_dir, shared)
     served, scores = certificates[0], certified.scores(confidence)
     curve = cost_quality_curve(scores, certified.outcomes.differs, *(certified.right or ()))
     n_groups = corpus.read_manifest(corpus_dir).get("groups", {}).get("certify")

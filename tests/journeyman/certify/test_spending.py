@@ -1,5 +1,6 @@
 """Where the ledger is kept: runs beside one another find what each has spent, whatever happens."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from journeyman import recipe
 from journeyman.certify import bundle as bundles
 from journeyman.certify import spending
 from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify.certificate import certify_system_agreement
 from journeyman.certify.ledger import LedgerEntry, RowSet
 from journeyman.certify.spending import spend_rows
 from journeyman.certify.step import certify
@@ -58,7 +60,7 @@ def spend(folder: Path, student: str, ids: Sequence[str] = IDS, run: str = "a", 
     given = {"calibrate": ["c"], "certify": ids}
     asked = settings(f"name={run}", *overrides)
     shared = Folder(folder / LEDGER)
-    return spend_rows(asked, given, [a_student(student)], folder / run / "bundle", shared)
+    return spend_rows(asked, given, [a_student(student)], (), folder / run / "bundle", shared)
 
 
 def uses(folder: Path) -> list[str]:
@@ -147,7 +149,7 @@ def test_of_many_at_once_no_more_pass_than_max_delta_has_room_for(
         given = {"calibrate": ["c"], "certify": IDS[i:]}
         asked = settings("certify.max_delta=0.5")
         try:
-            spend_rows(asked, given, [a_student(f"{i}")], tmp_path / f"{i}", shared)
+            spend_rows(asked, given, [a_student(f"{i}")], (), tmp_path / f"{i}", shared)
         except DataError:
             return False
         return True
@@ -205,12 +207,27 @@ def test_a_damaged_use_is_said_and_none_is_forgotten_for_damaged_rows(tmp_path: 
         spend(tmp_path, "third")
 
 
+def test_another_outcome_of_the_same_is_another_look(tmp_path: Path):
+    """As costs that were measured anew, or gold that was corrected, may bring."""
+    given, shared = {"calibrate": ["c"], "certify": IDS}, Folder(tmp_path / LEDGER)
+
+    def came_out(threshold: float) -> int:
+        scores, differs = np.linspace(0, 1, 200), np.arange(200) < 20
+        found = certify_system_agreement(scores, differs, 0.1, 0.1)
+        found = dataclasses.replace(found, n_accepted=int((scores > threshold).sum()))
+        asked = settings("certify.max_delta=0.9")
+        student, bundle = [a_student("s")], tmp_path / "a" / "bundle"
+        return len(spend_rows(asked, given, student, [found], bundle, shared).entries)
+
+    assert [came_out(at) for at in (0.5, 0.5, 0.6, 0.5)] == [1, 1, 2, 2]
+
+
 def test_what_a_cascade_of_students_spends_is_seen_where_one_of_them_is_certified_alone(
     tmp_path: Path,
 ):
     given, shared = {"calibrate": ["c"], "certify": IDS}, Folder(tmp_path / LEDGER)
     both = [a_student("small"), a_student("medium")]
-    spend_rows(settings("name=medium"), given, both, tmp_path / "medium" / "bundle", shared)
+    spend_rows(settings("name=medium"), given, both, (), tmp_path / "medium" / "bundle", shared)
     spend(tmp_path, "small", run="small")
     with pytest.raises(DataError, match=r"student medium behind small \(run medium\); system_agr"):
         spend(tmp_path, "other", run="small")

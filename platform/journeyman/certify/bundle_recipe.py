@@ -11,7 +11,7 @@ from typing import Any
 from journeyman import files
 from journeyman.errors import BundleMismatch, DataError
 from journeyman.mirror import Mirror
-from journeyman.recipe import Recipe, Teacher, differing_paths, parse
+from journeyman.recipe import Cascade, Feedback, Recipe, Teacher, differing_paths, parse
 from journeyman.recipe.teacher import DECIDING_ARGUMENTS
 
 RECIPE_FILE = "recipe.json"
@@ -80,8 +80,10 @@ def take_up(bundle: Mirror, asked: Recipe) -> Renewed:
 def renewed(recorded: Recipe, asked: Recipe) -> Renewed:
     """recorded: by which the bundle was certified, or served since."""
     certified = {name: getattr(recorded.cascade, name) for name in _CERTIFIED_OF_CASCADE}
-    changes = {
-        "cascade": asked.cascade.model_copy(update=certified),
+    changes: dict[str, Any] = {
+        "cascade": asked.cascade.model_copy(
+            update=certified | {"feedback": _feedback(recorded.cascade, asked.cascade)}
+        ),
         "teacher": _teacher(recorded.teacher, asked.teacher),
         "cluster": asked.cluster,  # which an engine's layout has to go with; serving reads none
     }
@@ -91,6 +93,14 @@ def renewed(recorded: Recipe, asked: Recipe) -> Renewed:
         taken_up=_differing(recorded, together),
         kept=_differing(together, asked),
     )
+
+
+def _feedback(recorded: Cascade, asked: Cascade) -> Feedback | None:
+    """Where it goes stays: what audits have found of the bundle, and have tightened its threshold
+    by, lies there."""
+    if recorded.feedback is None or asked.feedback is None:
+        return asked.feedback
+    return asked.feedback.model_copy(update={"to": recorded.feedback.to})
 
 
 def _teacher(recorded: Teacher, asked: Teacher) -> Teacher:

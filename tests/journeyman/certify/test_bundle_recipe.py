@@ -58,6 +58,19 @@ def test_keys_feedback_limits_and_prices_that_came_later_are_served_by(tmp_path:
     assert take_up(bundle, later).text() == ""
 
 
+def test_what_audits_found_of_a_bundle_is_not_left_behind(tmp_path: Path):
+    """A threshold that they tightened would be the certified one again."""
+    bundle = certified(tmp_path, asked("cascade.feedback={to: kept, audit_rate: 0.5}"))
+    found = take_up(bundle, asked("cascade.feedback={to: elsewhere, audit_rate: 0.25}"))
+    served = recipe_of(tmp_path).cascade.feedback
+    assert served and (served.to, served.audit_rate) == ("kept", 0.25)
+    assert found.text() == (
+        "the bundle takes up cascade.feedback.audit_rate; cascade.feedback.to stays as certified"
+    )
+    take_up(bundle, asked())
+    assert recipe_of(tmp_path).cascade.feedback is None
+
+
 @pytest.mark.parametrize(
     ("change", "kept"),
     [

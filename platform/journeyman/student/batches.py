@@ -51,7 +51,8 @@ def tokenise(
 ) -> TokenRows:
     """Token ids with the model's special tokens; what has more than max_length tokens is cut.
 
-    texts: all of them texts, or all of them pairs.
+    texts: all of them texts, or all of them pairs. One without any token, as there may be where
+    nothing special begins or ends a text, has the one that ends texts.
     """
     ids, lengths = array("i"), array("q")
     for begin in range(0, len(texts), _AT_ONCE):
@@ -65,6 +66,7 @@ def tokenise(
             return_token_type_ids=False,
         )["input_ids"]
         for row in rows:
+            row = row or [getattr(tokenizer, "eos_token_id", None) or 0]
             ids.extend(row)
             lengths.append(len(row))
     starts = np.zeros(len(texts) + 1, np.int64)

@@ -54,12 +54,14 @@ def _fresh(
             f"{folder}: transformers cannot read its config ({architecture.first_line(error)})."
         ) from error
     config = architecture.changed(base, student, folder)
-    for name, value in {**models.named(labels), "pad_token_id": pad_id}.items():
-        setattr(config, name, value)
+    config = models.classifying(config, labels, pad_id)
     try:
-        with quiet():
+        with quiet(), torch.no_grad():
             torch.manual_seed(seed)
-            return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            made = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            # Sizes that do not go together are found as it runs.
+            made.eval()(input_ids=torch.full((2, 4), 1), attention_mask=torch.ones(2, 4).long())
+            return made.train()
     except architecture.unreadable(RuntimeError, ArithmeticError) as error:
         raise ModelError(
             f"{folder}: transformers cannot make a text classifier with student.config "

@@ -58,6 +58,7 @@ class Classifying:
         if self._tokenizer.pad_token is None:  # of a language model, as a rule
             self._tokenizer.pad_token = self._tokenizer.eos_token
         if student.text_pair is not None:
+            models.check_pairs(self._tokenizer, model_dir)
             # What tells the two apart is the separator. Whoever loads the exported folder must
             # leave out token types too, which its own tokenizer decides.
             self._tokenizer.model_input_names = ["input_ids", "attention_mask"]

@@ -134,9 +134,8 @@ It has the teacher's mistakes and adds its own: {what.warning}. Digests and the 
 
 ## Licence
 
-This folder holds weights derived from `{origin.parent.reference}`, which keep that model's
-licence{_declared(origin.parent)}. The labels come from the teacher, whose licence may limit what
-its output is used for, and the texts keep their own.
+{_whose(recipe.learner(), origin.parent)} The labels come from the teacher, whose licence may limit
+what its output is used for, and the texts keep their own.
 """
 
 
@@ -216,7 +215,7 @@ def _rounds(recipe: Recipe, rounds: Sequence[State]) -> str:
     settings = recipe.training.on_policy
     if settings is None or not rounds:
         return ""
-    rows = ", ".join(str(one.n_rows) for one in rounds)
+    rows = ", ".join(f"{one.n_rows}{_stopped(one)}" for one in rounds)
     return (
         f"- Then {len(rounds)} on-policy round(s) on answers of its own, whose tokens the teacher\n"
         f"  scored: {rows} rows, `{settings.divergence}`. The seconds are of all of it.\n"
@@ -274,9 +273,25 @@ def _header(recipe: Recipe, parent: Model) -> str:
         "license": "other",
         "license_name": "see-base-model",
     }
-    if "://" not in parent.reference and not Path(parent.reference).expanduser().exists():
+    is_derived = recipe.learner().start != "fresh"
+    if not is_derived:
+        header["license_name"] = "see-teacher"
+    if (
+        is_derived
+        and "://" not in parent.reference
+        and not Path(parent.reference).expanduser().exists()
+    ):
         header["base_model"] = parent.reference
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n"
+
+
+def _whose(student: Student, parent: Model) -> str:
+    declared = _declared(parent)
+    if student.start == "fresh":
+        return f"""The weights were trained from random ones. Config and tokenizer are those of
+`{parent.reference}`, under that model's licence{declared}."""
+    return f"""This folder holds weights derived from `{parent.reference}`, which keep that model's
+licence{declared}."""
 
 
 def _declared(parent: Model) -> str:

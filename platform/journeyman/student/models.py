@@ -40,33 +40,42 @@ def build(
     the token behind a text's end, by default the folder's own.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     torch.manual_seed(seed)
     try:
         with quiet():
             return AutoModelForSequenceClassification.from_pretrained(
                 folder,
-                **named(labels),
-                # A decoder reads its last token's states, and must tell it from padding.
-                **({} if pad_id is None else {"pad_token_id": pad_id}),
+                config=classifying(AutoConfig.from_pretrained(folder), labels, pad_id),
                 ignore_mismatched_sizes=True,  # a head for another number of labels
                 dtype=torch.float32,
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder}: transformers cannot make a text classifier of it ({error}); "
             "student.model must name an encoder, or a language model."
         ) from error
 
 
-def named(labels: Sequence[str]) -> dict[str, Any]:
-    """The values of a config that say how many labels there are, and their names."""
-    return {
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
+def classifying(config: Any, labels: Sequence[str], pad_id: int | None) -> Any:
+    """The config with the labels in it, and pad_id where a model of several has its language."""
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    if pad_id is not None:  # a decoder reads its last token's states, and must tell it from padding
+        config.get_text_config().pad_token_id = pad_id
+    return config
+
+
+def check_pairs(tokenizer: Any, folder: Path) -> None:
+    """Raises ModelError where it puts nothing between two texts."""
+    of_one, of_two = (tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True))
+    if of_two <= of_one:
+        raise ModelError(
+            f"student.text_pair: the tokenizer of {folder} puts nothing between two texts; write "
+            "both into student.text, with words between them."
+        )
 
 
 def check_positions(config: Any, max_length: int, folder: Path) -> None:

@@ -32,8 +32,12 @@ _log = logging.getLogger(__name__)
 
 def check(recipe: Recipe) -> None:
     """Raises RecipeError where the student cannot learn labels of the recipe's kind, or its
-    training is to be watched by what is not installed."""
+    training is to be watched by what is not installed; ModelError where LoRA's package is not."""
+    from journeyman.student import lora
+
     trackers.check(recipe.training.trackers)
+    if recipe.learner().lora:  # for the end, on this machine; workers ask on theirs
+        lora.check()
     if recipe.run_url and "mlflow" in recipe.training.trackers:
         trackers.check_server()
     student, kind = recipe.learner(), recipe.labels.kind
@@ -165,11 +169,9 @@ def train(
     train rows that a classifier learns, all by default. Ray is up.
     Raises RecipeError, DataError, ModelError or ClusterError.
     """
-    from journeyman.student import loop, lora
+    from journeyman.student import loop
 
     check(recipe)
-    if recipe.learner().lora:  # for the end, on this machine; workers ask on theirs
-        lora.check()
     if recipe.learner().kind == "classifier":
         load = _classifying(recipe, labels, corpus_dir, parent, subset)
     else:

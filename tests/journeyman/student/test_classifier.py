@@ -21,8 +21,11 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    DebertaV2Config,
     DistilBertConfig,
     DistilBertModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -34,7 +37,7 @@ from transformers import (
 
 from journeyman.errors import ModelError
 from journeyman.recipe import Student, parse
-from journeyman.student import classifier, export, loop, lora, models, pruning
+from journeyman.student import batches, classifier, export, loop, lora, models, pruning
 from journeyman.student.checkpoints import Checkpoints, Evaluation, State
 from journeyman.student.classifying import Classifying
 
@@ -161,6 +164,47 @@ def test_a_start_that_cannot_be_gets_a_sentence(
 ) -> None:
     with pytest.raises(ModelError, match=words):
         build(teacher, student(**settings))
+
+
+def test_sizes_that_do_not_go_together_are_told_before_the_first_step(tmp_path: Path) -> None:
+    """DeBERTa's pooler keeps the size that its config names apart."""
+    make_teacher(tmp_path)
+    sizes = SIZES | {"intermediate_size": 64, "num_hidden_layers": 2, "pooler_hidden_size": 32}
+    DebertaV2Config(**sizes).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"with student\.config {'hidden_size': 64}"):
+        build(tmp_path, student(start="fresh", config={"hidden_size": 64}))
+
+
+@pytest.mark.parametrize("start", ["pretrained", "fresh"])
+def test_a_model_whose_language_is_a_part_of_it_classifies(start: str, tmp_path: Path) -> None:
+    """As Gemma 3's from four billion on: its padding is the language's, not the whole's."""
+    make_teacher(tmp_path)
+    text = SIZES | {"intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 1,
+                    "head_dim": 16}  # fmt: skip
+    sight = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=sight, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = build(tmp_path, student(start=start)).eval()
+    texts = torch.tensor([[3, 7, 11], [5, 4, 0]])
+    with torch.no_grad():
+        both = model(input_ids=texts, attention_mask=(texts > 0).long()).logits
+        alone = model(input_ids=texts[1:, :2]).logits
+    assert both.shape == (2, len(LABELS))
+    torch.testing.assert_close(both[1:], alone)
+
+
+def test_a_pair_of_texts_needs_something_between_them(teacher: Path) -> None:
+    with pytest.raises(ModelError, match=r"text_pair: .* puts nothing between two texts; write"):
+        learner(None, teacher, text_pair="{{ text }}")
+
+
+def test_a_text_without_a_token_is_one_that_ends(teacher: Path) -> None:
+    """A decoder puts nothing around a text."""
+    tokenizer = models.load_tokenizer(teacher, 8)
+    rows = batches.tokenise(tokenizer, ["", "the", ""], 8)
+    ids, mask = rows.padded(np.arange(3), 1)
+    assert mask.sum(1).tolist() == [1, 1, 1] and ids[[0, 2], 0].tolist() == [0, 0]
 
 
 # --- low-rank matrices ---
@@ -351,4 +395,7 @@ def test_the_card_says_where_it_started(
         recipe=recipe, parent=parent, inputs="i", labels_digest="l", world_size=1, hardware={}
     )
     export.write(tmp_path / "out", tmp_path / "model", tmp_path / "curve", best, state, origin)
-    assert words in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert words in card
+    assert ("holds weights derived from `test/teacher`" in card) == ("random" not in words)
+    assert ("base_model: test/teacher" in card) == ("random" not in words)

@@ -29,15 +29,23 @@ def disk_errors(where: Path) -> Iterator[None]:
     """Turn a full disk, a read-only folder or a missing right into a sentence."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if _is_full(error):
             raise ClusterError(
                 f"{where}: the disk is full; free some space there and run the same command "
                 "again: it goes on where it stopped."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        refused = (errno.EACCES, errno.EPERM, errno.EROFS)
+        if isinstance(error, OSError) and error.errno in refused:
             raise ClusterError(f"{where}: cannot be written ({error.strerror}).") from error
         raise
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # Of libraries that are not written in Python, such as safetensors.
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -191,7 +191,7 @@ class Command:
         self._keeper.join()
 
     def log(self) -> str:
-        return self._log.read_text()[-5000:]
+        return self._log.read_text()
 
     def _start(self) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:

@@ -1,10 +1,16 @@
 """Folders that are written whole or not at all, whoever is killed."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from safetensors import SafetensorError
+
 from journeyman import files
+from journeyman.errors import ClusterError
 
 KILLED = """
 import os, signal, sys
@@ -42,3 +48,19 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path: Path
     assert scratch_folders(tmp_path) == []
     assert (final / "whole.bin").read_bytes() == b"whole"
     writer.communicate()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_a_sentence_whoever_meets_it(error: Exception) -> None:
+    """safetensors has a kind of its own, whose words are the system's."""
+    with (
+        pytest.raises(ClusterError, match="runs: the disk is full; free some"),
+        files.disk_errors(Path("runs")),
+    ):
+        raise error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -107,34 +108,35 @@ def test_a_comparison_is_kept_for_the_pages(tmp_path: Path) -> None:
     assert "figure-size-agreement" not in Page(page.render(report_data())[0]).ids
 
 
+@pytest.fixture
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, str]]:
+    """A run in a folder, ``here``, and the URL of a store with another, ``far``."""
+    monkeypatch.setenv("JOURNEYMAN_CACHE", str(tmp_path / "cache"))
+    here = make_run(tmp_path / "here", megabytes=0.5, agreement=0.8)
+    there = make_run(tmp_path / "there", megabytes=0.5, agreement=0.9)
+    with serving(monkeypatch) as (_, url):
+        Mirror(local=there / "student", url=f"{url}/far/student").push()
+        yield here, url
+
+
 def test_a_run_in_a_store_stands_beside_one_on_a_disk(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    apart: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("JOURNEYMAN_CACHE", str(tmp_path / "cache"))
-    here = make_run(tmp_path / "here", megabytes=0.5, agreement=0.8)
-    there = make_run(tmp_path / "there", megabytes=0.5, agreement=0.9)
-    with serving(monkeypatch) as (_, url):
-        Mirror(local=there / "student", url=f"{url}/far/student").push()
-        assert cli.main(["compare", str(here), f"{url}/far"]) == 0
-        rows = capsys.readouterr().out.splitlines()[1:3]
-        assert [row.split()[::2][:2] for row in rows] == [["here", "0.800"], ["far", "0.900"]]
-        assert cli.main(["compare", f"{url}/none"]) == 1
-        assert f"{url}/none: there is no run with a student" in capsys.readouterr().err
+    here, url = apart
+    assert cli.main(["compare", str(here), f"{url}/far"]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:3]
+    assert [row.split()[::2][:2] for row in rows] == [["here", "0.800"], ["far", "0.900"]]
+    assert cli.main(["compare", f"{url}/none"]) == 1
+    assert f"{url}/none: there is no run with a student" in capsys.readouterr().err
 
 
-def test_a_comparison_is_kept_for_the_page_of_a_run_in_a_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("JOURNEYMAN_CACHE", str(tmp_path / "cache"))
-    here = make_run(tmp_path / "here", megabytes=0.5, agreement=0.8)
-    there = make_run(tmp_path / "there", megabytes=0.5, agreement=0.9)
-    with serving(monkeypatch) as (_, url):
-        Mirror(local=there / "student", url=f"{url}/far/student").push()
-        run = RunFolder(made.recipe_of("classes", url).model_copy(update={"name": "far"}))
-        run.fetch("train")
-        assert summary.page_facts(run)["compared"] == ()
-        assert cli.main(["compare", str(here), f"{url}/far", "--report"]) == 0
-        students = summary.page_facts(run)["compared"]
+def test_a_comparison_is_kept_for_the_page_of_a_run_in_a_store(apart: tuple[Path, str]) -> None:
+    here, url = apart
+    run = RunFolder(made.recipe_of("classes", url).model_copy(update={"name": "far"}))
+    run.fetch("train")
+    assert summary.page_facts(run)["compared"] == ()
+    assert cli.main(["compare", str(here), f"{url}/far", "--report"]) == 0
+    students = summary.page_facts(run)["compared"]
     assert [student.name for student in students] == ["here", "far"]
     assert students == comparison.kept(here)
 

@@ -138,12 +138,24 @@ def python_path() -> str:
     return os.pathsep.join(dict.fromkeys([str(_SOURCE_ROOT), str(CHECKOUT), *others]))
 
 
+class InTask(Exception):  # noqa: N818 - no error of its own
+    """Carries an error of ours out of a task of Ray Data, which writes into messages that it sees;
+    ``reason_of`` finds it."""
+
+    def __init__(self, error: JourneymanError, *added: str) -> None:
+        super().__init__(error, *added)
+        self.cause = error
+
+
 def reason_of(error: BaseException, doing: str) -> JourneymanError:
     """The error of ours inside one of Ray's, or a ClusterError that names Ray's last words."""
+    from ray.exceptions import RayError
+
     seen: set[int] = set()
     node: BaseException | None = error
     while node is not None and id(node) not in seen:
-        if isinstance(node, JourneymanError):
+        # Ray's own of a task is of both classes, and its words are the task's stack.
+        if isinstance(node, JourneymanError) and not isinstance(node, RayError):
             return node
         seen.add(id(node))
         cause = getattr(node, "cause", None)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from journeyman import corpus, files
-from journeyman.errors import DataError
+from journeyman.cluster import InTask, quiet_ray_data, reason_of
+from journeyman.errors import DataError, JourneymanError
+from journeyman.folder import Folder
 from journeyman.labels.codec import Codec, Distributions
 from journeyman.labels.prior import corrected
 from journeyman.labels.schema import Commit, label_schema
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
     import ray.data
+
+# Of a shard's name and its labeled rows, whatever is to become of them.
+Make = Callable[[str, "pa.Table"], Iterable["pa.Table"]]
+Over = Callable[[str | Path, Make], Iterator["pa.Table"]]  # ``made`` or ``streamed``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,15 +161,47 @@ def distributions(table: pa.Table, codec: Codec) -> Iterator[Distributions | Non
             yield codec.decode(data.as_py(), n_positions) if data.is_valid else None
 
 
+def made(where: str | Path, make: Make) -> Iterator[pa.Table]:
+    """What ``make`` gives for each shard of a finished dataset, here, one after the other."""
+    for shard, table in shards(where):
+        yield from make(shard, table)
+
+
+def streamed(where: str | Path, make: Make) -> Iterator[pa.Table]:
+    """The same tables, made by Ray Data: several shards at a time, on all nodes, some ahead.
+
+    Ray must be initialised, and ``where`` be readable on all nodes. Raises what ``make`` does;
+    ClusterError where tasks are lost again and again.
+    """
+    import ray
+
+    rows = _mapped(where, make, filtered=False)
+    rows.context.enable_progress_bars = False
+    rows.context.execution_no_progress_timeout_s = -1  # it may wait for nodes
+    quiet_ray_data()
+    try:
+        yield from rows.iter_batches(batch_size=None, batch_format="pyarrow")
+    except ray.exceptions.RayError as error:
+        raise reason_of(error, "reading the labels") from error
+
+
 def read_ray(where: str | Path, *, filtered: bool = False) -> ray.data.Dataset:
     """A Ray dataset that streams a finished one, a block for each shard, in corpus order.
 
     Ray must be initialised, and ``where`` be readable on all nodes.
     """
+    return _mapped(where, _as_it_is, filtered=filtered)
+
+
+def _as_it_is(shard: str, table: pa.Table) -> list[pa.Table]:
+    return [table]
+
+
+def _mapped(where: str | Path, make: Make, *, filtered: bool) -> ray.data.Dataset:
     import ray.data
 
     store = LabelStore(where)
-    manifest = finished_manifest(store)
+    manifest = labeled_manifest(store) if filtered else finished_manifest(store)
     if store.directory is not None:  # workers have working directories of their own
         store = LabelStore(store.directory.resolve())
     commits = _finished_commits(store, manifest)
@@ -172,20 +210,24 @@ def read_ray(where: str | Path, *, filtered: bool = False) -> ray.data.Dataset:
         [{"commit": json.dumps(dataclasses.asdict(commit))} for commit in commits],
         override_num_blocks=len(commits),
     ).map_batches(
-        _read_commits,
+        _make,
         batch_size=1,
         batch_format="pyarrow",
-        fn_args=(store, left_out),  # Ray Data puts a function with its arguments away once
+        fn_args=(store, left_out, make),  # Ray Data puts a function with its arguments away once
     )
     read.context.execution_options.preserve_order = True  # of this dataset alone
     return read
 
 
-def _read_commits(batch: pa.Table, store: LabelStore, left_out: pa.Array | None) -> pa.Table:
-    import pyarrow as pa
-
-    commits = [Commit(**json.loads(commit)) for commit in batch["commit"].to_pylist()]
-    return pa.concat_tables([_kept(store.read_shard(commit), left_out) for commit in commits])
+def _make(
+    batch: pa.Table, store: LabelStore, left_out: pa.Array | None, make: Make
+) -> Iterator[pa.Table]:
+    for commit in batch["commit"].to_pylist():
+        found = Commit(**json.loads(commit))
+        try:
+            yield from make(found.shard, _kept(store.read_shard(found), left_out))
+        except JourneymanError as error:
+            raise InTask(error) from error
 
 
 def to_hf(where: str | Path, *, filtered: bool = False) -> datasets.Dataset:
@@ -239,27 +281,53 @@ def class_shards(
     labels_dir: str | Path, corpus_dir: str | Path, splits: Sequence[str] | None = None
 ) -> Iterator[ClassRows]:
     """The same, shard by shard."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    labels, log_prior = _asked_classes(labels_dir, corpus_dir)
-    index = {label: i for i, label in enumerate(labels)}
+    read = ClassReader.of(labels_dir, corpus_dir, splits)
     for shard, table in shards(labels_dir):
-        if splits is not None:
-            table = table.filter(pc.is_in(table["split"], pa.array(list(splits))))
-        ids = table["id"].to_pylist()
-        if not ids:
-            continue
-        texts = _texts(corpus_dir, shard)
-        flat = table["class_logprobs"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        yield ClassRows(
+        rows = read(shard, table)
+        if len(rows):
+            yield rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassReader:
+    """Reads labeled rows of a shard with their texts, in any process: see ``read_classes``."""
+
+    corpus_dir: str
+    labels: tuple[str, ...]
+    log_prior: np.ndarray | None
+    splits: tuple[str, ...] | None
+
+    @classmethod
+    def of(
+        cls, labels_dir: str | Path, corpus_dir: str | Path, splits: Sequence[str] | None
+    ) -> ClassReader:
+        labels, log_prior = _asked_classes(labels_dir, corpus_dir)
+        return cls(
+            corpus_dir=Folder(corpus_dir).everywhere,
             labels=labels,
+            log_prior=log_prior,
+            splits=None if splits is None else tuple(splits),
+        )
+
+    def __call__(self, shard: str, labeled: pa.Table) -> ClassRows:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if self.splits is not None:
+            labeled = labeled.filter(pc.is_in(labeled["split"], pa.array(self.splits)))
+        ids = labeled["id"].to_pylist()
+        texts = _texts(self.corpus_dir, shard) if ids else {}
+        index = {label: i for i, label in enumerate(self.labels)}
+        flat = labeled["class_logprobs"].combine_chunks().flatten()
+        logprobs = flat.to_numpy(zero_copy_only=False).reshape(len(ids), len(self.labels))
+        return ClassRows(
+            labels=self.labels,
             ids=ids,
             texts=[texts[row_id][0] for row_id in ids],
             metas=[texts[row_id][1] for row_id in ids],
-            splits=np.array(table["split"].to_pylist(), dtype=object),
-            gold=np.array([index.get(g, -1) for g in table["gold"].to_pylist()], dtype=np.int64),
-            logprobs=corrected(flat.reshape(len(ids), len(labels)), log_prior),
+            splits=np.array(labeled["split"].to_pylist(), dtype=object),
+            gold=np.array([index.get(g, -1) for g in labeled["gold"].to_pylist()], dtype=np.int64),
+            logprobs=corrected(logprobs, self.log_prior),
         )
 
 

@@ -36,6 +36,13 @@ class TokenRows:
         """int64[n], in tokens."""
         return np.diff(self.starts)
 
+    def take(self, rows: np.ndarray) -> TokenRows:
+        """Some rows, in this order."""
+        parts = [self.ids[slice(*self.starts[i : i + 2])] for i in rows]
+        starts = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(self.lengths[rows], out=starts[1:])
+        return TokenRows(ids=np.concatenate([np.zeros(0, np.int32), *parts]), starts=starts)
+
     def padded(self, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and attention mask of some rows, padded to the longest: int64[b, t] each."""
         lengths = self.lengths[rows]

@@ -1,25 +1,40 @@
-"""A classifier's rows as a training holds them, read part by part.
+"""A classifier's rows as a training reads them: made shard by shard, mapped by the workers.
 
-Each worker has all train rows in memory, and most of them are the teacher's distributions: they are
-held as the loss reads them, in float32, and with hard labels as the chosen class alone. What weighs
-rows and classes is taken of each part at its full precision, before.
+Most of them are the teacher's distributions: they are held as the loss reads them, in float32, and
+with hard labels as the chosen class alone. What weighs rows and classes is taken of each part at
+its full precision, before.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from journeyman.labels import confidence
+from journeyman import files
+from journeyman.errors import DataError
+from journeyman.labels import confidence, dataset
 from journeyman.labels.dataset import ClassRows
+from journeyman.recipe import Student
 from journeyman.student import batches, losses
 from journeyman.student.batches import TokenRows
+from journeyman.student.inputs import Inputs
 from journeyman.student.learner import no_rows
+from journeyman.student.subset import Subset
 
-Tokenised = Callable[[ClassRows], TokenRows]
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+_MANIFEST = "rows.json"
+_ARRAYS = (
+    "tokens", "starts", "gold", "learned", "class_counts", "sure",
+    "held_out_tokens", "held_out_starts", "held_out_gold", "held_out_logprobs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,16 +71,165 @@ class HeldOutRows:
     logprobs: np.ndarray
 
 
-def read(
-    parts: Iterable[ClassRows], tokenised: Tokenised, *, hard_labels: bool
-) -> tuple[TrainRows, HeldOutRows]:
-    """Train and calibrate rows; raises DataError where one of the two has none."""
+def build(
+    labels_dir: str | Path,
+    corpus_dir: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    student: Student,
+    folder: Path,
+    *,
+    hard_labels: bool,
+    subset: Subset | None = None,
+    over: dataset.Over = dataset.made,
+) -> None:
+    """Write train and calibrate rows to ``folder``, whole or not at all.
+
+    tokenizer: the student's; subset: the train rows that are learned, all by default; over: who
+    makes the rows of shards. Raises DataError where a split is empty, or the dataset damaged or
+    made of another corpus.
+    """
+    read = dataset.ClassReader.of(labels_dir, corpus_dir, ("train", "calibrate"))
+    make = _Shards(read=read, subset=subset, tokenizer=tokenizer, student=student)
+    parts = (Part.from_table(table, read.labels) for table in over(labels_dir, make))
+    train, held_out = gathered(parts, hard_labels=hard_labels)
+    with files.scratch_folder(folder) as fresh:
+        for name, array_ in _arrays(train, held_out).items():
+            np.save(fresh / f"{name}.npy", array_)
+        files.write_json(fresh / _MANIFEST, {"labels": train.labels, "ids": train.ids})
+        fresh.rename(folder)
+
+
+def load(folder: Path) -> tuple[TrainRows, HeldOutRows]:
+    """As ``build`` wrote them, mapped; raises DataError if the folder is not whole."""
+    about = files.read_json(folder / _MANIFEST)
+    try:
+        found = {
+            name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _ARRAYS
+        }
+    except (OSError, ValueError, EOFError) as error:  # what numpy raises for half a file
+        raise DataError(
+            f"{folder}: cut short ({error}); remove it and run journeyman train again."
+        ) from error
+    train = TrainRows(
+        labels=tuple(about["labels"]),
+        ids=about["ids"],
+        tokens=TokenRows(ids=found["tokens"], starts=found["starts"]),
+        gold=found["gold"],
+        learned=found["learned"],
+        class_counts=found["class_counts"],
+        sure=found["sure"],
+    )
+    held_out = HeldOutRows(
+        tokens=TokenRows(ids=found["held_out_tokens"], starts=found["held_out_starts"]),
+        gold=found["held_out_gold"],
+        logprobs=found["held_out_logprobs"],
+    )
+    return train, held_out
+
+
+def _arrays(train: TrainRows, held_out: HeldOutRows) -> dict[str, np.ndarray]:
+    arrays = (
+        train.tokens.ids, train.tokens.starts, train.gold, train.learned, train.class_counts,
+        train.sure, held_out.tokens.ids, held_out.tokens.starts, held_out.gold, held_out.logprobs,
+    )  # fmt: skip
+    return dict(zip(_ARRAYS, arrays, strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Some rows: fields as of ``ClassRows``, their inputs as tokens."""
+
+    labels: tuple[str, ...]
+    ids: list[str]
+    splits: np.ndarray
+    gold: np.ndarray
+    logprobs: np.ndarray
+    tokens: TokenRows
+
+    @classmethod
+    def of(cls, rows: ClassRows, tokenizer: Callable[..., Any], student: Student) -> Part:
+        inputs = Inputs(student).all(rows.columns)
+        return cls(
+            labels=rows.labels,
+            ids=rows.ids,
+            splits=rows.splits,
+            gold=rows.gold,
+            logprobs=rows.logprobs,
+            tokens=batches.tokenise(tokenizer, inputs, student.max_length),
+        )
+
+    def to_table(self) -> pa.Table:
+        import pyarrow as pa
+
+        n, c = self.logprobs.shape
+        return pa.table(
+            {
+                "id": self.ids,
+                "split": pa.array(self.splits, pa.string()),
+                "gold": self.gold,
+                "logprobs": pa.LargeListArray.from_arrays(
+                    np.arange(n + 1) * c, self.logprobs.reshape(-1)
+                ),
+                "tokens": pa.LargeListArray.from_arrays(self.tokens.starts, self.tokens.ids),
+            }
+        )
+
+    @classmethod
+    def from_table(cls, table: pa.Table, labels: tuple[str, ...]) -> Part:
+        columns = {name: table[name].combine_chunks() for name in table.column_names}
+        lengths = columns["tokens"].value_lengths().to_numpy()
+        return cls(
+            labels=labels,
+            ids=columns["id"].to_pylist(),
+            splits=np.array(columns["split"].to_pylist(), dtype=object),
+            gold=columns["gold"].to_numpy(),
+            logprobs=columns["logprobs"].flatten().to_numpy().reshape(len(table), len(labels)),
+            tokens=TokenRows(
+                ids=columns["tokens"].flatten().to_numpy(),
+                starts=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            ),
+        )
+
+    def split(self, name: str) -> Part:
+        index = np.flatnonzero(self.splits == name)
+        return Part(
+            labels=self.labels,
+            ids=[self.ids[i] for i in index],
+            splits=self.splits[index],
+            gold=self.gold[index],
+            logprobs=self.logprobs[index],
+            tokens=self.tokens.take(index),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shards:
+    """Makes a shard's rows, in any process."""
+
+    read: dataset.ClassReader
+    subset: Subset | None
+    tokenizer: PreTrainedTokenizerBase
+    student: Student
+
+    def __call__(self, shard: str, labeled: pa.Table) -> Iterator[pa.Table]:
+        rows = self.read(shard, labeled)
+        if self.subset is not None:
+            rows = self.subset.of(rows)
+        if len(rows):
+            yield Part.of(rows, self.tokenizer, self.student).to_table()
+
+
+def gathered(parts: Iterable[Part], *, hard_labels: bool) -> tuple[TrainRows, HeldOutRows]:
+    """Train and calibrate rows of all parts; raises DataError where one of the two has none."""
     train, held_out = _Train(hard_labels), _HeldOut()
     for part in parts:
         for split, kept in (("train", train), ("calibrate", held_out)):
             rows = part.split(split)
             if len(rows):
-                kept.add(rows, tokenised(rows))
+                kept.add(rows)
     return train.rows(), held_out.rows()
 
 
@@ -82,10 +246,10 @@ class _Train:
         self._gold: list[np.ndarray] = []
         self._counts: list[np.ndarray] = []
 
-    def add(self, rows: ClassRows, tokens: TokenRows) -> None:
+    def add(self, rows: Part) -> None:
         self._labels = rows.labels
         self._ids += rows.ids
-        self._tokens.append(tokens)
+        self._tokens.append(rows.tokens)
         self._gold.append(rows.gold)
         _extend(self._sure, confidence.of_classes(rows.logprobs))
         if self._hard:
@@ -115,8 +279,8 @@ class _HeldOut:
     def __init__(self) -> None:
         self._parts: list[HeldOutRows] = []
 
-    def add(self, rows: ClassRows, tokens: TokenRows) -> None:
-        self._parts.append(HeldOutRows(tokens=tokens, gold=rows.gold, logprobs=rows.logprobs))
+    def add(self, rows: Part) -> None:
+        self._parts.append(HeldOutRows(tokens=rows.tokens, gold=rows.gold, logprobs=rows.logprobs))
 
     def rows(self) -> HeldOutRows:
         if not self._parts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from journeyman.errors import DataError
-from journeyman.labels.dataset import ClassRows
 from journeyman.probabilities import expected_calibration_error
 from journeyman.recipe import Student, Training
 from journeyman.student import (
     acceleration,
-    batches,
-    class_rows,
     classifier,
     flops,
     lora,
@@ -26,15 +23,29 @@ from journeyman.student import (
     row_weights,
     start,
 )
-from journeyman.student.batches import TokenRows
-from journeyman.student.inputs import Inputs
+from journeyman.student.class_rows import HeldOutRows, TrainRows
 from journeyman.student.learner import Measured
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 _EVALUATION_BATCH = 64
 _SAMPLE_ROWS = 64  # that layers are compared on
+
+
+def load_tokenizer(model_dir: Path, student: Student) -> PreTrainedTokenizerBase:
+    """The one that a classifier's inputs are read with; raises ModelError."""
+    tokenizer = models.load_tokenizer(model_dir, student.max_length)
+    if tokenizer.pad_token is None:  # of a language model, as a rule
+        tokenizer.pad_token = tokenizer.eos_token
+    if student.text_pair is not None:
+        models.check_pairs(tokenizer, model_dir)
+        # What tells the two apart is the separator. Whoever loads the exported folder must
+        # leave out token types too, which its own tokenizer decides.
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
+    return tokenizer
 
 
 class Classifying:
@@ -48,29 +59,13 @@ class Classifying:
         model_dir: Path,
         student: Student,
         training: Training,
-        read_rows: Callable[[], Iterable[ClassRows]],
+        read_rows: Callable[[], tuple[TrainRows, HeldOutRows]],
     ) -> None:
         """folder: a checkpoint's weights, else those that ``student`` asks for, of model_dir.
-        read_rows: gives them in parts, whose texts are dropped one after the other. Raises
-        DataError, ModelError."""
+        Raises DataError, ModelError."""
         self._training, self._device = training, device
-        self._tokenizer = models.load_tokenizer(model_dir, student.max_length)
-        if self._tokenizer.pad_token is None:  # of a language model, as a rule
-            self._tokenizer.pad_token = self._tokenizer.eos_token
-        if student.text_pair is not None:
-            models.check_pairs(self._tokenizer, model_dir)
-            # What tells the two apart is the separator. Whoever loads the exported folder must
-            # leave out token types too, which its own tokenizer decides.
-            self._tokenizer.model_input_names = ["input_ids", "attention_mask"]
-            self._tokenizer.init_kwargs["model_input_names"] = self._tokenizer.model_input_names
-        inputs = Inputs(student)
-
-        def tokenised(rows: ClassRows) -> TokenRows:
-            return batches.tokenise(self._tokenizer, inputs.all(rows.columns), student.max_length)
-
-        self._train, self._held_out = class_rows.read(
-            read_rows(), tokenised, hard_labels=training.hard_labels
-        )
+        self._tokenizer = load_tokenizer(model_dir, student)
+        self._train, self._held_out = read_rows()
         self._tokens, self._held_out_tokens = self._train.tokens, self._held_out.tokens
         self._labels = self._train.labels
         self._kept: list[int] = []  # numbers of the layers that stay of a model that is pruned

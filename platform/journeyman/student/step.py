@@ -15,13 +15,13 @@ from journeyman.labels.store import LabelStore
 from journeyman.mirror import Mirror
 from journeyman.models import Model
 from journeyman.recipe import Generate, Logits, Recipe, Training, digest, unread
-from journeyman.student import subset as subsets
 from journeyman.student import trackers
 from journeyman.student.subset import Subset
 
 if TYPE_CHECKING:
     import torch
 
+    from journeyman.student.class_rows import HeldOutRows, TrainRows
     from journeyman.student.learner import Learner
     from journeyman.student.lesson import Load
     from journeyman.student.live import TrainProgress
@@ -172,10 +172,10 @@ def train(
     from journeyman.student import loop
 
     check(recipe)
+    rows = loop.work_folder(out_dir, inputs, store).below("rows")
     if recipe.learner().kind == "classifier":
-        load = _classifying(recipe, labels, corpus_dir, parent, subset)
+        load = _classifying(recipe, labels, corpus_dir, parent, rows, subset)
     else:
-        rows = loop.work_folder(out_dir, inputs, store).below("rows")
         load = _causal(recipe, labels, corpus_dir, parent, teacher, rows)
     return loop.train(
         recipe,
@@ -194,19 +194,41 @@ def _classifying(
     labels: str | Path,
     corpus_dir: str | Path,
     parent: Model,
+    rows: Mirror,
     subset: Subset | None,
 ) -> Load:
-    from journeyman.student.classifying import Classifying
+    """Rows are written here, once, for all workers."""
+    from journeyman.student import class_rows, classifying
 
+    student = recipe.learner()
+    if not rows.pull():
+        class_rows.build(
+            labels,
+            corpus_dir,
+            classifying.load_tokenizer(parent.path, student),
+            student,
+            rows.local,
+            hard_labels=recipe.training.hard_labels,
+            subset=subset,
+            over=dataset.streamed,
+        )
+        rows.push()
     return partial(
         _of_parent,
-        Classifying,
+        classifying.Classifying,
         parent,
-        recipe.learner().revision,
-        student=recipe.learner(),
+        student.revision,
+        student=student,
         training=recipe.training,
-        read_rows=partial(subsets.class_shards, labels, corpus_dir, ("train", "calibrate"), subset),
+        read_rows=partial(_class_rows, rows),
     )
+
+
+def _class_rows(rows: Mirror) -> tuple[TrainRows, HeldOutRows]:
+    from journeyman.student import class_rows
+
+    rows.pull()
+    return class_rows.load(rows.local)
 
 
 def _of_parent(
@@ -248,10 +270,13 @@ def write_rows(
     rows_dir: Path,
     splits: Sequence[str] = ("train", "calibrate"),
 ) -> None:
-    """A label dataset as tokens that the recipe's student learns, unless they are there.
+    """A label dataset as tokens that the recipe's student learns, unless they are there; made by
+    the whole cluster where Ray is up.
 
     Whether it could learn them is asked by ``check_vocabulary``, before: here it may have.
     """
+    import ray
+
     from journeyman.student import token_rows
     from journeyman.student.models import load_tokenizer
 
@@ -277,6 +302,7 @@ def write_rows(
         teacher=load_tokenizer(teacher.path) if aligns else None,
         splits=splits,
         gold=recipe.certify.answer_pattern is None,  # else it is a part of what is written
+        over=dataset.streamed if ray.is_initialized() else dataset.made,
     )
     _say_what_is_missing(
         counts, sum(counts[split] for split in splits), recipe.learner().max_length

@@ -6,14 +6,12 @@ whether a row is in it depends neither on the other rows nor on the shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 
 import numpy as np
 
-from journeyman.labels import dataset
 from journeyman.labels.dataset import ClassRows
 from journeyman.recipe import Training
 from journeyman.student.batches import n_batches
@@ -30,6 +28,14 @@ class Subset:
         """Whether a train row is in it."""
         return _place(row_id, self.seed) <= self.last
 
+    def of(self, rows: ClassRows) -> ClassRows:
+        """Of the train rows those that are in it, and all others."""
+        kept = [
+            split != "train" or self.has(row_id)
+            for split, row_id in zip(rows.splits, rows.ids, strict=True)
+        ]
+        return rows.take(np.flatnonzero(kept))
+
 
 def first(row_ids: Iterable[str], n: int, seed: int) -> Subset:
     """The n rows of these that come first; there are as many, n is at least 1."""
@@ -39,21 +45,6 @@ def first(row_ids: Iterable[str], n: int, seed: int) -> Subset:
 def _place(row_id: str, seed: int) -> str:
     """Of the id and the seed, not the id itself: splits may have been drawn by that."""
     return blake2b(f"{seed} {row_id}".encode(), digest_size=16).hexdigest()
-
-
-def class_shards(
-    labels_dir: str | Path, corpus_dir: str | Path, splits: Sequence[str], subset: Subset | None
-) -> Iterator[ClassRows]:
-    """As of ``dataset``, of the train rows only those of the subset; None: all."""
-    for rows in dataset.class_shards(labels_dir, corpus_dir, splits):
-        if subset is None:
-            yield rows
-            continue
-        kept = [
-            split != "train" or subset.has(row_id)
-            for split, row_id in zip(rows.splits, rows.ids, strict=True)
-        ]
-        yield rows.take(np.flatnonzero(kept))
 
 
 def as_many_steps(training: Training, n_rows: int, n_all: int) -> Training:

@@ -10,6 +10,7 @@ share the pages, and a dataset may be larger than memory. Knows arrays and files
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import threading
@@ -17,7 +18,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -275,13 +276,15 @@ def write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
     codec: of the payloads; None where rows have none. A folder that is there already stays.
     """
     with files.scratch_folder(folder) as fresh:
-        n_rows = _write(fresh, rows, codec)
-        if n_rows:
-            _take_name(fresh, folder)
-    return n_rows
+        with Writer(fresh, codec) as writer:
+            for row in rows:
+                writer.add(row)
+        if writer.n_rows:
+            take_name(fresh, folder)
+    return writer.n_rows
 
 
-def _take_name(fresh: Path, folder: Path) -> None:
+def take_name(fresh: Path, folder: Path) -> None:
     """Of two that write at the same time the first wins: a full folder is not renamed over."""
     try:
         fresh.rename(folder)
@@ -290,40 +293,63 @@ def _take_name(fresh: Path, folder: Path) -> None:
             raise
 
 
-def _write(folder: Path, rows: Iterable[TokenRow], codec: Codec | None) -> int:
-    """Row by row: what is held in memory are ids and numbers of rows."""
-    ids: list[str] = []
-    lengths, first, n_encoded, sizes = (array("q") for _ in range(4))
-    weights, reasoning = array("d"), array("b")
-    with (
-        (folder / "tokens.bin").open("wb") as tokens,
-        (folder / "payloads.bin").open("wb") as payloads,
-        (folder / "aligned.bin").open("wb") as aligned,
-    ):
-        for row in rows:
-            ids.append(row.id)
-            lengths.append(len(row.tokens))
-            first.append(row.first)
-            n_encoded.append(row.n_encoded)
-            weights.append(row.weight)
-            reasoning.append(row.reasoning)
-            sizes.append(len(row.payload or b""))
-            tokens.write(np.asarray(row.tokens, np.int32).tobytes())
-            payloads.write(row.payload or b"")
-            if row.aligned is not None:
-                n_learned = len(row.tokens) - row.first
-                aligned.write(np.asarray(row.aligned[:n_learned], np.int32).tobytes())
-        has_aligned = aligned.tell() > 0
-    np.save(folder / "starts.npy", _sums(lengths))
-    np.save(folder / "payload_starts.npy", _sums(sizes))
-    np.save(folder / "first.npy", np.asarray(first, np.int64))
-    np.save(folder / "n_encoded.npy", np.asarray(n_encoded, np.int64))
-    np.save(folder / "weights.npy", np.asarray(weights, np.float64))
-    np.save(folder / "reasoning.npy", np.asarray(reasoning, bool))
-    files.write_json(folder / "ids.json", {"ids": ids})
-    about = codec and {"name": codec.name, "vocab_size": codec.vocab_size, "k": codec.k}
-    files.write_json(folder / _MANIFEST, {"rows": len(ids), "codec": about, "aligned": has_aligned})
-    return len(ids)
+class Writer:
+    """Row by row into a folder, which is whole when the block ends well: what is held in memory
+    are ids and numbers of rows."""
+
+    def __init__(self, folder: Path, codec: Codec | None) -> None:
+        """folder: made where it is missing. codec: as of ``write``."""
+        self._folder, self._codec = folder, codec
+        self._ids: list[str] = []
+        self._lengths, self._first, self._n_encoded, self._sizes = (array("q") for _ in range(4))
+        self._weights, self._reasoning = array("d"), array("b")
+        self._open = contextlib.ExitStack()
+
+    @property
+    def n_rows(self) -> int:
+        return len(self._ids)
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(exist_ok=True)
+        self._tokens, self._payloads, self._aligned = (
+            self._open.enter_context((self._folder / name).open("wb"))
+            for name in ("tokens.bin", "payloads.bin", "aligned.bin")
+        )
+        return self
+
+    def add(self, row: TokenRow) -> None:
+        self._ids.append(row.id)
+        self._lengths.append(len(row.tokens))
+        self._first.append(row.first)
+        self._n_encoded.append(row.n_encoded)
+        self._weights.append(row.weight)
+        self._reasoning.append(row.reasoning)
+        self._sizes.append(len(row.payload or b""))
+        self._tokens.write(np.asarray(row.tokens, np.int32).tobytes())
+        self._payloads.write(row.payload or b"")
+        if row.aligned is not None:
+            n_learned = len(row.tokens) - row.first
+            self._aligned.write(np.asarray(row.aligned[:n_learned], np.int32).tobytes())
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        has_aligned = self._aligned.tell() > 0
+        self._open.close()
+        if kind is None:
+            self._write_numbers(has_aligned)
+
+    def _write_numbers(self, has_aligned: bool) -> None:
+        folder, codec = self._folder, self._codec
+        np.save(folder / "starts.npy", _sums(self._lengths))
+        np.save(folder / "payload_starts.npy", _sums(self._sizes))
+        np.save(folder / "first.npy", np.asarray(self._first, np.int64))
+        np.save(folder / "n_encoded.npy", np.asarray(self._n_encoded, np.int64))
+        np.save(folder / "weights.npy", np.asarray(self._weights, np.float64))
+        np.save(folder / "reasoning.npy", np.asarray(self._reasoning, bool))
+        files.write_json(folder / "ids.json", {"ids": self._ids})
+        about = codec and {"name": codec.name, "vocab_size": codec.vocab_size, "k": codec.k}
+        files.write_json(
+            folder / _MANIFEST, {"rows": self.n_rows, "codec": about, "aligned": has_aligned}
+        )
 
 
 def _sums(sizes: array[int] | np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 from journeyman.recipe import Filters, Generate, Rationales, Recipe
 from journeyman.student import architecture
-from journeyman.student.token_rows import ANSWER
+from journeyman.student.row_makers import ANSWER
 
 # Of the distributions only what says how likely each token was.
 LIKELIEST = {"k": 1, "codec": "topk_fp16"}

@@ -1,5 +1,7 @@
 """A finished dataset comes back whole, in corpus order, in each form; filtered rows stay out."""
 
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -96,15 +98,43 @@ def test_what_ray_reads_on_its_workers_is_the_same(tmp_path: Path):
     """Without Ray: the function that it runs."""
     store = finished(tmp_path)
     batch = pa.table({"commit": [_json(c) for c in store.commits().values()]})
-    assert dataset._read_commits(batch, store, None) == dataset.read(tmp_path)
-    kept = dataset._read_commits(batch, store, pa.array(["s0r0", "s2r4"]))
-    assert kept["id"].to_pylist() == KEPT
+    for left_out, expected in ((None, ALL), (pa.array(["s0r0", "s2r4"]), KEPT)):
+        found = list(dataset._make(batch, store, left_out, lambda shard, table: [table]))
+        assert [row_id for table in found for row_id in table["id"].to_pylist()] == expected
 
 
 def test_ray_gets_the_same_rows(tmp_path: Path, ray_cluster: None):
     store = finished(tmp_path)
     leave_out(store, "s0r0", "s2r4")
     assert [row["id"] for row in dataset.read_ray(tmp_path).iter_rows()] == KEPT
+
+
+def test_ray_makes_shards_into_what_is_asked_in_corpus_order(tmp_path: Path, ray_cluster: None):
+    """Also where later shards are ready long before the first one."""
+    finished(tmp_path)
+
+    def named(shard: str, table: pa.Table) -> Iterator[pa.Table]:
+        time.sleep(1.0 if shard == "part-00000.parquet" else 0.0)
+        for row_id in table["id"].to_pylist():
+            yield pa.table({"shard": [shard], "id": [row_id]})
+
+    def rows(tables: Iterable[pa.Table]) -> list[dict[str, str]]:
+        return [row for table in tables for row in table.to_pylist()]
+
+    expected = rows(dataset.made(tmp_path, named))
+    assert [row["id"] for row in expected] == ALL
+    assert rows(dataset.streamed(tmp_path, named)) == expected
+
+
+def test_what_is_wrong_in_a_task_of_ray_is_said_in_one_sentence(tmp_path: Path, ray_cluster: None):
+    finished(tmp_path)
+
+    def damaged(shard: str, table: pa.Table) -> list[pa.Table]:
+        raise DataError(f"{shard}: damaged.")
+
+    for over in (dataset.made, dataset.streamed):
+        with pytest.raises(DataError, match=r"^part-00000.parquet: damaged.$"):
+            list(over(tmp_path, damaged))
 
 
 def test_an_unfinished_or_broken_dataset_is_refused(tmp_path: Path):

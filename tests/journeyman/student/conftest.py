@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from journeyman.labels.dataset import ClassRows
 from journeyman.models import Model
 from journeyman.recipe import Recipe, parse
 from journeyman.student import token_dataset
-from journeyman.student.classifying import Classifying
+from journeyman.student.class_rows import HeldOutRows, Part, TrainRows, gathered
+from journeyman.student.classifying import Classifying, load_tokenizer
 from journeyman.student.lesson import Load
 from journeyman.student.token_dataset import TokenRow
 
@@ -160,21 +162,32 @@ def make_rows(n_train: int, n_calibrate: int, seed: int = 0) -> ClassRows:
 
 def loader(recipe: Recipe, encoder: Path, rows: Path) -> Load:
     """What a worker calls; its reader is a closure, which travels by value."""
+    student, hard_labels = recipe.learner(), recipe.training.hard_labels
 
-    def read() -> list[ClassRows]:
+    def read() -> tuple[TrainRows, HeldOutRows]:
         """In two parts."""
         import pickle
 
         whole = pickle.loads(rows.read_bytes())
-        return [whole.take(part) for part in np.array_split(np.arange(len(whole)), 2)]
+        parts = (whole.take(part) for part in np.array_split(np.arange(len(whole)), 2))
+        tokenizer = load_tokenizer(encoder, student)
+        made = (Part.of(part, tokenizer, student) for part in parts)
+        return gathered(made, hard_labels=hard_labels)
 
     return partial(
         Classifying,
         model_dir=encoder,
-        student=recipe.learner(),
+        student=student,
         training=recipe.training,
         read_rows=read,
     )
+
+
+def reader(rows: ClassRows, folder: Path, recipe: Recipe) -> Callable[[], Any]:
+    """``Classifying``'s ``read_rows`` of rows in memory, for a student of the model in folder."""
+    student = recipe.learner()
+    part = Part.of(rows, load_tokenizer(folder, student), student)
+    return lambda: gathered([part], hard_labels=recipe.training.hard_labels)
 
 
 def make_recipe(**training: object) -> Recipe:

@@ -19,7 +19,7 @@ from journeyman.student.classifying import Classifying
 from journeyman.student.learner import Learner
 from journeyman.student.lesson import Load, Task
 
-from .conftest import make_causal_recipe, make_recipe, make_rows, write_token_rows
+from .conftest import make_causal_recipe, make_recipe, make_rows, reader, write_token_rows
 
 CPU = torch.device("cpu")
 BATCHES = [np.arange(6), np.arange(6, 9), np.arange(2)]  # of other shapes each
@@ -35,7 +35,10 @@ def rows_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loads(kind: str, encoder: Model, llama: Model, rows_dir: Path, **training: object) -> Load:
     if kind == "classifier":
         recipe: Recipe = make_recipe(**training)
-        own = {"model_dir": encoder.path, "read_rows": lambda: [make_rows(12, 6)]}
+        own = {
+            "model_dir": encoder.path,
+            "read_rows": reader(make_rows(12, 6), encoder.path, recipe),
+        }
         return partial(Classifying, student=recipe.learner(), training=recipe.training, **own)
     recipe = make_causal_recipe(**training)
     own = {"model_dir": llama.path, "rows_dir": rows_dir}

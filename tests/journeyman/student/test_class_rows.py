@@ -12,18 +12,20 @@ from journeyman.errors import DataError
 from journeyman.labels.dataset import ClassRows
 from journeyman.student import batches, class_rows
 from journeyman.student.batches import TokenRows
-from journeyman.student.class_rows import HeldOutRows, TrainRows
+from journeyman.student.class_rows import HeldOutRows, Part, TrainRows
 
-from .conftest import TOPICS, make_rows
+from .conftest import TOPICS, make_recipe, make_rows
+
+STUDENT = make_recipe().learner()
 
 
-def tokenised(rows: ClassRows) -> TokenRows:
+def letters(texts: Sequence[str], **_: object) -> dict[str, list[list[int]]]:
     """A token for each letter."""
-    return batches.tokenise(
-        lambda texts, **_: {"input_ids": [[ord(letter) for letter in text] for text in texts]},
-        rows.texts,
-        max_length=99,
-    )
+    return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
+
+def tokens(rows: ClassRows) -> TokenRows:
+    return batches.tokenise(letters, rows.texts, max_length=99)
 
 
 def whole(n_train: int = 40, n_calibrate: int = 9) -> ClassRows:
@@ -41,8 +43,11 @@ def whole(n_train: int = 40, n_calibrate: int = 9) -> ClassRows:
 def read(
     rows: ClassRows, *, hard_labels: bool = False, cuts: Sequence[int] = (7, 8, 31)
 ) -> tuple[TrainRows, HeldOutRows]:
-    parts = [rows.take(part) for part in np.split(np.arange(len(rows)), cuts)]
-    return class_rows.read(iter(parts), tokenised, hard_labels=hard_labels)
+    parts = (rows.take(part) for part in np.split(np.arange(len(rows)), cuts))
+    tables = (Part.of(part, letters, STUDENT).to_table() for part in parts)
+    return class_rows.gathered(
+        (Part.from_table(table, rows.labels) for table in tables), hard_labels=hard_labels
+    )
 
 
 def test_targets_are_the_teachers_to_float32_bit_by_bit() -> None:
@@ -53,8 +58,8 @@ def test_targets_are_the_teachers_to_float32_bit_by_bit() -> None:
     some = np.array([3, 39, 0, 3])
     np.testing.assert_array_equal(train.targets(some), expected.logprobs[some].astype(np.float32))
     assert train.ids == expected.ids and train.gold.tolist() == expected.gold.tolist()
-    np.testing.assert_array_equal(train.tokens.ids, tokenised(expected).ids)
-    np.testing.assert_array_equal(train.tokens.starts, tokenised(expected).starts)
+    np.testing.assert_array_equal(train.tokens.ids, tokens(expected).ids)
+    np.testing.assert_array_equal(train.tokens.starts, tokens(expected).starts)
     # What is measured on is small, and stays as it is.
     np.testing.assert_array_equal(held_out.logprobs, rows.split("calibrate").logprobs)
     np.testing.assert_array_equal(held_out.gold, rows.split("calibrate").gold)

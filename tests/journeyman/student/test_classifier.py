@@ -41,7 +41,7 @@ from journeyman.student import batches, classifier, export, loop, lora, models, 
 from journeyman.student.checkpoints import Checkpoints, Evaluation, State
 from journeyman.student.classifying import Classifying
 
-from .conftest import FILLERS, TOPICS, make_recipe, make_rows, resolved
+from .conftest import FILLERS, TOPICS, make_recipe, make_rows, reader, resolved
 
 LABELS = tuple(TOPICS)
 WORDS = [*FILLERS, *(word for topic in TOPICS.values() for word in topic)]
@@ -248,7 +248,7 @@ def learner(folder: Path | None, parent: Path, **settings: object) -> Classifyin
     recipe = make_recipe(activation_checkpointing=True, learning_rate=1e-2)
     return Classifying(
         folder, torch.device("cpu"), model_dir=parent, student=student(**settings),
-        training=recipe.training, read_rows=lambda: [ROWS],
+        training=recipe.training, read_rows=reader(ROWS, parent, recipe),
     )  # fmt: skip
 
 

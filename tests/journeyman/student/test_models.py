@@ -14,7 +14,7 @@ from journeyman.models import Model
 from journeyman.student.classifying import Classifying
 from journeyman.student.models import Classifier, check_positions
 
-from .conftest import make_recipe, make_rows
+from .conftest import make_recipe, make_rows, reader
 
 FOLDER = Path("student")
 
@@ -42,7 +42,7 @@ def exported(folder: Path, out: Path) -> Classifier:
     recipe = make_recipe()
     student = Classifying(
         None, torch.device("cpu"), model_dir=folder, student=recipe.learner(),
-        training=recipe.training, read_rows=lambda: [make_rows(4, 2)],
+        training=recipe.training, read_rows=reader(make_rows(4, 2), folder, recipe),
     )  # fmt: skip
     student.export(out)
     return Classifier.load(out)

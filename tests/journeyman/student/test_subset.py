@@ -45,18 +45,14 @@ def test_rows_are_left_out_of_train_alone(tmp_path: Path) -> None:
     rows = [(made.row(f"text {i}", splits[i % 3]), made.classes(0.3, 0.7)) for i in range(90)]
     made.write_dataset(tmp_path, made.settings("classes"), [rows[:31], rows[31:]])
     where = tmp_path / "labels", tmp_path / "corpus"
-    store = dataset.LabelStore(where[0])
-    store.finish({"filtered": {"inputs": "none", "file": None}})
-    train = [source["id"] for source, _ in rows if source["split"] == "train"]
-    wanted = subset.first(train, 11, 3)
-    parts = list(subset.class_shards(*where, ("train", "calibrate"), wanted))
-    seen = [(i, s) for part in parts for i, s in zip(part.ids, part.splits, strict=True)]
-    assert {i for i, s in seen if s == "train"} == members(11, 3, train)
-    assert [i for i, s in seen if s != "train"] == [
-        source["id"] for source, _ in rows if source["split"] == "calibrate"
-    ]
-    whole = list(subset.class_shards(*where, ("train",), None))
-    assert [i for part in whole for i in part.ids] == train
+    dataset.LabelStore(where[0]).finish({"filtered": {"inputs": "none", "file": None}})
+    ids = {s: [row["id"] for row, _ in rows if row["split"] == s] for s in splits}
+    wanted = subset.first(ids["train"], 11, 3)
+    read = dataset.ClassReader.of(*where, splits)
+    kept = [wanted.of(read(*shard)) for shard in dataset.shards(where[0])]
+    seen = {split: [i for part in kept for i in part.split(split).ids] for split in splits}
+    assert set(seen["train"]) == members(11, 3, ids["train"])
+    assert (seen["calibrate"], seen["test"]) == (ids["calibrate"], ids["test"])
 
 
 @pytest.mark.parametrize(("n_rows", "epochs"), [(1000, 4), (500, 8), (100, 32), (10, 128)])

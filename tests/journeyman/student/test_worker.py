@@ -31,7 +31,7 @@ from journeyman.student.lesson import Load, Task, load, prepare
 from journeyman.student.place import Place
 from journeyman.student.plan import Plan
 
-from .conftest import TOPICS, make_causal_recipe, make_recipe, make_rows, write_token_rows
+from .conftest import TOPICS, make_causal_recipe, make_recipe, make_rows, reader, write_token_rows
 
 BATCHES = [[3, 1, 4, 0, 2], [6], [5, 7]]  # shards of 3 and 2 rows, of 1 and none, of 1 and 1
 SURE = [0.9, 0.4, 0.6, 0.5, 0.99, 0.7, 0.8, 0.45]  # how sure the teacher is of the train rows
@@ -54,7 +54,7 @@ def classifying(
         model_dir=encoder,
         student=Student.model_validate(recipe.learner().model_dump() | {"lora": lora}),
         training=recipe.training,
-        read_rows=lambda: [class_rows()],
+        read_rows=reader(class_rows(), encoder, recipe),
     )
 
 

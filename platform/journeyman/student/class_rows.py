@@ -25,6 +25,7 @@ from journeyman.student.batches import TokenRows
 from journeyman.student.inputs import Inputs
 from journeyman.student.learner import no_rows
 from journeyman.student.subset import Subset
+from journeyman.student.token_dataset import take_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,7 +97,7 @@ def build(
         for name, array_ in _arrays(train, held_out).items():
             np.save(fresh / f"{name}.npy", array_)
         files.write_json(fresh / _MANIFEST, {"labels": train.labels, "ids": train.ids})
-        fresh.rename(folder)
+        take_name(fresh, folder)
 
 
 def load(folder: Path) -> tuple[TrainRows, HeldOutRows]:

@@ -64,6 +64,16 @@ class TrainProgress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReadProgress:
+    """Before the first step: how many rows were made of labels."""
+
+    rows: int
+
+    def text(self) -> str:
+        return f"train     reading the labels: {self.rows:,} rows"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
     """Of some steps, over all workers."""
 

@@ -196,8 +196,13 @@ class _Rounds:
         )
         rows = loop.work_folder(trained, inputs).below("rows")
         given = (student, self._teacher, rows.local)
-        step.write_rows(recipe, folder / "scores", folder / "written", *given, ("train",))
-        step.write_rows(self._recipe, self._labels, self._corpus_dir, *given, ("calibrate",))
+        over = dataset.streamed
+        step.write_rows(
+            recipe, folder / "scores", folder / "written", *given, ("train",), over=over
+        )
+        step.write_rows(
+            self._recipe, self._labels, self._corpus_dir, *given, ("calibrate",), over=over
+        )
         doing = f"train     round {number + 1}/{self.settings.rounds}"
         loop.train(
             recipe,

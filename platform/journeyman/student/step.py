@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,11 @@ from journeyman.mirror import Mirror
 from journeyman.models import Model
 from journeyman.recipe import Generate, Logits, Recipe, Training, digest, unread
 from journeyman.student import trackers
+from journeyman.student.live import ReadProgress
 from journeyman.student.subset import Subset
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import torch
 
     from journeyman.student.class_rows import HeldOutRows, TrainRows
@@ -160,7 +162,7 @@ def train(
     labels_digest: str,
     store: str | None = None,
     subset: Subset | None = None,
-    on_progress: Callable[[TrainProgress], None],
+    on_progress: Callable[[TrainProgress | ReadProgress], None],
 ) -> TrainResult:
     """Train the recipe's student on a finished label dataset and export it to out_dir.
 
@@ -174,9 +176,9 @@ def train(
     check(recipe)
     rows = loop.work_folder(out_dir, inputs, store).below("rows")
     if recipe.learner().kind == "classifier":
-        load = _classifying(recipe, labels, corpus_dir, parent, rows, subset)
+        load = _classifying(recipe, labels, corpus_dir, parent, rows, subset, _told(on_progress))
     else:
-        load = _causal(recipe, labels, corpus_dir, parent, teacher, rows)
+        load = _causal(recipe, labels, corpus_dir, parent, teacher, rows, _told(on_progress))
     return loop.train(
         recipe,
         load,
@@ -189,6 +191,19 @@ def train(
     )
 
 
+def _told(tell: Callable[[ReadProgress], None]) -> dataset.Over:
+    """Labels through Ray Data, and how far it is."""
+
+    def over(where: str | Path, make: dataset.Make) -> Iterator[pa.Table]:
+        n_rows = 0
+        for table in dataset.streamed(where, make):
+            n_rows += len(table)
+            tell(ReadProgress(rows=n_rows))
+            yield table
+
+    return over
+
+
 def _classifying(
     recipe: Recipe,
     labels: str | Path,
@@ -196,6 +211,7 @@ def _classifying(
     parent: Model,
     rows: Mirror,
     subset: Subset | None,
+    over: dataset.Over,
 ) -> Load:
     """Rows are written here, once, for all workers."""
     from journeyman.student import class_rows, classifying
@@ -210,7 +226,7 @@ def _classifying(
             rows.local,
             hard_labels=recipe.training.hard_labels,
             subset=subset,
-            over=dataset.streamed,
+            over=over,
         )
         rows.push()
     return partial(
@@ -251,12 +267,13 @@ def _causal(
     parent: Model,
     teacher: Model,
     rows: Mirror,
+    over: dataset.Over,
 ) -> Load:
     """Rows are written here, once, for all workers."""
     rows.pull()
     if not _are_written(rows.local):  # else it was known before them, and may be trained by now
         check_vocabulary(recipe, parent, teacher)
-    write_rows(recipe, labels, corpus_dir, parent, teacher, rows.local)
+    write_rows(recipe, labels, corpus_dir, parent, teacher, rows.local, over=over)
     rows.push()
     return causal_load(recipe, parent, rows)
 
@@ -269,14 +286,14 @@ def write_rows(
     teacher: Model,
     rows_dir: Path,
     splits: Sequence[str] = ("train", "calibrate"),
+    *,
+    over: dataset.Over = dataset.made,
 ) -> None:
-    """A label dataset as tokens that the recipe's student learns, unless they are there; made by
-    the whole cluster where Ray is up.
+    """A label dataset as tokens that the recipe's student learns, unless they are there; over: as
+    of ``token_rows.build``.
 
     Whether it could learn them is asked by ``check_vocabulary``, before: here it may have.
     """
-    import ray
-
     from journeyman.student import token_rows
     from journeyman.student.models import load_tokenizer
 
@@ -302,7 +319,7 @@ def write_rows(
         teacher=load_tokenizer(teacher.path) if aligns else None,
         splits=splits,
         gold=recipe.certify.answer_pattern is None,  # else it is a part of what is written
-        over=dataset.streamed if ray.is_initialized() else dataset.made,
+        over=over,
     )
     _say_what_is_missing(
         counts, sum(counts[split] for split in splits), recipe.learner().max_length

@@ -95,7 +95,7 @@ class Parts:
         monkeypatch.setattr(pipeline, "label", self._label)
         monkeypatch.setattr(step, "train", self._train)
         monkeypatch.setattr(loop, "train", self._loop)
-        monkeypatch.setattr(step, "write_rows", lambda *_: None)
+        monkeypatch.setattr(step, "write_rows", lambda *_, **__: None)
 
     def _note(self, path: Path) -> None:
         name = str(path.relative_to(self.run))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from journeyman import recipe
 from journeyman.errors import DataError, RecipeError
+from journeyman.labels import dataset
 from journeyman.labels.codec import Codec
 from journeyman.mirror import Mirror
 from journeyman.models import Model
@@ -208,9 +209,9 @@ def test_a_student_that_was_trained_before_a_setting_was_refused_is_exported(
     step.write_rows(*given, tmp_path / "rows", ("calibrate",))
     assert TokenDataset(tmp_path / "rows" / "calibrate").against == "text"
     with pytest.raises(RecipeError, match="would change nothing"):
-        step._causal(*given, Mirror(local=tmp_path / "rows"))
+        step._causal(*given, Mirror(local=tmp_path / "rows"), dataset.made)
     step.write_rows(*given, tmp_path / "rows")
-    step._causal(*given, Mirror(local=tmp_path / "rows"))
+    step._causal(*given, Mirror(local=tmp_path / "rows"), dataset.made)
 
 
 def test_a_tokenizer_that_changes_the_text_is_a_sentence(tmp_path: Path) -> None:

@@ -389,8 +389,9 @@ def test_a_right_answer_has_the_tokenizers_end_where_the_teachers_was_cut_off(
     assert right == [[8, 9], [10, 1], [10, 11]]
 
 
-def test_a_kill_while_right_answers_are_written_loses_none(
-    tiny_llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("killed_at", [token_rows.GOLD, "train", "calibrate"])
+def test_a_kill_while_rows_are_written_loses_no_right_answers(
+    killed_at: str, tiny_llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that are there are not written again: right answers must be there before them."""
     asked = make_causal_recipe().model_dump(mode="json")
@@ -402,15 +403,16 @@ def test_a_kill_while_right_answers_are_written_loses_none(
                        teacher=tiny_llama.identity)  # fmt: skip
     given = (settings, tmp_path / "labels", tmp_path / "corpus", tiny_llama, tiny_llama,
              tmp_path / "rows")  # fmt: skip
-    write = token_dataset.write
+    take_name = token_dataset.take_name
 
-    def dying(folder: Path, *more: Any) -> int:
-        if folder.name == token_rows.GOLD:
+    def dying(fresh: Path, folder: Path) -> None:
+        if folder.name == killed_at:
             raise KeyboardInterrupt
-        return write(folder, *more)
+        take_name(fresh, folder)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(token_dataset, "write", dying)
+        patched.setattr(token_dataset, "take_name", dying)
         step.write_rows(*given)
     step.write_rows(*given)
+    assert not list(tmp_path.glob("rows/.*"))
     assert TokenDataset(tmp_path / "rows" / token_rows.GOLD).ids == [shard[1][0]["id"]]

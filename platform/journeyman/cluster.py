@@ -31,6 +31,8 @@ def connect(settings: Cluster) -> None:
     for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # Of tasks that fail at once Ray logs the stacks of all but the one that is raised.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if not settings.address:
         # Ray's C++ core warns on the terminal about Ray Data's own actors (ray issue 53727).
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from journeyman.errors import ClusterError, DataError
+from journeyman.errors import ClusterError, DataError, JourneymanError
 
 _CHUNK = 1 << 20
 
@@ -29,6 +29,8 @@ def disk_errors(where: Path) -> Iterator[None]:
     """Turn a full disk, a read-only folder or a missing right into a sentence."""
     try:
         yield
+    except JourneymanError:  # it says itself what is wrong, and on which machine
+        raise
     except Exception as error:
         if _is_full(error):
             raise ClusterError(

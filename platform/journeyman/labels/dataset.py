@@ -15,7 +15,7 @@ import numpy as np
 
 from journeyman import corpus, files
 from journeyman.cluster import InTask, quiet_ray_data, reason_of
-from journeyman.errors import DataError, JourneymanError
+from journeyman.errors import ClusterError, DataError, JourneymanError
 from journeyman.folder import Folder
 from journeyman.labels.codec import Codec, Distributions
 from journeyman.labels.prior import corrected
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # Of a shard's name and its labeled rows, whatever is to become of them.
 Make = Callable[[str, "pa.Table"], Iterable["pa.Table"]]
 Over = Callable[[str | Path, Make], Iterator["pa.Table"]]  # ``made`` or ``streamed``
+_BLOCKS = 10_000  # tasks that shards are read by, at most
+_STUCK_S = 2 * 3600.0  # without a row: longer than nodes take to come
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,23 +172,31 @@ def made(where: str | Path, make: Make) -> Iterator[pa.Table]:
 def streamed(where: str | Path, make: Make) -> Iterator[pa.Table]:
     """The same tables, made by Ray Data: several shards at a time, on all nodes, some ahead.
 
-    Ray must be initialised, and ``where`` be readable on all nodes. Raises what ``make`` does;
-    ClusterError where tasks are lost again and again.
+    Ray must be initialised, and ``where`` be readable on all nodes. Raises what ``make`` does, of
+    ours; ClusterError for anything else, and where nothing comes for hours.
     """
     import ray
+    from ray.data.exceptions import ExecutionTimeoutError
 
     rows = _mapped(where, make, filtered=False)
     rows.context.enable_progress_bars = False
-    rows.context.execution_no_progress_timeout_s = -1  # it may wait for nodes
+    rows.context.execution_no_progress_timeout_s = _STUCK_S
     quiet_ray_data()
     try:
         yield from rows.iter_batches(batch_size=None, batch_format="pyarrow")
     except ray.exceptions.RayError as error:
         raise reason_of(error, "reading the labels") from error
+    except ExecutionTimeoutError as error:
+        raise ClusterError(
+            f"reading the labels stopped: nothing came for {_STUCK_S / 3600:g} hours; either no "
+            "node has a free CPU (`ray status`), or the tasks die one after the other (out of "
+            "memory, say: Ray's log files name it). The same command begins again."
+        ) from error
 
 
 def read_ray(where: str | Path, *, filtered: bool = False) -> ray.data.Dataset:
-    """A Ray dataset that streams a finished one, a block for each shard, in corpus order.
+    """A Ray dataset that streams a finished one, in corpus order; a block for each shard, or, of
+    more than ten thousand, for some of them.
 
     Ray must be initialised, and ``where`` be readable on all nodes.
     """
@@ -206,12 +216,14 @@ def _mapped(where: str | Path, make: Make, *, filtered: bool) -> ray.data.Datase
         store = LabelStore(store.directory.resolve())
     commits = _finished_commits(store, manifest)
     left_out = None if filtered else _left_out(store, manifest)
+    store.know_kind()
+    packed = -(-len(commits) // _BLOCKS)
     read = ray.data.from_items(
         [{"commit": json.dumps(dataclasses.asdict(commit))} for commit in commits],
-        override_num_blocks=len(commits),
+        override_num_blocks=-(-len(commits) // packed),
     ).map_batches(
         _make,
-        batch_size=1,
+        batch_size=packed,
         batch_format="pyarrow",
         fn_args=(store, left_out, make),  # Ray Data puts a function with its arguments away once
     )
@@ -228,6 +240,10 @@ def _make(
             yield from make(found.shard, _kept(store.read_shard(found), left_out))
         except JourneymanError as error:
             raise InTask(error) from error
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            told = f"{store.folder.path(found.data)}: {type(error).__name__}: {first}"
+            raise InTask(ClusterError(told)) from error
 
 
 def to_hf(where: str | Path, *, filtered: bool = False) -> datasets.Dataset:

@@ -106,6 +106,11 @@ class LabelStore:
     def _label_schema(self) -> pa.Schema:
         return schema.label_schema(self.manifest()["identity"]["kind"])
 
+    def know_kind(self) -> None:
+        """Read what shards are checked against, for processes that this is pickled to: each would
+        read the whole manifest for it."""
+        _ = self._label_schema
+
     # --- commits ---
 
     def done(self, generation: int = 0) -> set[str]:

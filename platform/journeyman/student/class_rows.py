@@ -22,6 +22,7 @@ from journeyman.labels.dataset import ClassRows
 from journeyman.recipe import Student
 from journeyman.student import batches, losses
 from journeyman.student.batches import TokenRows
+from journeyman.student.carried import Carried
 from journeyman.student.inputs import Inputs
 from journeyman.student.learner import no_rows
 from journeyman.student.subset import Subset
@@ -90,7 +91,7 @@ def build(
     made of another corpus.
     """
     read = dataset.ClassReader.of(labels_dir, corpus_dir, ("train", "calibrate"))
-    make = _Shards(read=read, subset=subset, tokenizer=tokenizer, student=student)
+    make = _Shards(read=read, subset=subset, tokenizer=Carried(tokenizer), student=student)
     parts = (Part.from_table(table, read.labels) for table in over(labels_dir, make))
     train, held_out = gathered(parts, hard_labels=hard_labels)
     with files.scratch_folder(folder) as fresh:
@@ -212,7 +213,7 @@ class _Shards:
 
     read: dataset.ClassReader
     subset: Subset | None
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Carried[PreTrainedTokenizerBase]
     student: Student
 
     def __call__(self, shard: str, labeled: pa.Table) -> Iterator[pa.Table]:
@@ -220,7 +221,7 @@ class _Shards:
         if self.subset is not None:
             rows = self.subset.of(rows)
         if len(rows):
-            yield Part.of(rows, self.tokenizer, self.student).to_table()
+            yield Part.of(rows, self.tokenizer.value, self.student).to_table()
 
 
 def gathered(parts: Iterable[Part], *, hard_labels: bool) -> tuple[TrainRows, HeldOutRows]:

@@ -45,6 +45,11 @@ def load_tokenizer(model_dir: Path, student: Student) -> PreTrainedTokenizerBase
         # leave out token types too, which its own tokenizer decides.
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
+    # Those who read the exported tokenizer.json alone cut as the student was trained, and do not
+    # pad as its parent's may say.
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.enable_truncation(student.max_length, direction=tokenizer.truncation_side)
+        backend.no_padding()
     return tokenizer
 
 
@@ -154,7 +159,7 @@ class Classifying:
         return loss.sum(), loss.detach()
 
     def evaluate(self, take: Callable[[Iterator[Any]], Iterator[Any]] = iter) -> Measured:
-        """Rows are in memory, where nothing is read."""
+        """Rows are mapped whole: there is no reading that ``take`` could leave to a thread."""
         self.module.eval()
         began = time.monotonic()
         logits = models.logits_of(

@@ -68,8 +68,11 @@ class ReadProgress:
     """Before the first step: how many rows were made of labels."""
 
     rows: int
+    done: bool = False
 
     def text(self) -> str:
+        if self.done:
+            return "train     starting the workers"
         return f"train     reading the labels: {self.rows:,} rows"
 
 

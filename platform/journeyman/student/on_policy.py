@@ -196,14 +196,14 @@ class _Rounds:
         )
         rows = loop.work_folder(trained, inputs).below("rows")
         given = (student, self._teacher, rows.local)
-        over = dataset.streamed
+        doing = f"train     round {number + 1}/{self.settings.rounds}"
+        over = step.told(lambda progress: self._show(f"{doing}\n{progress.text()}"))
         step.write_rows(
             recipe, folder / "scores", folder / "written", *given, ("train",), over=over
         )
         step.write_rows(
             self._recipe, self._labels, self._corpus_dir, *given, ("calibrate",), over=over
         )
-        doing = f"train     round {number + 1}/{self.settings.rounds}"
         loop.train(
             recipe,
             step.causal_load(recipe, student, rows),

@@ -176,9 +176,9 @@ def train(
     check(recipe)
     rows = loop.work_folder(out_dir, inputs, store).below("rows")
     if recipe.learner().kind == "classifier":
-        load = _classifying(recipe, labels, corpus_dir, parent, rows, subset, _told(on_progress))
+        load = _classifying(recipe, labels, corpus_dir, parent, rows, subset, told(on_progress))
     else:
-        load = _causal(recipe, labels, corpus_dir, parent, teacher, rows, _told(on_progress))
+        load = _causal(recipe, labels, corpus_dir, parent, teacher, rows, told(on_progress))
     return loop.train(
         recipe,
         load,
@@ -191,7 +191,7 @@ def train(
     )
 
 
-def _told(tell: Callable[[ReadProgress], None]) -> dataset.Over:
+def told(tell: Callable[[ReadProgress], None]) -> dataset.Over:
     """Labels through Ray Data, and how far it is."""
 
     def over(where: str | Path, make: dataset.Make) -> Iterator[pa.Table]:
@@ -200,6 +200,7 @@ def _told(tell: Callable[[ReadProgress], None]) -> dataset.Over:
             n_rows += len(table)
             tell(ReadProgress(rows=n_rows))
             yield table
+        tell(ReadProgress(rows=n_rows, done=True))
 
     return over
 

@@ -1,6 +1,6 @@
 """Nested subsets of the train rows: the first so many of them in an order that hashes give.
 
-A subset is the last place in that order, so that each worker finds its rows shard by shard, and
+A subset is the last place in that order, so that its rows are found shard by shard, and
 whether a row is in it depends neither on the other rows nor on the shards.
 """
 

@@ -25,6 +25,7 @@ from journeyman.labels.rows import columns_of
 from journeyman.labels.store import LabelStore
 from journeyman.recipe import Generate, Labels, Rationales, RowWeight
 from journeyman.student import row_makers, token_dataset
+from journeyman.student.carried import Carried
 from journeyman.student.learner import no_rows
 from journeyman.student.token_dataset import TokenRow, Writer
 
@@ -36,6 +37,7 @@ TOKENIZER = "tokenizer"  # beside the splits: the one that their prompts are mad
 SPLITS = ("train", "calibrate")
 GOLD = "gold"  # beside the splits: gold answers to calibrate rows, which nothing learns
 _TABLE_BYTES = 64 << 20  # of payloads in one table that a task gives
+_AT_ONCE = 256  # labeled rows that are Python's objects
 
 
 def build(
@@ -73,20 +75,20 @@ def build(
     make = _Shards(
         corpus_dir=Folder(corpus_dir).everywhere,
         labels=labels,
-        tokenizer=tokenizer,
+        tokenizers=Carried((tokenizer, teacher)),
         codec=dataset.codec_of(manifest),
         as_text=as_text,
         context=identity.get("max_model_len"),
         reasonings=reasonings,
-        teacher=teacher,
         row_weight=row_weight,
         max_length=max_length,
         splits=tuple(splits),
         gold=gold,
+        table_bytes=_TABLE_BYTES,
     )
     make.check()
     counts: Counter[str] = Counter()
-    with files.scratch_folder(folder / "written") as fresh:
+    with files.scratch_folder(folder) as fresh:
         # Gold first: splits that are there when a run goes on say that it is, too.
         names = (GOLD, *splits)
         with contextlib.ExitStack() as stack:
@@ -107,6 +109,7 @@ def build(
                 "its tokenizer changes the text (to lower case, say); take another student, or "
                 "labels.kind: generate without training.divergence: uld, which is learned as text."
             )
+        folder.mkdir(exist_ok=True)
         for name in names:
             if writers[name].n_rows:
                 token_dataset.take_name(fresh / name, folder / name)
@@ -119,16 +122,18 @@ class _Shards:
 
     corpus_dir: str | Path
     labels: Labels
-    tokenizer: PreTrainedTokenizerBase
+    tokenizers: Carried[
+        tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]
+    ]  # teacher's last
     codec: Codec | None  # that the dataset is written in
     as_text: bool
     context: int | None
     reasonings: bool
-    teacher: PreTrainedTokenizerBase | None
     row_weight: RowWeight
     max_length: int
     splits: tuple[str, ...]
     gold: bool
+    table_bytes: int
 
     def check(self) -> None:
         """Raises DataError where labels of this kind hold nothing to learn."""
@@ -149,10 +154,10 @@ class _Shards:
         columns = {row["id"]: columns_of(row) for row in texts.to_pylist()}
         made: list[dict[str, Any]] = []
         n_bytes = 0
-        for record in self._records(labeled.to_pylist(), columns):
+        for record in self._records(_rows(labeled), columns):
             made.append(record)
             n_bytes += len(record["payload"] or b"")
-            if n_bytes >= _TABLE_BYTES:
+            if n_bytes >= self.table_bytes:
                 yield pa.Table.from_pylist(made, _schema())
                 made, n_bytes = [], 0
         yield pa.Table.from_pylist(made, _schema())
@@ -163,8 +168,9 @@ class _Shards:
         learned = self._learned()
         right: row_makers.Rows | None = None
         if self.gold and isinstance(self.labels, Generate | Rationales):
-            tokens_of = None if self.as_text or self.teacher else self.codec
-            right = row_makers.gold(self.labels, learned, self.tokenizer, tokens_of)
+            tokenizer, teacher = self.tokenizers.value
+            tokens_of = None if self.as_text or teacher else self.codec
+            right = row_makers.gold(self.labels, learned, tokenizer, tokens_of)
         for row in labeled:
             seen, split = columns[row["id"]], row["split"]
             weight = confidence.of_record(row, self.row_weight, self.codec)
@@ -177,14 +183,17 @@ class _Shards:
                         yield _record(GOLD, one, self.max_length)
 
     def _learned(self) -> row_makers.Rows:
+        tokenizer, teacher = self.tokenizers.value
+        codec = None if self.as_text else self.codec
         return row_makers.learned(
-            self.labels,
-            self.tokenizer,
-            None if self.as_text else self.codec,
-            self.context,
-            self.reasonings,
-            self.teacher,
+            self.labels, tokenizer, codec, self.context, self.reasonings, teacher
         )
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """A few at a time: of a shard all would take several times its memory."""
+    for batch in table.to_batches(max_chunksize=_AT_ONCE):
+        yield from batch.to_pylist()
 
 
 def _schema() -> pa.Schema:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from journeyman.errors import DataError
+from journeyman.errors import DataError, JourneymanError
 from journeyman.labels import dataset
 from journeyman.labels.schema import Commit, label_schema, record
 from journeyman.labels.store import LabelStore
@@ -126,15 +126,25 @@ def test_ray_makes_shards_into_what_is_asked_in_corpus_order(tmp_path: Path, ray
     assert rows(dataset.streamed(tmp_path, named)) == expected
 
 
-def test_what_is_wrong_in_a_task_of_ray_is_said_in_one_sentence(tmp_path: Path, ray_cluster: None):
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (DataError("part-00001.parquet: damaged."), r"^part-00001.parquet: damaged.$"),
+        (ValueError("odd\nbytes"), r"^\S+part-00001\S*\.parquet: ValueError: odd$"),
+    ],
+)
+def test_what_is_wrong_in_a_task_of_ray_is_said_in_one_sentence(
+    error: Exception, expected: str, tmp_path: Path, ray_cluster: None
+):
     finished(tmp_path)
 
     def damaged(shard: str, table: pa.Table) -> list[pa.Table]:
-        raise DataError(f"{shard}: damaged.")
+        if shard == "part-00001.parquet":
+            raise error
+        return [table]
 
-    for over in (dataset.made, dataset.streamed):
-        with pytest.raises(DataError, match=r"^part-00000.parquet: damaged.$"):
-            list(over(tmp_path, damaged))
+    with pytest.raises(JourneymanError, match=expected):
+        list(dataset.streamed(tmp_path, damaged))
 
 
 def test_an_unfinished_or_broken_dataset_is_refused(tmp_path: Path):

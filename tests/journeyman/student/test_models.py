@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertConfig, GPT2Config, RobertaConfig, T5Config
 
 from journeyman.errors import ModelError
@@ -46,6 +47,22 @@ def exported(folder: Path, out: Path) -> Classifier:
     )  # fmt: skip
     student.export(out)
     return Classifier.load(out)
+
+
+def test_the_exported_tokenizer_file_cuts_as_trained_and_does_not_pad(
+    tiny_encoder: Model, tmp_path: Path
+) -> None:
+    """For those who read it alone, whatever the parent's says."""
+    shutil.copytree(tiny_encoder.path, tmp_path / "before")
+    path = tmp_path / "before" / "tokenizer.json"
+    parents = Tokenizer.from_file(str(path))
+    parents.enable_truncation(9)
+    parents.enable_padding(length=9)
+    parents.save(str(path))
+    exported(tmp_path / "before", tmp_path / "student")
+    found = Tokenizer.from_file(str(tmp_path / "student" / "tokenizer.json"))
+    assert len(found.encode("please").ids) == 3  # [CLS] please [SEP]
+    assert len(found.encode("please " * 30).ids) == make_recipe().learner().max_length == 16
 
 
 def test_a_student_is_asked_with_as_many_tokens_as_it_was_trained_with(

@@ -56,16 +56,21 @@ def test_rows_of_tokens(
     labels = made.settings(kind, **({"prompt": "the {{ text }}"} if kind == "generate" else {}))
     labeled(tmp_path, labels)
     counts = {}
-    for name, over in (("here", dataset.made), ("ray", dataset.streamed)):
+    for name, over in (
+        ("here", dataset.made),
+        ("ray", dataset.streamed),
+        ("many", dataset.streamed),
+    ):
+        if name == "many":
+            monkeypatch.setattr(token_rows, "_TABLE_BYTES", 1)
         counts[name] = token_rows.build(
             tmp_path / "labels", tmp_path / "corpus", labels, load_tokenizer(tiny_llama.path), 14,
             tmp_path / name, as_text=False, over=over,
         )  # fmt: skip
-        monkeypatch.setattr(token_rows, "_TABLE_BYTES", 1)
-    assert counts["here"] == counts["ray"]
+    assert counts["here"] == counts["ray"] == counts["many"]
     assert counts["here"]["train"] == 12 and counts["here"]["cut"] > 0
     here = bytes_below(tmp_path / "here")
-    assert bytes_below(tmp_path / "ray") == here
+    assert bytes_below(tmp_path / "ray") == bytes_below(tmp_path / "many") == here
     assert (f"{token_rows.GOLD}/rows.json" in here) == (kind == "generate")
 
 

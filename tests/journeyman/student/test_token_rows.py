@@ -414,5 +414,5 @@ def test_a_kill_while_rows_are_written_loses_no_right_answers(
         patched.setattr(token_dataset, "take_name", dying)
         step.write_rows(*given)
     step.write_rows(*given)
-    assert not list(tmp_path.glob("rows/.*"))
+    assert not list(tmp_path.rglob(".*"))
     assert TokenDataset(tmp_path / "rows" / token_rows.GOLD).ids == [shard[1][0]["id"]]

@@ -78,6 +78,8 @@ class _Copies:
                 module,
                 device_ids=[place.device] if place.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,  # no second copy of the gradients
+                # Only there: finding them takes a walk through each step's graph.
+                find_unused_parameters=models.has_parts_beside_text(module),
             )
 
     def in_sync(self, last: bool) -> AbstractContextManager[Any]:

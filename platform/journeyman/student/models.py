@@ -68,6 +68,16 @@ def classifying(config: Any, labels: Sequence[str], pad_id: int | None) -> Any:
     return config
 
 
+def has_parts_beside_text(module: torch.nn.Module) -> bool:
+    """Whether there are weights that no text reaches, those of a vision tower, say."""
+    configs = [getattr(part, "config", None) for part in module.modules()]
+    return any(
+        config is not None and config.get_text_config() is not config
+        for config in configs
+        if hasattr(config, "get_text_config")
+    )
+
+
 def check_pairs(tokenizer: Any, folder: Path) -> None:
     """Raises ModelError where it puts nothing between two texts."""
     of_one, of_two = (tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True))

@@ -199,13 +199,17 @@ class Steps:
             return None
         self._norm = held.gradient_norm()
         if not math.isfinite(self._norm):
-            return DataError(
-                f"training stopped at step {step + 1} of {self._lesson.state.total_steps}: the "
-                f"gradients' norm is {self._norm}; lower training.learning_rate."
-            )
+            return self._no_norm(step + 1, self._norm)
         if self._norm > largest:
             held.scale_gradients(largest / self._norm)
         return None
+
+    def _no_norm(self, step: int, norm: float) -> DataError:
+        """step: from 1."""
+        return DataError(
+            f"training stopped at step {step} of {self._lesson.state.total_steps}: the gradients' "
+            f"norm is {norm}; lower training.learning_rate."
+        )
 
     def write_down(self, step: int, loss: float, rows: np.ndarray) -> None:
         """What there is to say of a step that is done, and a checkpoint where one is due."""
@@ -221,6 +225,10 @@ class Steps:
         if held.together and recorded:
             due = self._place.gather(due)[0]
         if not due:
+            return
+        norm = held.gradient_norm() if norm is None else norm
+        if not math.isfinite(norm):  # the weights are no numbers now
+            self._trouble = self._no_norm(step, norm)
             return
         self._save(step)
         try:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -224,14 +224,23 @@ def make_causal_recipe(student: dict[str, object] | None = None, **training: obj
 
 
 def write_token_rows(
-    folder: Path, n_train: int, n_calibrate: int, weights: Sequence[float] = (1.0,)
+    folder: Path,
+    n_train: int,
+    n_calibrate: int,
+    weights: Sequence[float] = (1.0,),
+    form: Literal["tops", "draws", "reasonings"] = "tops",
 ) -> None:
     """Texts that count up by one or two, and a teacher that is 90% sure of the next word.
 
-    weights: of the rows in turn.
+    weights: of the texts in turn. form: what is on record of the teacher, its likeliest words, true
+    draws, or text alone, with a reasoning behind each answer.
     """
     random = np.random.default_rng(0)
-    codec = Codec(name="topk_fp16", vocab_size=VOCABULARY, k=4)
+    codec = {
+        "tops": Codec(name="topk_fp16", vocab_size=VOCABULARY, k=4),
+        "draws": Codec(name="sampled", vocab_size=VOCABULARY, k=6),
+        "reasonings": None,
+    }[form]
     for split, n in (("train", n_train), ("calibrate", n_calibrate)):
         rows = []
         for i in range(n):
@@ -240,14 +249,18 @@ def write_token_rows(
             others = np.array([(tokens[1:] + j) % VOCABULARY for j in (1, 2, 3)]).T
             ids = np.concatenate((tokens[1:, None], others), axis=1)
             logprobs = np.log(np.tile([0.9, 0.04, 0.03, 0.02], (length - 1, 1)))
-            rows.append(
-                TokenRow(
-                    id=f"{split}-{i}",
-                    tokens=tokens,
-                    first=1,
-                    payload=codec.encode(ids, logprobs),
-                    n_encoded=length - 1,
-                    weight=weights[i % len(weights)],
-                )
+            if form == "draws":
+                drawn = random.choice(4, size=(length - 1, 6), p=[0.7, 0.1, 0.1, 0.1])
+                ids = np.take_along_axis(ids, drawn, axis=1)
+            row = TokenRow(
+                id=f"{split}-{i}",
+                tokens=tokens,
+                first=1,
+                payload=codec and codec.encode(ids, logprobs),
+                n_encoded=length - 1 if codec else 0,
+                weight=weights[i % len(weights)],
             )
+            rows.append(row)
+            if form == "reasonings":
+                rows.append(dataclasses.replace(row, tokens=tokens[::-1], reasoning=True))
         token_dataset.write(folder / split, rows, codec)

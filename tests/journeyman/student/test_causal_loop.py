@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from journeyman.errors import DataError
 from journeyman.models import Model
 from journeyman.student import loop, models, projection, pruning
-from journeyman.student.causal_learner import Causal
+from journeyman.student.causal_learner import Causal, objective
 from journeyman.student.checkpoints import Checkpoints, Evaluation, State
 
 from .conftest import VOCABULARY, make_causal_recipe, write_token_rows
@@ -164,6 +166,27 @@ def test_no_tensor_of_positions_by_vocabulary_is_made_to_evaluate(
     whole = learner(tiny_llama, None, tmp_path).evaluate()
     for name in ("kl", "perplexity", "agreement", "exact_match"):
         assert getattr(cut, name) == pytest.approx(getattr(whole, name), rel=1e-5)
+
+
+def test_no_tensor_of_positions_by_vocabulary_is_made_to_learn(
+    tiny_llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_token_rows(tmp_path, 16, 4)
+    monkeypatch.setattr(projection, "_CHUNK_CPU", 40 * 4 * VOCABULARY)  # forty at a time
+    of = learner(tiny_llama, None, tmp_path)
+    (batch,) = of.batches(iter([np.arange(16)]))
+    assert len(batch.targets) > 80
+    watched = Widest()
+    with watched:
+        loss, _ = of.loss(of.module, batch)
+        loss.backward()
+    assert watched.positions == 40
+
+
+def test_the_objective_is_the_recipes() -> None:
+    asked = {"divergence": "skewed_kl", "tail": "renormalised", "temperature": 3.0, "beta": 0.2,
+             "skew": 0.4, "cross_entropy": 0.3, "label_smoothing": 0.05}  # fmt: skip
+    assert dataclasses.asdict(objective(make_causal_recipe(**asked).training)) == asked
 
 
 class Widest(TorchDispatchMode):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import MambaConfig, MambaForCausalLM
 
-from journeyman.errors import ClusterError, JourneymanError
+from journeyman.errors import ClusterError, DataError, JourneymanError
 from journeyman.models import Model
 from journeyman.student import batches, token_dataset, token_rows, worker
 from journeyman.student.causal_learner import Causal
@@ -89,6 +89,27 @@ class Steps:
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {n: p.detach().clone() for n, p in self.lesson.learner.module.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["classifier", "causal"])
+def test_weights_that_a_gradient_made_no_numbers_are_in_no_checkpoint(
+    kind: str, tiny_encoder: Model, tiny_llama: Model, tmp_path: Path
+) -> None:
+    """The loss was a number: it is the next one that would tell."""
+    steps = Steps(kind, model_of(kind, tiny_encoder, tiny_llama, tmp_path), tmp_path / "work")
+    steps.take(1)
+    steps.journal._writer.wait()
+    learner = steps.lesson.learner
+    loss, weight = learner.loss, next(p for p in learner.module.parameters() if p.requires_grad)
+
+    def kinked(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total, of_rows = loss(*given)
+        return total + (0 * weight.sum()).sqrt(), of_rows  # 0, of an infinite slope
+
+    learner.loss = kinked
+    with pytest.raises(DataError, match=r"stopped at step 3 of .* norm is nan; lower training"):
+        steps.take(3)
+    assert steps.task.checkpoints.latest().step == 1
 
 
 def test_a_student_without_attention_is_trained_without_mfu(

@@ -175,23 +175,30 @@ def test_sizes_that_do_not_go_together_are_told_before_the_first_step(tmp_path: 
         build(tmp_path, student(start="fresh", config={"hidden_size": 64}))
 
 
-@pytest.mark.parametrize("start", ["pretrained", "fresh"])
-def test_a_model_whose_language_is_a_part_of_it_classifies(start: str, tmp_path: Path) -> None:
-    """As Gemma 3's from four billion on: its padding is the language's, not the whole's."""
-    make_teacher(tmp_path)
+def make_seeing(folder: Path) -> None:
+    """A model of texts and images, as Gemma 3 is from four billion on."""
+    make_teacher(folder)
     text = SIZES | {"intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 1,
                     "head_dim": 16}  # fmt: skip
     sight = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
     config = Gemma3Config(text_config=text, vision_config=sight, mm_tokens_per_image=4)
-    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("start", ["pretrained", "fresh"])
+def test_a_model_whose_language_is_a_part_of_it_classifies(start: str, tmp_path: Path) -> None:
+    """Its padding is the language's, not the whole's; and no text reaches all of its weights."""
+    make_seeing(tmp_path)
     model = build(tmp_path, student(start=start)).eval()
     texts = torch.tensor([[3, 7, 11], [5, 4, 0]])
-    with torch.no_grad():
-        both = model(input_ids=texts, attention_mask=(texts > 0).long()).logits
-        alone = model(input_ids=texts[1:, :2]).logits
+    both = model(input_ids=texts, attention_mask=(texts > 0).long()).logits
+    alone = model(input_ids=texts[1:, :2]).logits
     assert both.shape == (2, len(LABELS))
     torch.testing.assert_close(both[1:], alone)
+    both.sum().backward()
+    idle = [p for p in model.parameters() if p.grad is None]
+    assert bool(idle) == models.has_parts_beside_text(model)
 
 
 def test_a_pair_of_texts_needs_something_between_them(teacher: Path) -> None:

@@ -71,6 +71,10 @@ def reference(case: Case, teacher: SparseTeacher, objective: Objective, inputs) 
         entries = torch.zeros(V, dtype=torch.bool)
         entries[ids] = True
         q, p = logprobs[i][ids].exp(), teacher.logprobs[i][: len(ids)].exp()
+        if teacher.sampled:  # shares of the draws stand for the whole distribution
+            losses.append((1 - objective.cross_entropy) * (p * (p / q).log()).sum())
+            losses[-1] = losses[-1] + objective.cross_entropy * text(case, objective, logprobs, i)
+            continue
         if objective.tail == "bucket" and len(ids) < V:
             q = torch.cat((q, logprobs[i][~entries].exp().sum()[None]))
             p = torch.cat((p, teacher.log_tail_mass[i].exp()[None]))
@@ -85,14 +89,19 @@ def reference(case: Case, teacher: SparseTeacher, objective: Objective, inputs) 
             "skewed_kl": kl(p, m),
             "total_variation": 0.5 * (p - q).abs().sum(),
         }[objective.divergence]
-        text = torch.zeros((), dtype=torch.float64)
-        if case.targets[i] >= 0:
-            smooth = torch.full((V,), objective.label_smoothing / V, dtype=torch.float64)
-            smooth[case.targets[i]] += 1 - objective.label_smoothing
-            text = -(smooth * logprobs[i]).sum()
         share = objective.cross_entropy
-        losses.append((1 - share) * temperature**2 * loss + share * text)
+        told = text(case, objective, logprobs, i)
+        losses.append((1 - share) * temperature**2 * loss + share * told)
     return torch.stack(losses)
+
+
+def text(case: Case, objective: Objective, logprobs: torch.Tensor, i: int) -> torch.Tensor:
+    """Cross-entropy of the text at a position, its target smoothed; 0 where there is none."""
+    if case.targets[i] < 0:
+        return torch.zeros((), dtype=torch.float64)
+    smooth = torch.full((V,), objective.label_smoothing / V, dtype=torch.float64)
+    smooth[case.targets[i]] += 1 - objective.label_smoothing
+    return -(smooth * logprobs[i]).sum()
 
 
 def check(case: Case, teacher: SparseTeacher, objective: Objective, chunk: int | None) -> None:
@@ -120,14 +129,35 @@ def test_loss_and_gradient_are_those_of_the_dense_one(
 
 @pytest.mark.parametrize("chunk", [1, 3, N, None])
 @pytest.mark.parametrize(("beta", "skew"), [(0.1, 0.01), (0.9, 0.7)])
-@pytest.mark.parametrize("divergence", ["jsd", "skewed_kl"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_mixed_with_the_text(
-    case: Case, divergence: str, beta: float, skew: float, chunk: int | None
+    case: Case, divergence: str, temperature: float, beta: float, skew: float, chunk: int | None
 ) -> None:
     objective = Objective(
-        divergence=divergence, beta=beta, skew=skew, cross_entropy=0.3, label_smoothing=0.1
-    )
+        divergence=divergence, temperature=temperature, beta=beta, skew=skew, cross_entropy=0.3,
+        label_smoothing=0.1,
+    )  # fmt: skip
     check(case, sparse(case.teacher, 5, 2), objective, chunk)
+
+
+@pytest.mark.parametrize("objective", [
+    Objective(), Objective(cross_entropy=0.3, label_smoothing=0.1)
+])  # fmt: skip
+@pytest.mark.parametrize("chunk", [1, 4, None])
+def test_shares_of_draws_are_learned_as_they_are(
+    case: Case, objective: Objective, chunk: int | None
+) -> None:
+    """Over the student's whole vocabulary: what was not drawn is no outcome of its own."""
+    shares = torch.tensor([[5, 2, 1], [8, 0, 0], [4, 4, 0]], dtype=torch.float64)[
+        torch.arange(N) % 3
+    ]
+    ids = case.teacher.topk(3).indices
+    teacher = SparseTeacher(
+        token_ids=torch.where(shares > 0, ids, -1), logprobs=(shares / 8).log(),
+        log_tail_mass=torch.full((N,), -torch.inf, dtype=torch.float64), sampled=True,
+    )  # fmt: skip
+    check(case, teacher, objective, chunk)
 
 
 def test_without_a_teacher_it_is_cross_entropy(case: Case) -> None:
@@ -395,6 +425,30 @@ def test_likeliest_tokens_bound_the_distance_of_all_ranks(case: Case, k: int) ->
         record.log_tail_mass.exp(), 1 - q.sort(-1, descending=True).values[:, :k].sum(-1)
     )
     assert (found <= whole + 1e-9).all() and (found >= whole - 2 * tails - 1e-9).all()
+
+
+@pytest.mark.parametrize("k", [1, 3, 12, V + 5])
+@pytest.mark.parametrize("chunk", [4, None])
+def test_likeliest_tokens_are_compared_rank_by_rank_and_the_rest_as_one(
+    case: Case, k: int, chunk: int | None
+) -> None:
+    random = torch.Generator().manual_seed(k)
+    dense = 2 * torch.randn(N, V + 9, generator=random, dtype=torch.float64)
+    record = sparse(dense.log_softmax(-1), k)
+    ours, theirs = case.inputs(), case.inputs()
+    total, each = projected_loss(*ours, record, case.targets, case.weights, ULD, chunk=chunk)
+    total.backward()
+    logprobs = (theirs[0] @ theirs[1].T + theirs[2]).log_softmax(-1)
+    ranked = logprobs.exp().sort(-1, descending=True).values
+    first = torch.nn.functional.pad(ranked[:, :k], (0, max(0, k - V)))
+    rest = record.log_tail_mass.exp() - ranked[:, k:].sum(-1)
+    told = torch.nn.functional.nll_loss(logprobs, case.targets, ignore_index=-1, reduction="none")
+    distance = (record.logprobs.exp() - first).abs().sum(-1) + rest.abs()
+    expected = 0.6 * distance + 0.4 * told
+    (expected * case.weights).sum().backward()
+    torch.testing.assert_close(each, expected.detach(), rtol=1e-5, atol=1e-9)
+    for ours_one, theirs_one in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(ours_one.grad, theirs_one.grad, rtol=1e-5, atol=1e-9)
 
 
 def test_positions_that_are_not_aligned_teach_their_text_alone(case: Case) -> None:

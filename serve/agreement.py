@@ -11,24 +11,21 @@ import asyncio
 import contextlib
 import math
 import time
-import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from journeyman.cascade import watching
-from journeyman.cascade.auditing import Auditor
-from journeyman.cascade.breaker import Breaker
 from journeyman.cascade.budgets import Lent
-from journeyman.cascade.drift import Audit, Watch
+from journeyman.cascade.drift import Watch
+from journeyman.cascade.orphans import Orphan, Orphans
 from journeyman.cascade.sharing import News, Shared, SharedBreaker
-from journeyman.cascade.watching import Batch, Kept
+from journeyman.cascade.watching import Kept, Outcome
 from journeyman.errors import JourneymanError
 from journeyman.folder import Folder
-from serve.billing import EVERY_S, GONE_AFTER_S, LEAVES_WITHIN_S, TIMEOUT_S, Bill, Billing
+from serve.billing import EVERY_S, GONE_AFTER_S, Bill, Billing
 
 _OWED_S = 10.0  # between two times that only what is owed is written
 
@@ -37,19 +34,21 @@ _OWED_S = 10.0  # between two times that only what is owed is written
 class Report:
     """What one replica has to say of one bundle.
 
-    member: who audits, another one each time that a bundle comes to a replica; batch: the number of
-    these audits, so that a report that is sent again counts once; n_owed: further audits, whose
-    outcomes come later; fresh: the bundle's watch, if nobody has begun one; feedback: the folder or
-    store beside whose files it is kept, None where nobody audits.
+    member: who audits, another one each time that a bundle comes to a replica, or one that is gone,
+    for which another one goes on; n_owed: further audits, whose outcomes come later; leaves: it is
+    its last report; takes_up: whether it would go on for another one; fresh: the bundle's watch, if
+    nobody has begun one; feedback: the folder or store beside whose files it is kept, None where
+    nobody audits.
     """
 
     replica: str
     bundle: str
     news: News | None
     member: str = ""
-    batch: int = 0
-    audits: tuple[Audit, ...] = ()
+    audits: tuple[Outcome, ...] = ()
     n_owed: int = 0
+    leaves: bool = False
+    takes_up: bool = False
     fresh: Watch | None = None
     feedback: str | None = None
 
@@ -57,7 +56,9 @@ class Report:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreed:
     """n_teachers: that run, where they may sleep; n_replicas: of the ingress; accept_above: what
-    the audits leave of the certified threshold, None where none watches."""
+    the audits leave of the certified threshold, None where none watches; orphan: that who asked is
+    to take up, if it can; n_lost, n_stopped: of audits that were given up just now, those that
+    count as an error, and those that are left out."""
 
     breaker: Shared
     n_teachers: int
@@ -65,16 +66,21 @@ class Agreed:
     accept_above: float | None = None
     n_audits: int = 0
     rung: int | None = 0
+    orphan: Orphan | None = None
+    n_lost: int = 0
+    n_stopped: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
-    """Of a member: when it was heard last, its last batch, which may be in no watch yet, and how
-    many audits are to come behind it."""
+    """Of a member: when it was heard last, what it said then, which may be in no watch yet, and how
+    many audits are to come behind that."""
 
     at: float
     n_owed: int
-    batch: Batch = (0, ())
+    audits: tuple[Outcome, ...] = ()
+    left: bool = False
+    takes_up: bool = False
 
 
 class Agreement:
@@ -87,6 +93,7 @@ class Agreement:
         self._kept: dict[str, Kept] = {}  # by bundle
         self._written: dict[str, tuple[Kept, float]] = {}  # by bundle, and when
         self._seen: dict[str, dict[str, _Seen]] = {}  # by bundle, by member
+        self._orphans: dict[str, Orphans] = {}  # by bundle
         self._left_words: dict[str, list[str]] = {}  # members, by bundle
         self._heard_at: dict[str, float] = {}  # by replica
         self._writing = asyncio.Lock()
@@ -100,17 +107,8 @@ class Agreement:
         shared = self._breaker.state(report.replica, now)
         await self._count_teachers(now)
         n_replicas = self._count_replicas(report.replica, now)
-        kept = await self._audited(report, now)
-        if kept is None:
-            return Agreed(breaker=shared, n_teachers=self._n_teachers, n_replicas=n_replicas)
-        return Agreed(
-            breaker=shared,
-            n_teachers=self._n_teachers,
-            n_replicas=n_replicas,
-            accept_above=kept.watch.threshold,
-            n_audits=kept.watch.n_audits,
-            rung=kept.watch.rung,
-        )
+        agreed = Agreed(breaker=shared, n_teachers=self._n_teachers, n_replicas=n_replicas)
+        return await self._audited(report, agreed, now)
 
     async def settle(self, bill: Bill) -> Lent:
         """See ``Billing.settle``."""
@@ -130,31 +128,88 @@ class Agreement:
         with contextlib.suppress(RayError, RayServeException):
             self._n_teachers = await asyncio.to_thread(_running_teachers)
 
-    async def _audited(self, report: Report, now: float) -> Kept | None:
-        """What is kept after a report, which is known here until it is; None where nobody
-        audits."""
+    async def _audited(self, report: Report, agreed: Agreed, now: float) -> Agreed:
+        """What is agreed after a report, which is known here until it is kept; of audits nothing
+        where nobody makes any."""
         bundle, member = report.bundle, report.member
         if report.feedback is None or not (report.fresh or bundle in self._kept):
-            return None
+            return agreed
         folder, seen = Folder(report.feedback), self._seen.setdefault(bundle, {})
-        batch: Batch = (report.batch, report.audits)
-        seen[member] = _Seen(at=now, n_owed=report.n_owed, batch=batch)
+        seen[member] = _Seen(
+            at=now,
+            n_owed=report.n_owed,
+            audits=report.audits,
+            left=report.leaves,
+            takes_up=report.takes_up,
+        )
+        orphans = self._orphans.setdefault(bundle, Orphans())
         async with self._writing:
             kept = await self._kept_of(report, folder, now)
-            gone = [name for name, one in seen.items() if now - one.at > GONE_AFTER_S]
-            for name in (left := {*gone, *self._left_words[bundle]}):
-                dead = seen[name] if name in gone else None
-                kept = await self._without(kept, folder, bundle, name, dead)
-            kept = kept.told(member, [batch], report.n_owed)
-            if self._must_write(bundle, kept, now):
-                await asyncio.to_thread(watching.store, folder, bundle, kept)
-                self._written[bundle] = kept, now
-            self._kept[bundle] = kept
-            for name in left:
+            gone = self._gone(bundle, member, now)
+            given_up = orphans.given_up(gone, now)
+            to_read = {*self._left_words[bundle], *orphans.new, *given_up}
+            read = [name for name in to_read if await self._read_words(folder, bundle, name)]
+            for name in (gone := self._gone(bundle, member, now)):
+                kept = kept.told(name, seen[name].audits, seen[name].n_owed)
+            over = [n for n in gone if n in given_up or (seen[n].left and not kept.owed_by(n))]
+            n_owed = [kept.owed_by(name) for name in over if kept.owed_by(name)]
+            for name in over:
+                kept = kept.gone(name, kept.owed_by(name))
+            kept = kept.told(member, report.audits, report.n_owed)
+            await self._keep(folder, bundle, kept, now)
+            for name in over:
                 seen.pop(name, None)
+            for name in read:
                 await asyncio.to_thread(watching.forget_last_words, folder, bundle, name)
             self._left_words[bundle] = []
-        return kept
+        orphan = self._orphan_for(report, kept, [n for n in gone if n not in over], now)
+        return replace(
+            agreed,
+            accept_above=kept.watch.threshold,
+            n_audits=kept.watch.n_audits,
+            rung=kept.watch.rung,
+            orphan=orphan,
+            n_lost=len(n_owed),
+            n_stopped=sum(n_owed) - len(n_owed),
+        )
+
+    def _gone(self, bundle: str, but: str, now: float) -> list[str]:
+        """Members that were not heard for long, or stopped and owe something."""
+        return [
+            name
+            for name, one in self._seen[bundle].items()
+            if name != but and (now - one.at > GONE_AFTER_S or (one.left and one.n_owed))
+        ]
+
+    def _orphan_for(self, report: Report, kept: Kept, gone: list[str], now: float) -> Orphan | None:
+        """Of those that are gone, the one that who reports is to take up."""
+        if not report.takes_up:
+            return None
+        seen = self._seen[report.bundle]
+        living = [n for n, one in seen.items() if one.takes_up and n not in gone and not one.left]
+        orphans = self._orphans.setdefault(report.bundle, Orphans())
+        name = orphans.offered(gone, report.member, living, now)
+        return None if name is None else Orphan(member=name, last=kept.last_of(name))
+
+    async def _read_words(self, folder: Folder, bundle: str, name: str) -> bool:
+        """The last ones of a member that stopped and was not heard; whether there are any."""
+        words = await asyncio.to_thread(watching.read_last_words, folder, bundle, name)
+        if words is not None:
+            outcomes, n_owed = words
+            before = self._seen[bundle].get(name)
+            said = (*(before.audits if before else ()), *outcomes)
+            self._seen[bundle][name] = _Seen(at=-math.inf, n_owed=n_owed, audits=said, left=True)
+        return words is not None
+
+    async def _keep(self, folder: Folder, bundle: str, kept: Kept, now: float) -> None:
+        if self._must_write(bundle, kept, now):
+            try:
+                await asyncio.to_thread(watching.store, folder, bundle, kept)
+            except JourneymanError:
+                self._orphans.pop(bundle)  # what they left may be there, too: they have more time
+                raise
+            self._written[bundle] = kept, now
+        self._kept[bundle] = kept
 
     def _must_write(self, bundle: str, kept: Kept, now: float) -> bool:
         """What is owed changes with every request, so that alone is written now and then; or it
@@ -178,102 +233,9 @@ class Agreement:
             self._kept[bundle], self._written[bundle] = kept, (kept, -math.inf)
         return self._kept[bundle]
 
-    async def _without(
-        self, kept: Kept, folder: Folder, bundle: str, gone: str, dead: _Seen | None
-    ) -> Kept:
-        """One member. What it owed died with it, unless it has left words."""
-        words = await asyncio.to_thread(watching.read_last_words, folder, bundle, gone)
-        if words is not None:
-            return kept.told(gone, words, 0)
-        if dead is None:
-            return kept.gone(gone, 0)
-        return kept.told(gone, [dead.batch], 0).gone(gone, dead.n_owed)
-
 
 def _running_teachers() -> int:
     name = serve.get_replica_context().app_name
     application = serve.status().applications.get(name)
     teacher = application and application.deployments.get("Teacher")
     return teacher.replica_states.get("RUNNING", 0) if teacher else 0
-
-
-@dataclass(slots=True, kw_only=True)
-class Member:
-    """One replica's part in it, for one bundle. keep: a file of this name among the feedback's, now
-    or later."""
-
-    replica: str
-    bundle: str
-    fresh: Watch | None
-    feedback: str | None
-    breaker: Breaker
-    auditor: Auditor | None
-    tighten: Callable[[float], None]
-    ask: Callable[[Report], Awaitable[Agreed]]
-    heard: Callable[[Agreed], None]
-    keep: Callable[[str, bytes], None] | None = None
-    last: Agreed | None = field(default=None, init=False)
-    failure: str | None = field(default=None, init=False)  # why it goes on alone
-    _leaves: bool = field(default=False, init=False)
-    _name: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
-    _batch: int = field(default=0, init=False)
-    _audits: tuple[Audit, ...] = field(default=(), init=False)  # of this batch, not handed on yet
-
-    async def run(self) -> None:
-        """Exchange, as long as the bundle is served."""
-        while True:
-            await self.exchange()
-            await asyncio.sleep(EVERY_S)
-
-    async def leave(self) -> None:
-        """The last word of a replica that stops in order. Which audits wait then has nothing to do
-        with what would have come of them (but for the first: see ``Kept``; stops are too ordinary
-        to make an error of each), so they are left out, and not held for errors. Where nobody hears
-        it, it is kept beside the feedback for who comes next."""
-        self._leaves = True
-        await self.exchange()
-        if not self.failure:  # there may be what has come since that batch
-            await self.exchange()
-        if self.auditor and self.failure and self.keep:
-            batches: list[Batch] = [(self._batch, self._audits)]
-            batches += [(self._batch + 1, self.auditor.outcomes())]
-            with contextlib.suppress(OSError):  # then they stay owed
-                self.keep(*watching.last_words(self.bundle, self._name, batches))
-
-    async def exchange(self) -> None:
-        """Once; what cannot be handed on is handed on the next time."""
-        news = self.breaker.news
-        if self.auditor and not self._audits:
-            self._audits, self._batch = tuple(self.auditor.outcomes()), self._batch + 1
-        report = Report(
-            replica=self.replica,
-            bundle=self.bundle,
-            news=news,
-            member=self._name,
-            batch=self._batch,
-            audits=self._audits,
-            n_owed=self._n_owed,
-            fresh=self.fresh,
-            feedback=self.feedback,
-        )
-        try:
-            async with asyncio.timeout(LEAVES_WITHIN_S if self._leaves else TIMEOUT_S):
-                agreed = await self.ask(report)
-        except (RayError, RayServeException, TimeoutError, JourneymanError) as error:
-            self.breaker.alone()
-            self.failure = f"{type(error).__name__}: {error}"
-            return
-        self.last, self.failure, self._audits = agreed, None, ()
-        if self.breaker.news is news:
-            self.breaker.news = None
-        self.heard(agreed)
-        self.breaker.follow(agreed.breaker, time.monotonic())
-        if agreed.accept_above is not None:
-            self.tighten(agreed.accept_above)
-
-    @property
-    def _n_owed(self) -> int:
-        """Audits whose outcomes are in none of the batches so far."""
-        if self.auditor is None:
-            return 0
-        return self.auditor.n_found if self._leaves else self.auditor.n_unkept

@@ -6,8 +6,9 @@ import asyncio
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ from journeyman.cascade.judge import TeacherAsJudge
 from journeyman.cascade.keys import Key, Keyring
 from journeyman.cascade.recording import Answering, Recording
 from journeyman.cascade.remembering import Remembering
+from journeyman.cascade.spooling import Spool, Spools
 from journeyman.cascade.stability import Stability
 from journeyman.certify import judging
 from journeyman.errors import ClusterError
@@ -32,12 +34,13 @@ from journeyman.student.models import Classifier
 from journeyman.teacher.progress import Spent
 from serve import loading, writers
 from serve.accounts import Account, account
-from serve.agreement import Agreed, Member
+from serve.agreement import Agreed
 from serve.asking import TeacherByHandle
 from serve.billing import Settling
 from serve.http import api
 from serve.live import Live, Served
 from serve.loading import Loaded
+from serve.members import Member
 from serve.metrics import Health, Measured
 from serve.scaling import BUSY
 from serve.students import Encoders, Rule, Student, classifiers
@@ -171,7 +174,15 @@ class Ingress:
             is_up=loaded is not self._spec.loaded,
         )
 
-    def _auditor(self, loaded: Loaded, rule: Rule, cascade: Cascade, student: Student) -> Auditor:
+    def _auditor(
+        self,
+        loaded: Loaded,
+        rule: Rule,
+        cascade: Cascade,
+        student: Student,
+        turn: asyncio.Lock | None = None,
+        spool: Spool | None = None,
+    ) -> Auditor:
         recipe, bundle, judge = loaded.recipe, loaded.bundle, None
         if loading.is_judged(loaded):
             judge = TeacherAsJudge(recipe, bundle.columns, self._teacher)
@@ -183,9 +194,11 @@ class Ingress:
             patience_s=recipe.cascade.request_timeout_s,
             judge=judge,
             rests=lambda: self._teacher.rests or not cascade.breaker.is_closed,
+            spool=spool,
+            turn=turn,
         )
 
-    async def _audits(self, auditor: Auditor, bundle: str) -> None:
+    async def _audits(self, bundle: str, auditor: Auditor) -> None:
         account.set(Account(ingress=self._replica, bundle=bundle, key=None, is_audit=True))
         await auditor.run()
 
@@ -195,21 +208,31 @@ class Ingress:
         rule: Rule,
         cascade: Cascade,
         fresh: Watch | None,
-        auditor: Auditor | None,
         journal: Journal | None,
+        auditor: Callable[[Spool], Auditor] | None,
     ) -> Member:
-        feedback = loaded.recipe.cascade.feedback
+        """auditor: one that writes to a spool; None where nobody audits."""
+        feedback, bundle = loaded.recipe.cascade.feedback, loaded.bundle.bundle_id
+        name, spools, spool = uuid.uuid4().hex, None, None
+        if feedback and auditor:
+            spools = Spools(spool=_spool(feedback), to=Folder(feedback.to), bundle=bundle)
+            spool = spools.of(name)
         return Member(
+            name=name,
             replica=self._replica,
-            bundle=loaded.bundle.bundle_id,
+            bundle=bundle,
             fresh=fresh,
             feedback=feedback.to if feedback else None,
             breaker=cascade.breaker,
-            auditor=auditor,
+            auditor=auditor(spool) if auditor and spool else None,
             tighten=rule.tighten,
             ask=self._agreement.exchange.remote,
             heard=self._heard,
             keep=journal.keep if journal else None,
+            spools=spools,
+            spool=spool,
+            heir=auditor,
+            work=partial(self._audits, bundle),
         )
 
     def _served(
@@ -217,11 +240,7 @@ class Ingress:
     ) -> Served:
         """Everything that answers by one bundle, started."""
         bundle, settings = loaded.bundle, loaded.recipe.cascade
-        rule = Rule(loaded)
-        if watch == _UNKNOWN:
-            rule.hold()
-        elif isinstance(watch, Watch):
-            rule.tighten(watch.threshold)
+        rule = _rule(loaded, watch)
         student = self._student(loaded, encoders, rule)
         cascade = Cascade(
             rule.policy, student, self._teacher, settings, student_wait_s=lambda: student.wait_s
@@ -230,15 +249,17 @@ class Ingress:
         if settings.remembered_texts:
             answering = remembering = Remembering(cascade, settings.remembered_texts)
             rule.when_changed = remembering.forget
-        journal, auditor = None, None
-        if kept := settings.feedback:
-            journal = _journal(kept)
-            auditor = self._auditor(loaded, rule, cascade, student) if watch is not None else None
-            answering = Recording(
-                answering, journal, kept.audit_rate, bundle.bundle_id, auditor=auditor
-            )
+        kept, turn = settings.feedback, asyncio.Lock()
+        journal = _journal(kept) if kept else None
+        audits = partial(self._auditor, loaded, rule, cascade, student, turn)
         fresh = watching.watch_of(bundle) if watch == _UNKNOWN else watch
-        member = self._member(loaded, rule, cascade, fresh, auditor, journal)
+        member = self._member(
+            loaded, rule, cascade, fresh, journal, audits if kept and watch is not None else None
+        )
+        if kept and journal:
+            answering = Recording(
+                answering, journal, kept.audit_rate, bundle.bundle_id, auditor=member.auditor
+            )
         health = Health(member, self._purse, Stability(bundle.curve, bundle.served.n), journal)
         measured = Measured(
             answering,
@@ -253,8 +274,8 @@ class Ingress:
         student.start()
         loop = asyncio.get_running_loop()
         running = [loop.create_task(work) for work in (measured.watch(), member.run())]
-        if auditor:
-            running.append(loop.create_task(self._audits(auditor, bundle.bundle_id)))
+        if member.auditor:
+            running.append(loop.create_task(member.work(member.auditor)))
 
         async def shadow(texts: Sequence[str]) -> None:
             measured.shadowed(await student.submit(texts))
@@ -269,6 +290,8 @@ class Ingress:
             await student.close()
             if journal:
                 await asyncio.to_thread(journal.close)
+                if not journal.failure:
+                    member.arrived()
 
         return Served(
             bundle=bundle,
@@ -286,6 +309,16 @@ _Unknown = Literal["unknown"]
 _UNKNOWN: _Unknown = "unknown"
 
 
+def _rule(loaded: Loaded, watch: Watch | _Unknown | None) -> Rule:
+    """As the audits have left it."""
+    rule = Rule(loaded)
+    if watch == _UNKNOWN:
+        rule.hold()
+    elif isinstance(watch, Watch):
+        rule.tighten(watch.threshold)
+    return rule
+
+
 def _watch(loaded: Loaded) -> Watch | _Unknown | None:
     """As the audits have left it, unknown where their store is away, None where none are made, or
     what a judge said that serving does not run; raises DataError if that is damaged."""
@@ -301,11 +334,13 @@ def _watch(loaded: Loaded) -> Watch | _Unknown | None:
 
 
 def _journal(settings: Feedback) -> Journal:
-    """The spool lies where the files go, if that is a local folder, else with this machine's
-    temporary files, which are lost with it."""
     folder = Folder(settings.to)
-    spool, roll_s = folder.directory, _ROLL_S
-    if spool is None:
-        spool = Path(tempfile.gettempdir()) / f"feedback-{digest(settings.to)}"
-        roll_s = _ROLL_TO_STORE_S
-    return Journal(spool, folder.put, settings.roll_rows, settings.roll_s or roll_s)
+    roll_s = _ROLL_S if folder.directory is not None else _ROLL_TO_STORE_S
+    return Journal(_spool(settings), folder.put, settings.roll_rows, settings.roll_s or roll_s)
+
+
+def _spool(settings: Feedback) -> Path:
+    """It lies where the files go, if that is a local folder, else with this machine's temporary
+    files, which are lost with it."""
+    temporary = Path(tempfile.gettempdir()) / f"feedback-{digest(settings.to)}"
+    return Folder(settings.to).directory or temporary

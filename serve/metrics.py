@@ -24,8 +24,8 @@ from journeyman.recipe import Price
 from journeyman.teacher.progress import Spent
 from serve import tracing
 from serve.accounts import Account, account
-from serve.agreement import Member
 from serve.failures import without_words
+from serve.members import Member
 
 if TYPE_CHECKING:
     from ray.util import metrics
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _WINDOW_S = 60.0
 _GAUGE_INTERVAL_S = 1.0
 # void: the student for a failing teacher; remembered: nobody, it had been answered before.
-_WITHOUT_OUTCOME = ("lost", "left_out", "not_drawn")  # audits
+_WITHOUT_OUTCOME = ("lost", "left_out", "not_drawn", "stopped")  # audits
 _KINDS = ("student", "teacher", "void", "remembered", "refused")
 _LATENCIES_S = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
 
@@ -49,19 +49,20 @@ class Health:
 
     def figures(self) -> dict[str, Any]:
         """watch: None where none is kept; rung: steps by which the audits have tightened the
-        threshold, None where all is escalated; lost, left_out, not_drawn, judged: of this
+        threshold, None where all is escalated; pending and what is behind it: of this
         replica's."""
-        agreed, auditor = self.member.last, self.member.auditor
+        agreed, auditor, counts = self.member.last, self.member.auditor, self.member.counts
         return {
             "watch": None
             if agreed is None or agreed.accept_above is None or auditor is None
             else {
                 "audits": agreed.n_audits,
-                "pending": auditor.n_pending,
-                "lost": auditor.n_lost,
-                "left_out": auditor.n_left_out,
-                "not_drawn": auditor.n_not_drawn,
-                "judged": auditor.n_judged,
+                "pending": counts.pending,
+                "lost": counts.lost,
+                "left_out": counts.left_out,
+                "not_drawn": counts.not_drawn,
+                "judged": counts.judged,
+                "stopped": counts.stopped,
                 "rung": agreed.rung,
                 "accept_above": written_threshold(agreed.accept_above),
             },
@@ -159,7 +160,7 @@ class Measured:
             "audits_unknown",
             "Audits without an outcome, by why: lost (each counts as an error), left out (the "
             "teacher can never answer the text), not_drawn (too many waited as it came), or "
-            "stopped (it waited as its replica stopped).",
+            "stopped (it waited as its replica went, and no other one could take it up).",
             "why",
         )
         self._said_unknown: Counter[str] = Counter()
@@ -217,12 +218,10 @@ class Measured:
         )
 
     def stopped(self) -> None:
-        """Audits that wait when a replica stops in order, or its bundle leaves, are left out."""
-        if auditor := self._health.member.auditor:
-            now = Counter(
-                lost=auditor.n_lost, left_out=auditor.n_left_out, not_drawn=auditor.n_not_drawn
-            )
-            self._count_unknown(now + Counter(stopped=auditor.n_unkept))
+        """What was not counted yet when a replica stops, or its bundle leaves."""
+        if self._health.member.auditor:
+            counts = self._health.member.counts
+            self._count_unknown(Counter({why: getattr(counts, why) for why in _WITHOUT_OUTCOME}))
 
     def shadowed(self, decisions: Sequence[Decision | Escalation]) -> None:
         """Texts that another bundle answered: who would have, by this one."""

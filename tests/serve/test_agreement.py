@@ -4,22 +4,24 @@ import asyncio
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from journeyman.cascade import watching
+from journeyman.cascade import orphans, watching
 from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.breaker import Breaker
 from journeyman.cascade.drift import Audit, Watch, start_watch
 from journeyman.cascade.feedback import Journal
-from journeyman.cascade.watching import Heard, Kept
+from journeyman.cascade.watching import Heard, Kept, Outcome
 from journeyman.certify.curve import CurvePoint
 from journeyman.errors import ClusterError, DataError
 from journeyman.folder import Folder
 from journeyman.recipe import Breaker as Settings
 from serve import agreement
-from serve.agreement import Agreement, Member, Report
+from serve.agreement import Agreement, Report
+from serve.members import Member
 from tests.serve import tiny
 
 WRONG = Audit(score=0.95, loss=1)
@@ -33,11 +35,29 @@ def a_watch(*thresholds: float) -> Watch:
 def report(
     to: Path | None, *audits: Audit, batch: int = 1, replica: str = "a", owed: int = 0
 ) -> Report:
+    numbered = tuple(Outcome(100 * batch + i, audit) for i, audit in enumerate(audits))
     return Report(
         feedback=str(to) if to else None,
         replica=replica, member=replica, bundle="b", news=None, fresh=a_watch(),
-        batch=batch, audits=audits, n_owed=owed,
+        audits=numbered, n_owed=owed,
     )  # fmt: skip
+
+
+@pytest.fixture
+def given_up_at_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Who is not heard just now is gone, and what it left is taken up by nobody."""
+
+    def give_up() -> None:
+        monkeypatch.setattr(agreement, "GONE_AFTER_S", 0.0)
+        monkeypatch.setattr(orphans, "GIVEN_UP_AFTER_S", 0.0)
+
+    return give_up
+
+
+def found_out(member: Member, *audits: Audit) -> None:
+    auditor = member.auditor
+    assert auditor
+    auditor._outcomes += [Outcome(auditor._number(), audit) for audit in audits]
 
 
 def exchange(shared: Agreement, *reports: Report) -> agreement.Agreed:
@@ -81,7 +101,7 @@ def test_the_written_watch_is_the_watch(tmp_path: Path):
     watch = a_watch()
     for audit in [RIGHT, WRONG, RIGHT, Audit(score=0.6, loss=1)]:
         watch = watch.audited(audit)
-    kept = Kept(watch=watch, members={"a": Heard(batch=3, n_owed=2)})
+    kept = Kept(watch=watch, members={"a": Heard(last=3, n_owed=2)})
     read = watching.from_json(watching.to_json(kept, "b"))
     again = read.watch
     assert read.members == kept.members
@@ -98,14 +118,15 @@ def test_a_damaged_file_is_said_and_not_begun_anew(tmp_path: Path):
 
 
 def test_of_the_audits_that_died_with_their_replica_the_first_counts_as_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, given_up_at_once: Callable[[], None]
 ):
     """It alone may be missing for what it is. With a queue of any length the promise stands."""
     shared = Agreement(30.0)
     before = exchange(shared, report(tmp_path, RIGHT, replica="dies", owed=500))
-    monkeypatch.setattr(agreement, "GONE_AFTER_S", 0.0)
+    given_up_at_once()
     agreed = exchange(shared, report(tmp_path, RIGHT, replica="lives"))
     assert (before.n_audits, agreed.n_audits, agreed.rung) == (1, 3, 0)
+    assert (agreed.n_lost, agreed.n_stopped) == (1, 499)
     expected = a_watch().audited(RIGHT).audited(watching.LOST).audited(RIGHT)
     kept = watching.stored(Folder(tmp_path), "b")
     assert kept and kept.watch.log_detectors == pytest.approx(expected.log_detectors)
@@ -128,6 +149,7 @@ def test_a_replica_that_dies_while_the_store_is_away_takes_no_outcome_along_unco
         in_its_place.unlink()
         with monkeypatch.context() as patched:
             patched.setattr(agreement, "GONE_AFTER_S", 0.0)
+            patched.setattr(orphans, "GIVEN_UP_AFTER_S", 0.0)
             exchange(shared, report(tmp_path, replica="lives", batch=2))
             after = exchange(shared, report(tmp_path, replica="lives", batch=3)).n_audits
         assert after == before + 3 + 1
@@ -138,7 +160,7 @@ def test_a_replica_that_dies_while_the_store_is_away_takes_no_outcome_along_unco
 
 
 def test_what_a_replica_owes_is_known_to_who_agrees_after_a_restart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, given_up_at_once: Callable[[], None]
 ):
     exchange(
         Agreement(30.0),
@@ -146,7 +168,7 @@ def test_what_a_replica_owes_is_known_to_who_agrees_after_a_restart(
         report(tmp_path, replica="stays", owed=3),
         report(tmp_path, RIGHT, RIGHT, RIGHT, replica="stays"),  # and has paid
     )
-    monkeypatch.setattr(agreement, "GONE_AFTER_S", 0.0)
+    given_up_at_once()
     anew = Agreement(30.0)
     agreed = exchange(anew, report(tmp_path, batch=0), report(tmp_path, batch=0))
     assert agreed.n_audits == 1 + 3 + 1
@@ -161,12 +183,13 @@ def test_a_batch_counts_once_over_a_restart_of_who_agrees(tmp_path: Path):
 
 def a_member(ask, keep=None, *outcomes: Audit, to: Path) -> Member:
     auditor = Auditor(None, None, None, busy=lambda: True)  # type: ignore[arg-type]
-    auditor._outcomes += outcomes
-    return Member(
+    member = Member(
         replica="a", bundle="b", fresh=a_watch(), feedback=str(to),
         breaker=Breaker(Settings()), auditor=auditor,
         tighten=lambda _: None, ask=ask, heard=lambda _: None, keep=keep,
     )  # fmt: skip
+    found_out(member, *outcomes)
+    return member
 
 
 def test_one_that_stops_hands_on_its_unheard_batch_and_what_has_come_since(tmp_path: Path):
@@ -181,8 +204,7 @@ def test_one_that_stops_hands_on_its_unheard_batch_and_what_has_come_since(tmp_p
         nonlocal away
         member = a_member(ask, None, WRONG, WRONG, to=tmp_path)
         await member.exchange()
-        assert member.auditor
-        member.auditor._outcomes += [RIGHT] * 3
+        found_out(member, *[RIGHT] * 3)
         away = False
         await member.leave()
         return member
@@ -193,10 +215,10 @@ def test_one_that_stops_hands_on_its_unheard_batch_and_what_has_come_since(tmp_p
 
 @pytest.mark.parametrize("store_is_away", [False, True])
 def test_last_words_that_nobody_heard_are_read_by_who_comes_next(
-    tmp_path: Path, store_is_away: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store_is_away: bool, given_up_at_once: Callable[[], None]
 ):
-    """Once, in place of an error for each audit, and also where they waited on the replica's own
-    disk for the store to come back."""
+    """Once, and also where they waited on the replica's own disk for the store to come back. One
+    that still waited, and that nobody takes up, counts as an error."""
     to, spool = tmp_path / "to", tmp_path / "spool"
 
     def put(name: str, content: bytes) -> None:
@@ -210,13 +232,13 @@ def test_last_words_that_nobody_heard_are_read_by_who_comes_next(
         member = a_member(shared.exchange, journal.keep, to=to)
         assert member.auditor
         await member.exchange()
-        member.auditor._outcomes += [RIGHT, WRONG]
+        found_out(member, RIGHT, WRONG)
         member.auditor.undecided("waits")
         await member.exchange()  # owes one
         member.ask = nobody
-        member.auditor._outcomes += [RIGHT, Audit(score=-float("inf"), loss=0)]
+        found_out(member, RIGHT, Audit(score=-float("inf"), loss=0))
         await member.exchange()
-        member.auditor._outcomes += [WRONG]
+        found_out(member, WRONG)
         await member.leave()
         journal.close()
 
@@ -229,9 +251,9 @@ def test_last_words_that_nobody_heard_are_read_by_who_comes_next(
     anew = Agreement(30.0)
     assert exchange(anew, report(to, replica="next", batch=0)).n_audits == 5
     assert not list((to / "watch" / "b").iterdir())
-    monkeypatch.setattr(agreement, "GONE_AFTER_S", 0.0)
-    assert exchange(anew, report(to, replica="next", batch=0)).n_audits == 5
-    assert exchange(Agreement(30.0), report(to, replica="next", batch=0)).n_audits == 5
+    given_up_at_once()
+    assert exchange(anew, report(to, replica="next", batch=0)).n_audits == 6
+    assert exchange(Agreement(30.0), report(to, replica="next", batch=0)).n_audits == 6
 
 
 def test_without_feedback_only_the_breaker_is_shared():
@@ -288,13 +310,13 @@ def test_a_member_hands_on_once_and_goes_on_alone_where_nobody_answers(tmp_path:
         breaker=Breaker(Settings()), auditor=auditor,
         tighten=tightened.append, ask=ask, heard=heard.append,
     )  # fmt: skip
-    auditor._outcomes += [WRONG] * 12
+    found_out(member, *[WRONG] * 12)
 
     async def scenario() -> None:
         nonlocal away
         await member.exchange()
         assert tightened == [] and member.failure == "TimeoutError: "
-        auditor._outcomes.append(RIGHT)
+        found_out(member, RIGHT)
         away = False
         await member.exchange()
         await member.exchange()
@@ -335,7 +357,8 @@ def test_one_that_left_unheard_is_no_other_than_it_was_when_its_bundle_comes_bac
             a_member(shared.exchange, Folder(tmp_path).put, RIGHT, to=tmp_path) for _ in range(2)
         )
         await before.exchange()
-        before.ask, before.auditor._outcomes = nobody, [WRONG, RIGHT]  # type: ignore[union-attr]
+        before.ask = nobody
+        found_out(before, WRONG, RIGHT)
         await before.leave()
         for _ in range(3):
             await after.exchange()

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
 from journeyman.cascade.answering import Answers
-from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.budgets import Purse, paying
 from journeyman.cascade.policy import Decision
 from journeyman.cascade.stability import Stability
 from journeyman.recipe import Price
 from journeyman.teacher.progress import Spent
 from serve.accounts import Account, GivenUp, account
+from serve.members import Counts
 from serve.metrics import Health, Measured, Savings
 
 PRICE = Price(per_million_prompt_tokens=1e6, per_million_output_tokens=2e6)
@@ -77,17 +78,16 @@ def test_audits_are_counted_apart_and_on_no_bill():
     assert figures["saved_dollars"] == -8.0 and purse.bill() == {}
 
 
-def test_audits_that_wait_when_their_replica_stops_are_counted_once():
-    auditor = Auditor(None, None, None, busy=lambda: True)  # type: ignore[arg-type]
-    auditor.undecided("x")
-    auditor.escalated(None)
-    health = Health(MagicMock(auditor=auditor), Purse({}), Stability((), 1), None)
+def test_audits_without_an_outcome_are_counted_once():
+    counts = Counts(pending=5, lost=0, left_out=0, not_drawn=0, judged=0, stopped=2)
+    member = MagicMock(counts=counts)
+    health = Health(member, Purse({}), Stability((), 1), None)
     measured = Measured(MagicMock(), MagicMock(), "b", PRICE, health)
     measured._unknown = counted = MagicMock()
     measured.stopped()
     measured.stopped()
     counted.inc.assert_called_once_with(2, tags={"bundle": "b", "why": "stopped"})
-    auditor.not_drawn(3)
+    member.counts = replace(counts, not_drawn=3)
     measured.stopped()
     counted.inc.assert_called_with(3, tags={"bundle": "b", "why": "not_drawn"})
 

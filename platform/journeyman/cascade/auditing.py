@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -31,7 +31,8 @@ from journeyman.cascade.refusals import (
     TeacherStarting,
     TeacherUnavailable,
 )
-from journeyman.cascade.watching import LOST, UNANSWERED
+from journeyman.cascade.spooling import Entry, LeftOut, Spool, Waiting
+from journeyman.cascade.watching import LOST, UNANSWERED, Outcome
 
 _MOST_WAITING = 10_000  # outcomes and texts: three hours without a teacher, at one a second
 _MOST_CHARACTERS = 64_000_000  # of texts and answers
@@ -53,30 +54,6 @@ class AnswerJudge(Protocol):
     async def same(self, text: str, one: str, other: str) -> bool:
         """Of two answers to a text; raises TeacherUnavailable."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Waiting:
-    """since: when it came; decision: the student's, None where it is not known yet; by_teacher: its
-    answer, where that is there, worded differently, and waits for the judge."""
-
-    text: str
-    since: float
-    decision: Decision | None
-    by_teacher: str | None = None
-
-    @property
-    def n_characters(self) -> int:
-        said = self.decision.label if self.decision else ""
-        return len(self.text) + len(said) + len(self.by_teacher or "")
-
-    @property
-    def failed(self) -> Audit:
-        """What it counts as where it cannot be finished. A pair on which the judge fails has no
-        verdict and so differs, as for the certificate; of another one nothing is known."""
-        if self.decision is None or self.by_teacher is None:
-            return LOST
-        return _audit(self.decision, same=False)
 
 
 @dataclass(slots=True)
@@ -135,16 +112,21 @@ class Auditor:
         judge: AnswerJudge | None = None,
         rests: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
+        spool: Spool | None = None,
+        turn: asyncio.Lock | None = None,
     ) -> None:
         """busy: whether requests wait for the teacher; patience_s: that a request has with it, and
         so an audit, which waits a minute at least; judge: of answers that the policy does not find
         the same, where the certificate asked one; rests: whether the teacher sleeps, or is left
-        alone; clock: seconds."""
+        alone; clock: seconds; spool: where those that wait outlive this process; turn: held while
+        one is asked about, by all that share a teacher's spare time."""
         self._judge, self._clock, self._rests = judge, clock, rests
         self._policy, self._teacher, self._student, self._busy = policy, teacher, student, busy
         self._patience_s = max(patience_s, _TIMEOUT_S)
-        self._queue: deque[_Waiting | Audit] = deque()  # not an Audit at its head
-        self._outcomes: list[Audit] = []
+        self._spool, self._turn = spool, turn or asyncio.Lock()
+        self._n_numbers = 0  # given so far
+        self._queue: deque[Waiting | Outcome] = deque()  # not an Outcome at its head
+        self._outcomes: list[Outcome] = []
         self._catches_up = False  # until nothing waits any more
         self._failures = _Failures()  # on the head
         self._n_characters = 0  # of those that wait
@@ -177,7 +159,20 @@ class Auditor:
     def escalated(self, decision: Decision | None) -> None:
         """One that the student did not answer, so that its outcome is known; None: it has no answer
         to it at all, or was away."""
-        self._queue.append(_unaccepted(decision))
+        self._keep(Outcome(self._number(), _unaccepted(decision)))
+        self._release()
+
+    def take_up(self, entries: Sequence[Waiting | Outcome]) -> None:
+        """What another member left, in its order, before anything else has come."""
+        for one in entries:
+            if isinstance(one, Waiting):
+                one = replace(one, since=self._clock())
+                self.n_pending += 1
+                self._n_characters += one.n_characters
+            else:
+                self.n_lost += one.audit is LOST
+            self._queue.append(one)
+            self._n_numbers = one.number
         self._release()
 
     def unlabeled(self) -> None:
@@ -191,10 +186,15 @@ class Auditor:
 
     @property
     def n_unkept(self) -> int:
-        """Audits that vanish with this process: those that wait, and the outcomes behind them."""
+        """Audits that nobody else knows: those that wait, and the outcomes behind them."""
         return len(self._queue) + len(self._outcomes)
 
-    def outcomes(self) -> list[Audit]:
+    @property
+    def unkept(self) -> list[Waiting | Outcome]:
+        """These, in their order."""
+        return [*self._outcomes, *self._queue]
+
+    def outcomes(self) -> list[Outcome]:
         """What has come out since this was last asked."""
         found, self._outcomes = self._outcomes, []
         return found
@@ -208,7 +208,8 @@ class Auditor:
             if not self._may_ask():
                 await asyncio.sleep(_LOOK_AGAIN_S)
                 continue
-            came_of_it = await self._work()
+            async with self._turn:
+                came_of_it = await self._work()
             if came_of_it == "answered":
                 pauses = dict(first_pauses)
                 continue
@@ -222,7 +223,7 @@ class Auditor:
             self._catches_up = False
             return False
         head = self._queue[0]
-        assert isinstance(head, _Waiting)
+        assert isinstance(head, Waiting)
         waited_s = self._clock() - head.since
         self._catches_up |= waited_s >= _WAKES_AFTER_S
         if self._rests() and not self._catches_up:
@@ -256,14 +257,14 @@ class Auditor:
         waiting = (
             place
             for place, one in enumerate(self._queue)
-            if place and isinstance(one, _Waiting) and one.decision is not None
+            if place and isinstance(one, Waiting) and one.decision is not None
         )
         return next(itertools.islice(waiting, self._failures.n_others, None), None)
 
     async def _ask(self, place: int) -> _CameOfIt:
         """About one that stays where it is until its outcome is there."""
         one = self._queue[place]
-        assert isinstance(one, _Waiting)
+        assert isinstance(one, Waiting)
         try:
             # It waits for requests in the engine, too: longer each time that it took too long.
             tries = min(self._failures.n, _MOST_FAILURES - 1)
@@ -275,13 +276,13 @@ class Auditor:
             return "failed" if refusal.had_texts else "away"
         except Exception:  # at this text, for all anyone knows: too slow, no answer, a bug
             return "failed"
-        if isinstance(outcome, _Waiting):
+        if isinstance(outcome, Waiting):
             self._goes_on(outcome, place)
         else:
             self._settle(outcome, place)
         return "answered"
 
-    async def _step(self, audited: _Waiting) -> Audit | _Waiting | None:
+    async def _step(self, audited: Waiting) -> Audit | Waiting | None:
         """Its outcome, None where it is to be left out; or itself as it waits for the judge, who
         is asked when nothing else waits, as the teacher was."""
         decision = audited.decision
@@ -296,8 +297,8 @@ class Auditor:
         return self._compared(audited, decision, label)
 
     def _compared(
-        self, audited: _Waiting, decision: Decision, label: Said
-    ) -> Audit | _Waiting | None:
+        self, audited: Waiting, decision: Decision, label: Said
+    ) -> Audit | Waiting | None:
         if isinstance(label, Unlabeled):
             return None
         by_teacher = self._policy.escalated(label, decision).label
@@ -313,15 +314,30 @@ class Auditor:
         return _audit(decision, same=same)
 
     def _wait(self, text: str, decision: Decision | None) -> None:
-        one = _Waiting(text=text, since=self._clock(), decision=decision)
+        now = self._clock()
+        one = Waiting(number=self._number(), text=text, since=now, decision=decision)
         self.n_pending += 1
         self._n_characters += one.n_characters
+        self._keep(one)
+
+    def _number(self) -> int:
+        self._n_numbers += 1
+        return self._n_numbers
+
+    def _keep(self, one: Waiting | Outcome) -> None:
+        """As the last in the queue."""
+        self._write(one)
         self._queue.append(one)
 
-    def _goes_on(self, one: _Waiting, place: int) -> None:
+    def _write(self, one: Entry) -> None:
+        if self._spool:
+            self._spool.write(one)
+
+    def _goes_on(self, one: Waiting, place: int) -> None:
         """In place of itself."""
         before = self._queue[place]
-        assert isinstance(before, _Waiting)
+        assert isinstance(before, Waiting)
+        self._write(one)
         self._queue[place] = one
         self._n_characters += one.n_characters - before.n_characters
         if place == 0:
@@ -330,29 +346,40 @@ class Auditor:
     def _give_up(self) -> None:
         """The head."""
         head = self._queue[0]
-        assert isinstance(head, _Waiting)
-        self.n_lost += head.failed is LOST
-        self._settle(head.failed)
+        assert isinstance(head, Waiting)
+        failed = _failed(head)
+        self.n_lost += failed is LOST
+        self._settle(failed)
 
     def _settle(self, outcome: Audit | None, place: int = 0) -> None:
         """Of one that waits; None: it is left out."""
         one = self._queue[place]
-        assert isinstance(one, _Waiting)
+        assert isinstance(one, Waiting)
         self.n_pending -= 1
         self._n_characters -= one.n_characters
         if outcome is None:
+            self._write(LeftOut(one.number))
             del self._queue[place]
             self.unlabeled()
         else:
-            self._queue[place] = outcome
+            self._queue[place] = settled = Outcome(one.number, outcome)
+            self._write(settled)
         if place == 0:
             self._failures = _Failures()
         self._release()
 
     def _release(self) -> None:
-        while self._queue and isinstance(head := self._queue[0], Audit):
+        while self._queue and isinstance(head := self._queue[0], Outcome):
             self._outcomes.append(head)
             self._queue.popleft()
+
+
+def _failed(one: Waiting) -> Audit:
+    """What one counts as that cannot be finished. A pair on which the judge fails has no verdict
+    and so differs, as for the certificate; of another one nothing is known."""
+    if one.decision is None or one.by_teacher is None:
+        return LOST
+    return _audit(one.decision, same=False)
 
 
 def _audit(decision: Decision, *, same: bool) -> Audit:

@@ -36,15 +36,31 @@ LOST = Audit(score=float(np.finfo(np.float64).max), loss=1)
 UNANSWERED = Audit(score=-np.inf, loss=0)
 
 
-# A batch of audits and its number: those of a member rise, so that none counts twice.
-Batch = tuple[int, Sequence[Audit]]
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one audit. number: among its member's, from 1, in the order of their requests. They rise,
+    so that none counts twice; those of texts that are left out are missing."""
+
+    number: int
+    audit: Audit
+
+    def written(self) -> list[Any]:
+        """For JSON."""
+        return [self.number, _finite(self.audit.score), self.audit.loss]
+
+    @classmethod
+    def read(cls, written: Sequence[Any]) -> Outcome:
+        """Raises ValueError or TypeError."""
+        number, score, loss = written
+        return cls(number, Audit(score=_number(score), loss=loss))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heard:
-    """Of one member. batch: the last that counted; n_owed: audits whose outcome is to come."""
+    """Of one member. last: the number of its last audit that counted; n_owed: of audits whose
+    outcome is to come."""
 
-    batch: int = 0
+    last: int = 0
     n_owed: int = 0
 
 
@@ -52,35 +68,39 @@ class Heard:
 class Kept:
     """What is kept of a bundle's audits: each is in the watch, or owed by a member.
 
-    A member that dies without a word leaves a series that ends sooner, as outcomes leave it in the
-    order in which their requests came. The first of those that it owed may be missing for what it
-    is (it waited for the teacher since the student had answered it), so it counts as an error. The
-    others are missing because that one was not there yet, whatever is in them: a series that ends
-    at a place that was settled before is as valid as the whole, so they are left out. Were they
-    errors, each replica that is lost with a queue would break a promise that holds.
+    What a member owes that is gone is taken up by another one, and goes on under its name and its
+    numbers (see ``spooling``). Where nobody can read it, the series ends sooner, as outcomes leave
+    it in the order in which their requests came. The first of those that it owed may be missing for
+    what it is (it waited for the teacher since the student had answered it), so it counts as an
+    error. The others are missing because that one was not there yet, whatever is in them: a series
+    that ends at a place that was settled before is as valid as the whole, so they are left out.
+    Were they errors, each replica that is lost with a queue would break a promise that holds. The
+    one error is no honest audit either: with several losses in quick succession the watch may
+    tighten without cause, at an alpha of .02 after some five.
     """
 
     watch: Watch
     members: Mapping[str, Heard] = field(default_factory=dict)
 
-    def told(self, member: str, batches: Sequence[Batch], n_owed: int) -> Kept:
+    def told(self, member: str, outcomes: Sequence[Outcome], n_owed: int) -> Kept:
         """After a member's report."""
-        watch, batch = self.watch, self.members.get(member, Heard()).batch
-        for number, audits in batches:
-            if audits and number > batch:
-                batch = number
-                for audit in audits:
-                    watch = watch.audited(audit)
-        members = {**self.members, member: Heard(batch=batch, n_owed=n_owed)}
+        watch, last = self.watch, self.last_of(member)
+        for one in outcomes:
+            if one.number > last:
+                watch, last = watch.audited(one.audit), one.number
+        members = {**self.members, member: Heard(last=last, n_owed=n_owed)}
         if members[member] == Heard():  # nothing yet
             del members[member]
         return Kept(watch=watch, members=members)
+
+    def last_of(self, member: str) -> int:
+        return self.members.get(member, Heard()).last
 
     def owed_by(self, member: str) -> int:
         return self.members.get(member, Heard()).n_owed
 
     def gone(self, member: str, n_owed: int) -> Kept:
-        """After a member died that owed so many, of which the first counts."""
+        """After the last of a member that owed so many, of which the first counts."""
         watch = self.watch.audited(LOST) if n_owed else self.watch
         others = {name: heard for name, heard in self.members.items() if name != member}
         return Kept(watch=watch, members=others)
@@ -120,20 +140,21 @@ def store(folder: Folder, bundle_id: str, kept: Kept) -> None:
     folder.put(_name(bundle_id), to_json(kept, bundle_id))
 
 
-def last_words(bundle_id: str, member: str, batches: Sequence[Batch]) -> tuple[str, bytes]:
+def last_words(
+    bundle_id: str, member: str, outcomes: Sequence[Outcome], n_owed: int
+) -> tuple[str, bytes]:
     """Name and content of a file that says what a member that stops could tell nobody."""
-    said = [[number, [[_finite(a.score), a.loss] for a in audits]] for number, audits in batches]
-    return _name_of_words(bundle_id, member), json.dumps({"batches": said}).encode()
+    content = {"audits": [one.written() for one in outcomes], "n_owed": n_owed}
+    return _name_of_words(bundle_id, member), json.dumps(content).encode()
 
 
-def read_last_words(folder: Folder, bundle_id: str, member: str) -> list[Batch] | None:
-    """None where it left none, or damaged ones; raises ClusterError."""
+def read_last_words(
+    folder: Folder, bundle_id: str, member: str
+) -> tuple[list[Outcome], int] | None:
+    """And how many it owed; None where it left none, or damaged ones; raises ClusterError."""
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         content = json.loads(folder.get(_name_of_words(bundle_id, member)))
-        return [
-            (number, [Audit(score=_number(score), loss=loss) for score, loss in audits])
-            for number, audits in content["batches"]
-        ]
+        return [Outcome.read(one) for one in content["audits"]], int(content["n_owed"])
     return None
 
 
@@ -159,7 +180,7 @@ def to_json(kept: Kept, bundle_id: str) -> bytes:
         "alarmed": watch.alarmed.tolist(),
         # null before the first audit: -inf, which JSON has no word for.
         "log_detectors": [[_finite(value) for value in rung] for rung in watch.log_detectors],
-        "members": {name: [one.batch, one.n_owed] for name, one in kept.members.items()},
+        "members": {name: [one.last, one.n_owed] for name, one in kept.members.items()},
     }
     return json.dumps(content, indent=1, allow_nan=False).encode()
 
@@ -187,7 +208,7 @@ def from_json(written: bytes) -> Kept:
     members = content.get("members", {})  # before, they were kept by nobody
     return Kept(
         watch=watch,
-        members={name: Heard(batch=b, n_owed=n) for name, (b, n) in members.items()},
+        members={name: Heard(last=last, n_owed=n) for name, (last, n) in members.items()},
     )
 
 

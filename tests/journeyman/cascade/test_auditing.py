@@ -89,14 +89,19 @@ async def worked(auditor: Auditor, until) -> None:
     task.cancel()
 
 
+def found(auditor: Auditor) -> list[Audit]:
+    """What has come out since this was last asked."""
+    return [one.audit for one in auditor.outcomes()]
+
+
 def test_students_answers_are_compared_with_the_teachers():
     teacher = Teacher()
     auditor = Auditor(POLICY, teacher, Student(), busy=lambda: False)
     auditor.add("y", answer("yes"))
     auditor.add("n", answer("yes"))
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert [(a.score, a.loss) for a in auditor.outcomes()] == [(0.8, 0), (0.8, 1)]
-    assert auditor.outcomes() == []
+    assert [(a.score, a.loss) for a in found(auditor)] == [(0.8, 0), (0.8, 1)]
+    assert found(auditor) == []
 
 
 def test_texts_that_the_teacher_cannot_answer_are_left_out_as_they_were_for_the_certificate():
@@ -106,7 +111,7 @@ def test_texts_that_the_teacher_cannot_answer_are_left_out_as_they_were_for_the_
         auditor.add(text, answer("yes"))
     auditor.unlabeled()  # of a request that was refused for it
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert [audit.loss for audit in auditor.outcomes()] == [0, 1]
+    assert [audit.loss for audit in found(auditor)] == [0, 1]
     assert (auditor.n_left_out, auditor.n_lost) == (4, 0)
 
 
@@ -121,7 +126,7 @@ def test_an_audit_whose_request_ended_before_its_student_had_decided_is_decided_
     async def scenario() -> None:
         task = asyncio.create_task(auditor.run())
         await asyncio.sleep(0.05)
-        assert auditor.n_pending == 3 and auditor.outcomes() == []
+        assert auditor.n_pending == 3 and found(auditor) == []
         student.away = False
         async with asyncio.timeout(5):
             while auditor.n_pending:
@@ -129,8 +134,8 @@ def test_an_audit_whose_request_ended_before_its_student_had_decided_is_decided_
         task.cancel()
 
     asyncio.run(scenario())
-    found = [(audit.score, audit.loss) for audit in auditor.outcomes()]
-    assert found == [(0.8, 0), (0.3, 0), (-np.inf, 0), (0.2, 0)]
+    scores = [(audit.score, audit.loss) for audit in found(auditor)]
+    assert scores == [(0.8, 0), (0.3, 0), (-np.inf, 0), (0.2, 0)]
 
 
 def test_where_the_bundle_mixes_an_audit_compares_with_both_opinions():
@@ -139,7 +144,7 @@ def test_where_the_bundle_mixes_an_audit_compares_with_both_opinions():
     auditor = Auditor(replace(POLICY, mixture=mixture), Teacher(), Student(), busy=lambda: False)
     auditor.add("n", answer("yes"))
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert [a.loss for a in auditor.outcomes()] == [0]
+    assert [a.loss for a in found(auditor)] == [0]
 
 
 def test_written_answers_are_compared_as_they_were_for_the_certificate():
@@ -165,7 +170,7 @@ def test_written_answers_are_compared_as_they_were_for_the_certificate():
         assert isinstance(decision, Decision)
         auditor.add("how much?", decision)
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert [a.loss for a in auditor.outcomes()] == [0, 1, 1]
+    assert [a.loss for a in found(auditor)] == [0, 1, 1]
 
 
 class Judge:
@@ -194,7 +199,7 @@ def test_a_judge_is_asked_of_answers_that_are_worded_differently_and_its_verdict
         auditor.add("y", answer(said))
     auditor.add("x", answer("yes"))  # it cannot answer
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert [(a.score, a.loss) for a in auditor.outcomes()] == [(0.8, 0), (0.8, 0), (0.8, 1)]
+    assert [(a.score, a.loss) for a in found(auditor)] == [(0.8, 0), (0.8, 0), (0.8, 1)]
     assert judge.asked == [("y", "yeah", "yes"), ("y", "no", "yes")]
     assert (auditor.n_judged, auditor.n_left_out, auditor.n_lost) == (2, 1, 0)
 
@@ -226,7 +231,7 @@ def test_a_judge_is_asked_while_no_request_waits_and_the_teacher_not_again(
 
     asyncio.run(scenario())
     assert teacher.asked == ["y"] and len(judge.asked) == 2
-    assert auditor.outcomes() == [Audit(score=0.8, loss=0)]
+    assert found(auditor) == [Audit(score=0.8, loss=0)]
 
 
 def test_answers_that_a_judge_fails_on_again_and_again_differ_and_are_not_lost(
@@ -247,7 +252,7 @@ def test_answers_that_a_judge_fails_on_again_and_again_differ_and_are_not_lost(
     auditor.add("yy", answer("yeah"))
     auditor.add("y", answer("yeah"))
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert auditor.outcomes() == [Audit(score=0.8, loss=1), Audit(score=0.8, loss=0)]
+    assert found(auditor) == [Audit(score=0.8, loss=1), Audit(score=0.8, loss=0)]
     assert len(judge.asked) == 4 and teacher.asked == ["yy", "y"]
     assert (auditor.n_lost, auditor.n_judged) == (0, 1)
 
@@ -259,7 +264,7 @@ def test_what_waits_for_a_judge_counts_with_both_answers(monkeypatch: pytest.Mon
     assert auditor.has_room
     asyncio.run(worked(auditor, lambda: not auditor.has_room))  # with the teacher's `yes`
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert auditor.has_room and auditor.outcomes() == [Audit(score=0.8, loss=0)]
+    assert auditor.has_room and found(auditor) == [Audit(score=0.8, loss=0)]
 
 
 def wrote(text: str) -> Written:
@@ -273,7 +278,7 @@ def test_what_the_teacher_answered_is_no_loss_and_asks_nobody():
     auditor.add("n", answer("no", by="teacher", confidence=0.2))
     auditor.add("n", answer("no", by="teacher", confidence=None))  # the student has no answer
     auditor.escalated(None)  # nor here, and the teacher was away
-    outcomes = [(a.score, a.loss) for a in auditor.outcomes()]
+    outcomes = [(a.score, a.loss) for a in found(auditor)]
     assert outcomes == [(0.2, 0), (-np.inf, 0), (-np.inf, 0)]
     assert teacher.asked == [] and auditor.n_pending == 0
 
@@ -304,7 +309,7 @@ def test_audits_outlast_a_teacher_that_is_away():
     async def scenario() -> None:
         task = asyncio.create_task(auditor.run())
         await asyncio.sleep(0.3)
-        assert auditor.n_pending == 1 and auditor.outcomes() == []
+        assert auditor.n_pending == 1 and found(auditor) == []
         teacher.away = False
         async with asyncio.timeout(5):
             while auditor.n_pending:
@@ -312,7 +317,7 @@ def test_audits_outlast_a_teacher_that_is_away():
         task.cancel()
 
     asyncio.run(scenario())
-    assert [audit.loss for audit in auditor.outcomes()] == [0]
+    assert [audit.loss for audit in found(auditor)] == [0]
 
 
 def test_audits_go_beside_requests_that_never_end_and_one_at_a_time():
@@ -336,7 +341,7 @@ def test_audits_go_beside_requests_that_never_end_and_one_at_a_time():
     async def scenario() -> None:
         task = asyncio.create_task(auditor.run())
         await asyncio.sleep(0.3)
-        assert auditor.n_pending == 20 and not auditor.outcomes()
+        assert auditor.n_pending == 20 and not found(auditor)
         now[0] = 6.0
         async with asyncio.timeout(5):
             while auditor.n_pending:
@@ -344,7 +349,7 @@ def test_audits_go_beside_requests_that_never_end_and_one_at_a_time():
         task.cancel()
 
     asyncio.run(scenario())
-    assert len(auditor.outcomes()) == 40 and auditor.n_lost == 0 and most[0] == 1
+    assert len(found(auditor)) == 40 and auditor.n_lost == 0 and most[0] == 1
 
 
 def test_a_teacher_that_sleeps_is_woken_for_audits_once_in_half_an_hour(
@@ -381,7 +386,7 @@ def test_of_too_many_further_ones_are_not_drawn_and_none_that_waits_is_lost(
     assert not auditor.has_room and auditor.n_pending == 3
     auditor.not_drawn(5)
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert [a.loss for a in auditor.outcomes()] == [0, 0, 0] and auditor.has_room
+    assert [a.loss for a in found(auditor)] == [0, 0, 0] and auditor.has_room
     assert (auditor.n_not_drawn, auditor.n_lost) == (5, 0)
 
 
@@ -404,10 +409,10 @@ def test_outcomes_leave_in_the_order_of_their_requests():
     auditor.add("a", answer("no", by="teacher", confidence=0.2))
     auditor.escalated(answer("no", confidence=0.3))
     auditor.add("y", answer("yes", confidence=0.9))
-    assert auditor.outcomes() == [] and auditor.n_pending == 2
+    assert found(auditor) == [] and auditor.n_pending == 2
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    found = [(audit.score, audit.loss) for audit in auditor.outcomes()]
-    assert found == [(0.8, 1), (0.2, 0), (0.3, 0), (0.9, 0)]
+    scores = [(audit.score, audit.loss) for audit in found(auditor)]
+    assert scores == [(0.8, 1), (0.2, 0), (0.3, 0), (0.9, 0)]
 
 
 @pytest.mark.parametrize("n_audits", [1, 10])
@@ -437,7 +442,7 @@ def test_a_teacher_that_fails_on_all_for_long_is_no_evidence_against_any_text(
     for _ in range(n_audits):
         auditor.add("y", answer())
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert auditor.outcomes() == [Audit(score=0.8, loss=0)] * n_audits
+    assert found(auditor) == [Audit(score=0.8, loss=0)] * n_audits
     assert auditor.n_lost == 0
 
 
@@ -466,7 +471,7 @@ def test_a_text_that_ends_the_teachers_engine_does_so_three_times(monkeypatch: p
     for _ in range(4):
         auditor.add("y", answer())
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert auditor.outcomes() == [LOST, *[Audit(score=0.8, loss=0)] * 4]
+    assert found(auditor) == [LOST, *[Audit(score=0.8, loss=0)] * 4]
     assert len(tries) == 3
 
 
@@ -493,7 +498,7 @@ def test_a_text_that_the_teacher_fails_on_again_and_again_is_lost_and_holds_up_n
     auditor.add("b", answer())
     auditor.add("y", answer())
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert auditor.outcomes() == [LOST, Audit(score=0.8, loss=0)]
+    assert found(auditor) == [LOST, Audit(score=0.8, loss=0)]
     assert len(tries) == 3 and auditor.n_lost == 1
 
 
@@ -513,14 +518,14 @@ def test_texts_that_the_teacher_fails_on_one_behind_the_other_hold_up_no_other(
     for text in ("b", "bb", "bbb", "y"):
         auditor.add(text, answer())
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 2))
-    assert auditor.outcomes() == [LOST]
+    assert found(auditor) == [LOST]
     for text in ("y", "y"):
         auditor.add(text, answer())
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 1))
-    assert auditor.outcomes() == [LOST], "the last one has nothing to be compared with"
+    assert found(auditor) == [LOST], "the last one has nothing to be compared with"
     auditor.add("y", answer())
     asyncio.run(worked(auditor, lambda: auditor.n_pending == 0))
-    assert auditor.outcomes() == [LOST, *[Audit(score=0.8, loss=0)] * 4]
+    assert found(auditor) == [LOST, *[Audit(score=0.8, loss=0)] * 4]
 
 
 def test_outcomes_that_nobody_fetches_take_room():
@@ -529,5 +534,5 @@ def test_outcomes_that_nobody_fetches_take_room():
     while auditor.has_room:
         auditor.escalated(None)
     assert auditor.n_found == 10_000
-    auditor.outcomes()
+    assert len(found(auditor)) == 10_000
     assert auditor.has_room

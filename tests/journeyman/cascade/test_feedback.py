@@ -337,7 +337,7 @@ def test_the_watch_sees_requests_that_were_refused_or_answered_in_the_teachers_p
         journal.close()
         pending = auditor.n_pending
         auditor._settle(Audit(score=0.5, loss=1))
-        return pending, [audit.loss for audit in auditor.outcomes()]
+        return pending, [one.audit.loss for one in auditor.outcomes()]
 
     for degrades in (True, False):
         assert asyncio.run(seen(degrades)) == (1, [1, 0])
@@ -451,7 +451,7 @@ def test_of_a_request_that_is_refused_for_one_text_the_watch_sees_the_others(tmp
     assert auditor.n_pending == 2 and auditor.n_left_out == 1
     for _ in range(2):
         auditor._settle(Audit(score=0.5, loss=1))
-    assert [audit.loss for audit in auditor.outcomes()] == [1, 1, 0]
+    assert [one.audit.loss for one in auditor.outcomes()] == [1, 1, 0]
     assert sorted(row["text"] for row in read(tmp_path)) == ["a", "b", "c", "d"]
 
 

@@ -1,0 +1,419 @@
+"""What a replica leaves that is gone is taken up by another one, in its order, and counts once."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from journeyman.cascade import orphans, watching
+from journeyman.cascade.answering import Unlabeled
+from journeyman.cascade.auditing import Auditor
+from journeyman.cascade.breaker import Breaker
+from journeyman.cascade.drift import Audit, Watch, start_watch
+from journeyman.cascade.policy import Decision, Policy
+from journeyman.cascade.refusals import TeacherAway
+from journeyman.cascade.spooling import Spool, Spools
+from journeyman.cascade.watching import LOST
+from journeyman.certify.calibration import Calibrator
+from journeyman.certify.confidence import Confidence
+from journeyman.folder import Folder
+from journeyman.recipe import Breaker as Settings
+from journeyman.teacher.answers import ClassLabels
+from serve import agreement, members
+from serve.agreement import Agreed, Agreement, Report
+from serve.ingress import Ingress
+from serve.members import Member
+
+POLICY = Policy(
+    label_names=("no", "yes"),
+    confidence=Confidence(calibrator=Calibrator(temperature=1.0), score="margin"),
+    accept_above=0.5,
+    teacher_log_prior=None,
+)
+SAME, DIFFERS, ESCALATED = (Audit(score=s, loss=n) for s, n in ((0.8, 0), (0.8, 1), (0.3, 0)))
+
+
+class Teacher:
+    """Says yes to what has a y in it, cannot read an x, and is away while told to be."""
+
+    def __init__(self, away: bool = False) -> None:
+        self.asked: list[str] = []
+        self.away = away
+
+    async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
+        if self.away:
+            raise TeacherAway("away", 1.0)
+        self.asked += texts
+        return [
+            Unlabeled(reason="x")
+            if "x" in text
+            else ClassLabels(
+                class_logprobs=np.log([0.1, 0.9] if "y" in text else [0.9, 0.1]),
+                label_mass=None,
+                n_prompt_tokens=1,
+                n_output_tokens=0,
+            )
+            for text in texts
+        ]
+
+
+def answer(confidence: float = 0.8) -> Decision:
+    return Decision(
+        answered_by="student",
+        label="yes",
+        confidence=confidence,
+        probabilities=np.array([0.1, 0.9]),
+    )
+
+
+def a_watch() -> Watch:
+    return start_watch("system_agreement", 0.1, (0.5, 0.7, 0.9))
+
+
+def after(*audits: Audit) -> np.ndarray:
+    watch = a_watch()
+    for audit in audits:
+        watch = watch.audited(audit)
+    return watch.log_detectors
+
+
+class Replicas:
+    """Of one cascade, whose feedback goes to `to`."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(members, "EVERY_S", 0.01)
+        monkeypatch.setattr(orphans, "ASKED_FOR_S", 0.0)
+        self._patch, self._tmp = monkeypatch, tmp_path
+        self.to, self.shared = tmp_path / "to", Agreement(30.0)
+
+    def one(self, host: str, teacher: Teacher, keeps: bool = True) -> Member:
+        """Not running. keeps: what is to lie beside the feedback."""
+        spools = Spools(spool=self._tmp / host, to=Folder(self.to), bundle="b")
+
+        def auditor(spool: Spool) -> Auditor:
+            return Auditor(POLICY, teacher, None, busy=lambda: False, spool=spool)  # type: ignore[arg-type]
+
+        name = f"{host}-{id(teacher)}"
+        return Member(
+            replica=name, name=name, bundle="b", fresh=a_watch(), feedback=str(self.to),
+            breaker=Breaker(Settings()), auditor=auditor(spool := spools.of(name)),
+            tighten=lambda _: None, ask=self.ask, heard=lambda _: None,
+            keep=Folder(self.to).put if keeps else None,
+            spools=spools, spool=spool, heir=auditor,
+        )  # fmt: skip
+
+    async def ask(self, report: Report) -> Agreed:
+        return await self.shared.exchange(report)
+
+    async def finds_gone(self, living: Member) -> None:
+        """All others, without the minute that passes before."""
+        with self._patch.context() as patched:
+            patched.setattr(agreement, "GONE_AFTER_S", 0.0)
+            await living.exchange()
+
+    async def gives_up(self, living: Member) -> None:
+        """Those that are gone."""
+        with self._patch.context() as patched:
+            patched.setattr(orphans, "GIVEN_UP_AFTER_S", 0.0)
+            await self.finds_gone(living)
+
+    @property
+    def kept(self) -> watching.Kept:
+        kept = watching.stored(Folder(self.to), "b")
+        assert kept
+        return kept
+
+    def texts(self, host: str) -> list[Path]:
+        return [*(self._tmp / host).rglob("*.jsonl"), *(self.to / "audits").rglob("*.jsonl")]
+
+
+@pytest.fixture
+def replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Replicas:
+    return Replicas(tmp_path, monkeypatch)
+
+
+def three_wait(member: Member) -> None:
+    """Behind the second is one of which the outcome is known."""
+    assert member.auditor
+    member.auditor.add("y1", answer())
+    member.auditor.add("n", answer())
+    member.auditor.escalated(answer(0.3))
+    member.auditor.add("y2", answer())
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+async def worked(member: Member, holds: Callable[[], bool]) -> None:
+    assert member.auditor
+    task = asyncio.create_task(member.auditor.run())
+    await until(holds)
+    task.cancel()
+
+
+def test_what_waited_in_a_killed_replica_is_taken_up_in_its_order_and_counts_once(
+    replicas: Replicas,
+):
+    async def scenario() -> Teacher:
+        teacher = Teacher()
+        dies, lives = replicas.one("host", Teacher(away=True)), replicas.one("host", teacher)
+        await lives.exchange()
+        three_wait(dies)
+        await dies.exchange()
+        assert replicas.kept.owed_by(dies.name) == 4
+        assert lives.auditor
+        lives.auditor.escalated(answer(0.3))
+        await lives.exchange()
+        await replicas.finds_gone(lives)
+        await until(lambda: not lives._taking_up)
+        for _ in range(3):
+            await replicas.finds_gone(lives)
+        assert lives.counts.pending == lives.counts.lost == lives.counts.stopped == 0
+        return teacher
+
+    teacher = asyncio.run(scenario())
+    assert teacher.asked == ["y1", "n", "y2"]
+    kept = replicas.kept
+    assert kept.watch.n_audits == 5 and not any(one.n_owed for one in kept.members.values())
+    expected = after(ESCALATED, SAME, DIFFERS, ESCALATED, SAME)
+    assert kept.watch.log_detectors == pytest.approx(expected)
+    assert not replicas.texts("host")
+
+
+def test_a_text_that_was_settled_just_before_the_kill_is_not_asked_again(replicas: Replicas):
+    """Nor does one count again that the watch has."""
+
+    class Leaves(Teacher):
+        async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
+            said = await super().labels(texts)
+            self.away = texts == ["n"]
+            return said
+
+    async def scenario() -> tuple[Teacher, Teacher]:
+        before, teacher = Leaves(), Teacher()
+        dies, lives = replicas.one("host", before), replicas.one("host", teacher)
+        await lives.exchange()
+        assert dies.auditor
+        dies.auditor.add("y0", answer())
+        await worked(dies, lambda: dies.auditor.n_found == 1)  # type: ignore[union-attr]
+        await dies.exchange()
+        dies.auditor.add("x", answer())
+        three_wait(dies)
+        await dies.exchange()
+        await worked(dies, lambda: dies.auditor.n_pending == 1)  # type: ignore[union-attr]
+        assert replicas.kept.watch.n_audits == 1
+        await replicas.finds_gone(lives)
+        await until(lambda: not lives._taking_up)
+        return before, teacher
+
+    before, teacher = asyncio.run(scenario())
+    assert (before.asked, teacher.asked) == (["y0", "x", "y1", "n"], ["y2"])
+    expected = after(SAME, SAME, DIFFERS, ESCALATED, SAME)
+    assert replicas.kept.watch.log_detectors == pytest.approx(expected)
+    assert not replicas.texts("host")
+
+
+def test_what_waits_as_a_replica_stops_in_order_is_taken_up_on_any_host(replicas: Replicas):
+    async def scenario() -> tuple[Teacher, Member]:
+        teacher = Teacher()
+        stops, lives = replicas.one("one", Teacher(away=True)), replicas.one("other", teacher)
+        await lives.exchange()
+        three_wait(stops)
+        await stops.exchange()
+        await stops.leave()
+        assert replicas.texts("one")
+        stops.arrived()
+        await lives.exchange()  # at once
+        await until(lambda: not lives._taking_up)
+        return teacher, lives
+
+    teacher, lives = asyncio.run(scenario())
+    assert teacher.asked == ["y1", "n", "y2"] and lives.counts.stopped == 0
+    expected = after(SAME, DIFFERS, ESCALATED, SAME)
+    assert replicas.kept.watch.log_detectors == pytest.approx(expected)
+    assert not replicas.texts("one") and not replicas.texts("other")
+
+
+def test_one_that_stops_unheard_leaves_what_waits_to_who_comes_next(replicas: Replicas):
+    """As where all of Serve stops: the outcomes that it had count, and so do those to come."""
+
+    async def nobody(_: Report) -> Agreed:
+        raise TimeoutError
+
+    async def scenario() -> Teacher:
+        teacher = Teacher()
+        stops = replicas.one("one", Teacher(away=True))
+        await stops.exchange()
+        assert stops.auditor
+        stops.auditor.escalated(answer(0.3))
+        three_wait(stops)
+        stops.ask = nobody
+        await stops.leave()
+        replicas.shared = Agreement(30.0)
+        lives = replicas.one("other", teacher)
+        await lives.exchange()
+        await until(lambda: not lives._taking_up)
+        return teacher
+
+    teacher = asyncio.run(scenario())
+    assert teacher.asked == ["y1", "n", "y2"]
+    expected = after(ESCALATED, SAME, DIFFERS, ESCALATED, SAME)
+    assert replicas.kept.watch.log_detectors == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_of_what_nobody_can_read_the_first_counts_as_an_error_and_the_others_are_left_out(
+    in_order: bool, replicas: Replicas
+):
+    """Its host is gone, or its disk; after a while in which those that live were asked."""
+
+    async def scenario() -> Member:
+        goes, lives = (
+            replicas.one(host, Teacher(away=True), keeps=False) for host in ("one", "other")
+        )
+        await lives.exchange()
+        three_wait(goes)
+        await goes.exchange()
+        if in_order:
+            await goes.leave()
+        for _ in range(3):
+            await replicas.finds_gone(lives)
+            await until(lambda: not lives._taking_up)
+        assert replicas.kept.watch.n_audits == 0
+        await replicas.gives_up(lives)
+        await replicas.gives_up(lives)
+        return lives
+
+    lives = asyncio.run(scenario())
+    assert replicas.kept.watch.log_detectors == pytest.approx(after(LOST))
+    assert (lives.counts.lost, lives.counts.stopped) == (1, 3)
+
+
+def test_one_that_took_up_and_is_killed_leaves_it_to_a_third(replicas: Replicas):
+    async def scenario() -> list[str]:
+        teachers = [Teacher(away=True), Teacher(), Teacher()]
+        first, second, third = (replicas.one("host", teacher) for teacher in teachers)
+        await second.exchange()
+        three_wait(first)
+        await first.exchange()
+        await replicas.finds_gone(second)
+        await until(lambda: bool(second._heirs))
+        await until(lambda: replicas.kept.watch.n_audits > 0)
+        for task in second._taking_up.values():
+            task.cancel()  # killed
+        await asyncio.sleep(0.05)
+        for _ in range(2):
+            await replicas.finds_gone(third)
+            await until(lambda: not third._taking_up)
+        return teachers[1].asked + teachers[2].asked
+
+    assert asyncio.run(scenario()) == ["y1", "n", "y2"]
+    expected = after(SAME, DIFFERS, ESCALATED, SAME)
+    assert replicas.kept.watch.log_detectors == pytest.approx(expected)
+
+
+def test_one_that_took_up_and_stops_in_order_leaves_it_to_a_third(replicas: Replicas):
+    async def scenario() -> Teacher:
+        teacher = Teacher()
+        first, second = (replicas.one("host", Teacher(away=True)) for _ in range(2))
+        third = replicas.one("other", teacher)
+        await second.exchange()
+        three_wait(first)
+        await first.exchange()
+        await replicas.finds_gone(second)
+        await until(lambda: bool(second._heirs))
+        assert second.counts.pending == 3
+        await third.exchange()
+        await second.leave()
+        await third.exchange()
+        await until(lambda: not third._taking_up)
+        return teacher
+
+    assert asyncio.run(scenario()).asked == ["y1", "n", "y2"]
+    expected = after(SAME, DIFFERS, ESCALATED, SAME)
+    assert replicas.kept.watch.log_detectors == pytest.approx(expected)
+
+
+def test_one_that_was_only_thought_to_be_gone_is_counted_once(replicas: Replicas):
+    async def scenario() -> None:
+        hangs, lives = replicas.one("host", Teacher()), replicas.one("host", Teacher())
+        await lives.exchange()
+        three_wait(hangs)
+        await hangs.exchange()
+        await replicas.finds_gone(lives)
+        await until(lambda: replicas.kept.watch.n_audits == 4)
+        assert hangs.auditor
+        await worked(hangs, lambda: not hangs.auditor.n_pending)  # type: ignore[union-attr]
+        hangs.auditor.add("y3", answer())
+        await worked(hangs, lambda: not hangs.auditor.n_pending)  # type: ignore[union-attr]
+        await hangs.exchange()
+
+    asyncio.run(scenario())
+    expected = after(SAME, DIFFERS, ESCALATED, SAME, SAME)
+    assert replicas.kept.watch.log_detectors == pytest.approx(expected)
+
+
+def test_audits_that_were_taken_up_and_a_replicas_own_are_asked_one_at_a_time(tmp_path: Path):
+    under_way, most = 0, 0
+
+    class Slow(Teacher):
+        async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
+            nonlocal under_way, most
+            under_way += 1
+            most = max(most, under_way)
+            await asyncio.sleep(0.005)
+            under_way -= 1
+            return await super().labels(texts)
+
+    async def scenario() -> None:
+        turn, teacher = asyncio.Lock(), Slow()
+        of_both = [
+            Auditor(POLICY, teacher, None, busy=lambda: False, turn=turn)  # type: ignore[arg-type]
+            for _ in range(2)
+        ]
+        for auditor in of_both:
+            for _ in range(10):
+                auditor.add("y", answer())
+        tasks = [asyncio.create_task(auditor.run()) for auditor in of_both]
+        await until(lambda: not any(auditor.n_pending for auditor in of_both))
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(scenario())
+    assert most == 1
+
+
+def test_nothing_is_written_where_no_feedback_is_kept(tmp_path: Path):
+    def member(feedback: Any) -> Member:
+        loaded: Any = SimpleNamespace(
+            recipe=SimpleNamespace(cascade=SimpleNamespace(feedback=feedback)),
+            bundle=SimpleNamespace(bundle_id="b"),
+        )
+        ingress: Any = SimpleNamespace(
+            _replica="r", _agreement=SimpleNamespace(exchange=SimpleNamespace(remote=None)),
+            _heard=None, _audits=print,
+        )  # fmt: skip
+        cascade, rule = SimpleNamespace(breaker=None), SimpleNamespace(tighten=None)
+
+        def auditor(spool: Spool) -> Auditor:
+            return Auditor(POLICY, None, None, busy=lambda: True, spool=spool)  # type: ignore[arg-type]
+
+        return Ingress._member(ingress, loaded, rule, cascade, a_watch(), None, auditor)  # type: ignore[arg-type]
+
+    none = member(None)
+    assert none.auditor is None and none.spool is None and none.spools is None
+    kept = member(SimpleNamespace(to=str(tmp_path / "to")))
+    assert kept.auditor
+    kept.auditor.undecided("a text")
+    (file,) = tmp_path.rglob("*.jsonl")
+    assert file.relative_to(tmp_path).parts[:3] == ("to", "audits", "b")
+    without = Auditor(POLICY, None, None, busy=lambda: True)  # type: ignore[arg-type]
+    without.undecided("a text")
+    assert list(tmp_path.rglob("*.jsonl")) == [file]

@@ -26,6 +26,8 @@ from journeyman.errors import JourneymanError
 from serve.agreement import Agreed, Report
 from serve.billing import EVERY_S, LEAVES_WITHIN_S, TIMEOUT_S
 
+_ON_ITS_WAY_S = 60.0  # to a store, from a replica that stops
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
@@ -133,6 +135,11 @@ class Member:
             self.breaker.follow(agreed.breaker, time.monotonic())
 
     @property
+    def unspooled(self) -> str | None:
+        """Why audits that wait are in memory alone, if so."""
+        return self.spool.failure if self.spool else None
+
+    @property
     def counts(self) -> Counts:
         """Of this replica, with those that it took up."""
         here = [self, *self._heirs]
@@ -187,8 +194,10 @@ class Member:
         finally:
             working.cancel()
         await heir.leave()
-        with contextlib.suppress(JourneymanError):  # then the file stays, and says nothing new
-            await asyncio.to_thread(self.spools.forget, orphan.member)
+        for wait_s in (0.0, _ON_ITS_WAY_S):  # what it handed on may come behind its last words
+            await asyncio.sleep(wait_s)
+            with contextlib.suppress(JourneymanError):  # then the file stays, and says nothing new
+                await asyncio.to_thread(self.spools.forget, orphan.member)
 
     @property
     def _is_done(self) -> bool:

@@ -68,7 +68,7 @@ class Health:
             },
             "population_stability": self.stability.index(),
             "agreement_failure": self.member.failure,
-            "feedback_failure": self.journal.failure if self.journal else None,
+            "feedback_failure": self.journal and (self.journal.failure or self.member.unspooled),
             "feedback_lost": self.journal.n_lost if self.journal else 0,
         }
 

@@ -86,6 +86,7 @@ class Replicas:
 
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(members, "EVERY_S", 0.01)
+        monkeypatch.setattr(members, "_ON_ITS_WAY_S", 0.05)
         monkeypatch.setattr(orphans, "ASKED_FOR_S", 0.0)
         self._patch, self._tmp = monkeypatch, tmp_path
         self.to, self.shared = tmp_path / "to", Agreement(30.0)
@@ -239,6 +240,28 @@ def test_what_waits_as_a_replica_stops_in_order_is_taken_up_on_any_host(replicas
     expected = after(SAME, DIFFERS, ESCALATED, SAME)
     assert replicas.kept.watch.log_detectors == pytest.approx(expected)
     assert not replicas.texts("one") and not replicas.texts("other")
+
+
+def test_what_is_handed_on_once_another_one_has_it_from_the_spool_does_not_stay(
+    replicas: Replicas,
+):
+    """As where the store is slower than the teacher."""
+
+    async def scenario() -> None:
+        stops, lives = replicas.one("host", Teacher(away=True)), replicas.one("host", Teacher())
+        await lives.exchange()
+        three_wait(stops)
+        late: list[tuple[str, bytes]] = []
+        stops.keep = lambda name, content: late.append((name, content))
+        await stops.leave()
+        await lives.exchange()
+        await until(lambda: replicas.kept.watch.n_audits == 4)
+        for name, content in late:
+            Folder(replicas.to).put(name, content)
+        await until(lambda: not lives._taking_up)
+
+    asyncio.run(scenario())
+    assert not replicas.texts("host")
 
 
 def test_one_that_stops_unheard_leaves_what_waits_to_who_comes_next(replicas: Replicas):

@@ -86,6 +86,7 @@ class Spool:
             return
         try:
             self._append(one)
+            self.failure = None
         except OSError as error:
             self.failure = f"{type(error).__name__}: {error}"
             self._close()  # behind the piece of a line

@@ -194,10 +194,8 @@ class Member:
         finally:
             working.cancel()
         await heir.leave()
-        for wait_s in (0.0, _ON_ITS_WAY_S):  # what it handed on may come behind its last words
-            await asyncio.sleep(wait_s)
-            with contextlib.suppress(JourneymanError):  # then the file stays, and says nothing new
-                await asyncio.to_thread(self.spools.forget, orphan.member)
+        await asyncio.sleep(_ON_ITS_WAY_S)
+        await heir._forget()  # what it handed on may have come behind its last words
 
     @property
     def _is_done(self) -> bool:
@@ -218,6 +216,16 @@ class Member:
                 self.keep(*words)
         elif self._is_done and self.spool:
             self.spool.drop()
+            if self.breaker is None:
+                await self._forget()
+
+    async def _forget(self) -> None:
+        """What one that was taken up handed on. Where that cannot be deleted, it stays and says
+        nothing new."""
+        if self.spools:
+            with contextlib.suppress(JourneymanError, TimeoutError):
+                async with asyncio.timeout(LEAVES_WITHIN_S):
+                    await asyncio.to_thread(self.spools.forget, self.name)
 
     async def _hand_on(self) -> None:
         """What waits; what comes later lies in the spool alone."""

@@ -1,7 +1,9 @@
 """What a replica leaves that is gone is taken up by another one, in its order, and counts once."""
 
 import asyncio
+import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ from journeyman.cascade import orphans, watching
 from journeyman.cascade.answering import Unlabeled
 from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.breaker import Breaker
+from journeyman.cascade.budgets import Purse
 from journeyman.cascade.drift import Audit, Watch, start_watch
 from journeyman.cascade.policy import Decision, Policy
 from journeyman.cascade.refusals import TeacherAway
@@ -22,11 +25,16 @@ from journeyman.certify.calibration import Calibrator
 from journeyman.certify.confidence import Confidence
 from journeyman.folder import Folder
 from journeyman.recipe import Breaker as Settings
+from journeyman.recipe import Feedback
 from journeyman.teacher.answers import ClassLabels
-from serve import agreement, members
+from serve import agreement, loading, members
+from serve.accounts import account
 from serve.agreement import Agreed, Agreement, Report
-from serve.ingress import Ingress
+from serve.ingress import Ingress, _watch
+from serve.live import Served
 from serve.members import Member
+from serve.students import classifiers
+from tests.serve import tiny
 
 POLICY = Policy(
     label_names=("no", "yes"),
@@ -440,3 +448,60 @@ def test_nothing_is_written_where_no_feedback_is_kept(tmp_path: Path):
     without = Auditor(POLICY, None, None, busy=lambda: True)  # type: ignore[arg-type]
     without.undecided("a text")
     assert list(tmp_path.rglob("*.jsonl")) == [file]
+
+
+def test_audits_of_an_ingress_are_taken_up_by_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As it makes its auditors and their spools."""
+    monkeypatch.setattr(members, "EVERY_S", 0.01)
+    monkeypatch.setattr(members, "_ON_ITS_WAY_S", 0.05)
+    run, to = tiny.write_run(tmp_path), tmp_path / "to"
+    loaded = loading.load(run.bundle_dir)
+    feedback = Feedback(to=str(to), audit_rate=1.0)
+    cascade = loaded.recipe.cascade.model_copy(update={"feedback": feedback})
+    loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"cascade": cascade}))
+    shared = Agreement(30.0)
+
+    class Labels(Teacher):
+        rests = False
+
+        async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
+            if self.away:
+                raise TeacherAway("away", 1.0)
+            assert account.get().is_audit
+            self.asked += texts
+            return [
+                ClassLabels(class_logprobs=np.log([0.8, 0.1, 0.1]), label_mass=None,
+                            n_prompt_tokens=1, n_output_tokens=0)
+                for _ in texts
+            ]  # fmt: skip
+
+    class Here(Ingress):  # in no deployment
+        def __del__(self) -> None:  # type: ignore[override]
+            pass
+
+    def served(teacher: Labels) -> Served:
+        ingress: Any = Here.__new__(Here)
+        ingress._replica = uuid.uuid4().hex
+        ingress._agreement = SimpleNamespace(exchange=SimpleNamespace(remote=shared.exchange))
+        ingress._teacher, ingress._writers, ingress._busy_s = teacher, None, 0.0
+        ingress._measured, ingress._loaded, ingress._purse = {}, {}, Purse({})
+        ingress._heard = lambda _: None
+        return ingress._served(loaded, classifiers(loaded), _watch(loaded))
+
+    async def scenario() -> Labels:
+        stops, teacher = served(Labels(away=True)), Labels()
+        for text in texts:
+            await stops.answering.answer([text])
+        lives = served(teacher)
+        await stops.close()
+        await until(lambda: (lives.figures()["watch"] or {}).get("audits") == 3)
+        assert lives.figures()["watch"]["pending"] == lives.figures()["watch"]["stopped"] == 0
+        await lives.close()
+        return teacher
+
+    accepted = run.scores > run.bundle.accept_above
+    texts = [text for text, by_student in zip(tiny.TEXTS, accepted, strict=True) if by_student][:3]
+    assert asyncio.run(scenario()).asked == texts
+    assert not list(to.rglob("*.jsonl"))

@@ -78,12 +78,12 @@ def api(
                 "this cascade writes its answers; ask /v1/chat/completions or /v1/completions."
             )
         answers = await served.answering.answer(texts, request.model)
-        response.headers.update(headers_of(answers, bundle, request.model))
+        response.headers.update(headers_of(answers, served, request.model))
         return ClassifyAnswer(
             id=f"classify-{uuid.uuid4().hex}",
             model=request.model,
             bundle=bundle.bundle_id,
-            guarantee=promise_of(answers, bundle, request.model),
+            guarantee=promise_of(answers, served, request.model),
             results=_results(answers, bundle.label_names),
             usage=_usage(answers),
         )

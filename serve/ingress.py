@@ -301,6 +301,7 @@ class Ingress:
             close=close,
             longest_s=settings.request_timeout_s + _LAST_AUDITS_S,
             unready=lambda: student.unready,
+            tightened=lambda: rule.is_tightened,
         )
 
 

@@ -53,7 +53,8 @@ class UserConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """One bundle and what answers by it. longest_s: that a request may take with it."""
+    """One bundle and what answers by it. longest_s: that a request may take with it; tightened:
+    whether audits have found its promise broken."""
 
     bundle: PolicyBundle | WrittenBundle
     answering: Answering
@@ -62,6 +63,12 @@ class Served:
     close: Callable[[], Coroutine[Any, Any, None]]
     longest_s: float
     unready: Callable[[], str | None] = lambda: None  # why its student cannot decide now
+    tightened: Callable[[], bool] = lambda: False
+
+    @property
+    def guarantee(self) -> Literal["holds", "tightened"]:
+        """What holds now of the promise, but for single answers, in the words of our headers."""
+        return "tightened" if self.tightened() else "holds"
 
 
 class Live:
@@ -115,11 +122,13 @@ class Live:
         tried = self._candidate
         return {
             "bundle": self.bundle.bundle_id,
+            "guarantee": self._main.guarantee,
             **self._main.figures(),
             "candidate": None
             if tried is None or self._tried is None
             else {
                 "bundle": tried.bundle.bundle_id,
+                "guarantee": tried.guarantee,
                 "mode": self._tried.mode,
                 "share": self._tried.share,
                 "not_shadowed": self._n_not_shadowed,

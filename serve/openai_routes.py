@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from journeyman.cascade.answering import Answers, Asked
 from journeyman.cascade.policy import Decision
 from journeyman.cascade.refusals import ColumnsRefused
-from journeyman.certify.bundle import PolicyBundle, WrittenBundle
+from journeyman.certify.bundle import PolicyBundle
 from serve import errors
 from serve import openai_streams as streams
 from serve.live import Live, Served
@@ -81,9 +81,9 @@ def routes(live: Live) -> APIRouter:
         else:
             growing = Growing(answering)
             if begun := await growing.begun():
-                return _growing(growing, begun, served.bundle, request)  # type: ignore[return-value]
+                return _growing(growing, begun, served, request)  # type: ignore[return-value]
             answers = await growing.whole
-        body, headers = _chat(answers, served.bundle, request)
+        body, headers = _chat(answers, served, request)
         if request.stream:
             return streams.whole(streams.chat_chunks(body, request), headers)  # type: ignore[return-value]
         response.headers.update(headers)
@@ -113,9 +113,9 @@ def routes(live: Live) -> APIRouter:
             ],
             usage=_usage(answers),
             system_fingerprint=bundle.bundle_id,
-            journeyman=_note(answers, bundle, request.model, as_asked=whole),
+            journeyman=_note(answers, served, request.model, as_asked=whole),
         )
-        response.headers.update(headers_of(answers, bundle, request.model, as_asked=whole))
+        response.headers.update(headers_of(answers, served, request.model, as_asked=whole))
         if request.stream:
             return streams.whole(streams.text_chunks(body, request), response.headers)  # type: ignore[return-value]
         return body
@@ -124,10 +124,10 @@ def routes(live: Live) -> APIRouter:
 
 
 def _chat(
-    answers: Answers, bundle: PolicyBundle | WrittenBundle, request: ChatRequest
+    answers: Answers, served: Served, request: ChatRequest
 ) -> tuple[Chat, dict[str, str]]:
     """The answer to a message, and its headers."""
-    answer = said(answers.decisions[0], bundle, request)
+    answer = said(answers.decisions[0], served.bundle, request)
     logprobs = answer.chat_logprobs(request.top_logprobs or 0) if request.logprobs else None
     choice = ChatChoice(
         index=0,
@@ -141,34 +141,33 @@ def _chat(
         model=request.model,
         choices=[choice],
         usage=_usage(answers),
-        system_fingerprint=bundle.bundle_id,
-        journeyman=_note(answers, bundle, request.model, as_asked=answer.whole),
+        system_fingerprint=served.bundle.bundle_id,
+        journeyman=_note(answers, served, request.model, as_asked=answer.whole),
     )
-    return body, headers_of(answers, bundle, request.model, as_asked=answer.whole)
+    return body, headers_of(answers, served, request.model, as_asked=answer.whole)
 
 
 def _growing(
-    growing: Growing, begun: Decision, bundle: PolicyBundle | WrittenBundle, request: ChatRequest
+    growing: Growing, begun: Decision, served: Served, request: ChatRequest
 ) -> StreamingResponse:
     """Its headers promise nothing where the answer may be cut, which its last chunk knows."""
     never_cut = not request.stops and request.limit is None
-    headers = headers_of(Answers(decisions=(begun,)), bundle, request.model, as_asked=never_cut)
+    headers = headers_of(Answers(decisions=(begun,)), served, request.model, as_asked=never_cut)
     return streams.as_it_grows(
         growing,
-        lambda decision: said(decision, bundle, request).text,
-        lambda answers: _chat(answers, bundle, request)[0],
+        lambda decision: said(decision, served.bundle, request).text,
+        lambda answers: _chat(answers, served, request)[0],
         request,
         headers,
     )
 
 
-def _note(
-    answers: Answers, bundle: PolicyBundle | WrittenBundle, asked: Asked, *, as_asked: bool
-) -> Note:
+def _note(answers: Answers, served: Served, asked: Asked, *, as_asked: bool) -> Note:
+    bundle = served.bundle
     names = bundle.label_names if isinstance(bundle, PolicyBundle) else ()
     return Note(
         bundle=bundle.bundle_id,
-        guarantee=promise_of(answers, bundle, asked, as_asked=as_asked),
+        guarantee=promise_of(answers, served, asked, as_asked=as_asked),
         answered_by=[decision.answered_by for decision in answers.decisions],
         confidence=[decision.confidence for decision in answers.decisions],
         stage=[decision.stage for decision in answers.decisions],

@@ -14,6 +14,7 @@ from journeyman.certify.bundle import PolicyBundle, WrittenBundle
 from journeyman.certify.certificate import GuaranteeKind
 from journeyman.columns import packed
 from journeyman.errors import DataError
+from serve.live import Served
 
 MAX_TEXTS = 256
 MAX_CHARACTERS = 32_768
@@ -99,10 +100,12 @@ class Result(BaseModel):
 class Promise(BaseModel):
     """The guarantee under which the cascade answers; see GET /v1/bundle for how it came about."""
 
-    holds: bool = Field(
-        description="False where the student answered in place of a teacher that failed."
+    holds: bool = Field(description="Whether this is promised of these answers; see reason.")
+    reason: Literal["void", "tightened"] | None = Field(
+        description="Why it does not hold, null where it does. void: the student answered in place "
+        "of a teacher that failed. tightened: audits found it broken as certified; the threshold "
+        "is stricter since, and nothing is promised until a new bundle is certified."
     )
-
     kind: GuaranteeKind
     alpha: float = Field(description="The rate of the kind's disagreements is at most this,")
     delta: float = Field(description="but for this chance of bad luck in the certified rows.")
@@ -146,14 +149,20 @@ class ErrorAnswer(BaseModel):
 
 
 def promise_of(
-    answers: Answers, bundle: PolicyBundle | WrittenBundle, asked: Asked, *, as_asked: bool = True
+    answers: Answers, served: Served, asked: Asked, *, as_asked: bool = True
 ) -> Promise | None:
     """None where one model alone was asked; or where an answer was cut as the request wished
     (as_asked is false then), since the promise is about whole ones."""
     if asked != "cascade" or not as_asked:
         return None
-    served = bundle.served
-    return Promise(holds=not answers.void, kind=served.kind, alpha=served.alpha, delta=served.delta)
+    guarantee = served.bundle.served
+    return Promise(
+        holds=not answers.void and not served.tightened(),
+        reason="void" if answers.void else "tightened" if served.tightened() else None,
+        kind=guarantee.kind,
+        alpha=guarantee.alpha,
+        delta=guarantee.delta,
+    )
 
 
 # All that `headers_of` gives.
@@ -163,15 +172,15 @@ ANSWER_HEADERS = tuple(
 
 
 def headers_of(
-    answers: Answers, bundle: PolicyBundle | WrittenBundle, asked: Asked, *, as_asked: bool = True
+    answers: Answers, served: Served, asked: Asked, *, as_asked: bool = True
 ) -> dict[str, str]:
     """What a proxy or a log needs to know of an answer without reading it."""
     by = {decision.answered_by for decision in answers.decisions}
-    promise = promise_of(answers, bundle, asked, as_asked=as_asked)
-    guarantee = "none" if promise is None else "holds" if promise.holds else "void"
+    promise = promise_of(answers, served, asked, as_asked=as_asked)
+    guarantee = "none" if promise is None else promise.reason or "holds"
     headers = {
         "x-journeyman-answered-by": by.pop() if len(by) == 1 else "both",
-        "x-journeyman-bundle": bundle.bundle_id,
+        "x-journeyman-bundle": served.bundle.bundle_id,
         "x-journeyman-guarantee": guarantee,
     }
     stages = {decision.stage for decision in answers.decisions}

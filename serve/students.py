@@ -44,12 +44,18 @@ class Rule:
             else Policy.from_bundle(bundle)
         )
         self.when_changed: Callable[[], None] = lambda: None
+        self._certified = bundle.accept_above
         self._held: Policy | WrittenPolicy | None = None
 
     def hold(self) -> None:
         """Answer nothing until it is known how strict the audits have made the rule."""
         self._held = self.policy
         self.policy = self.policy.tightened(ESCALATE_EVERYTHING)
+
+    @property
+    def is_tightened(self) -> bool:
+        """Whether audits have found the promise broken, so that what is certified holds no more."""
+        return (self._held or self.policy).accept_above > self._certified
 
     def tighten(self, accept_above: float) -> None:
         changed = self._held is not None

@@ -237,11 +237,14 @@ def test_status_says_how_a_candidate_does_and_how_it_is_promoted(a_cluster: Clus
     assert "last minute nothing yet" in said
     assert "since tried 2.0% of 200 texts would be escalated" in said
     assert "serve deploy promote.yaml" in said
+    assert "promise system_agreement at most 0.1, confidence 90% threshold" in said
     assert "lost 3 rows of feedback" in said
     assert "dollars 1.50 for the teacher's answers, 0.25 for audits, some 1,234.50 saved" in said
-    a_cluster.told["/v1/figures"]["candidate"] = None
+    a_cluster.told["/v1/figures"] |= {"candidate": None, "guarantee": "tightened"}
     assert cli.main(["cascade", "status", a_cluster.url]) == 0
-    assert "candidate" not in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "candidate" not in said
+    assert "confidence 90%, as certified: audits found it broken" in said
     in_turn = [{"score": "margin", "threshold": 0.25}, {"score": "entropy", "threshold": None}]
     a_cluster.told["/v1/bundle"] = card | {"threshold": 0.0, "stages": {"students": in_turn}}
     a_cluster.told["/v1/figures"]["by_stage"] = {"1": 1200, "2": 30}

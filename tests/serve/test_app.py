@@ -79,8 +79,8 @@ def test_each_answer_names_the_bundle_and_what_it_promises(cascade: Running):
     answer = cascade.classify(cascade.run.accepted[0]).json()
     assert answer["object"] == "classification" and answer["model"] == "cascade"
     assert answer["bundle"] == cascade.run.bundle.bundle_id
-    promised = {"holds": True, "kind": "system_agreement", "alpha": 0.1, "delta": 0.2}
-    assert answer["guarantee"] == promised
+    promised = {"kind": "system_agreement", "alpha": 0.1, "delta": 0.2}
+    assert answer["guarantee"] == {"holds": True, "reason": None, **promised}
     again = cascade.classify(cascade.run.accepted[0]).json()
     assert answer["id"] != again["id"] and answer["results"] == again["results"]
 

@@ -46,8 +46,11 @@ def bundle(run: tiny.Run):
     return run.bundle
 
 
-def send(bundle, cascade: Cascade, method: str, path: str, unready=None, **request):
-    app = api(tiny.live(cascade, bundle), lambda: unready)  # type: ignore[arg-type]
+def send(
+    bundle, cascade: Cascade, method: str, path: str, unready=None, is_tightened=False, **request
+):
+    live = tiny.live(cascade, bundle, is_tightened=is_tightened)  # type: ignore[arg-type]
+    app = api(live, lambda: unready)
 
     async def call() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -169,6 +172,21 @@ def test_one_text_and_a_list_of_one_are_answered_alike(bundle):
     one, listed = post(bundle, {"input": "x"}).json(), post(bundle, {"input": ["x"]}).json()
     assert one["results"] == listed["results"]
     assert one["results"][0]["probabilities"]["travel"] == 0.9
+
+
+@pytest.mark.parametrize("is_tightened", [False, True])
+def test_an_answer_and_the_figures_say_whether_the_promise_holds(bundle, is_tightened: bool):
+    def ask(method: str, path: str, **request) -> httpx.Response:
+        return send(bundle, Cascade(), method, path, is_tightened=is_tightened, **request)
+
+    response = ask("POST", "/v1/classify", json={"input": "x"})
+    word = "tightened" if is_tightened else "holds"
+    assert response.headers["x-journeyman-guarantee"] == word
+    assert ask("GET", "/v1/figures").json()["guarantee"] == word
+    promise = response.json()["guarantee"]
+    assert (promise["holds"], promise["reason"]) == (
+        (False, "tightened") if is_tightened else (True, None)
+    )
 
 
 def test_it_is_ready_only_when_it_is(bundle):

@@ -54,9 +54,15 @@ def bundle(run: tiny.Run):
     return run.bundle
 
 
-def ask(bundle, talk: Callable[[openai.AsyncOpenAI], Awaitable], cascade: Cascade | None = None):
+def ask(
+    bundle,
+    talk: Callable[[openai.AsyncOpenAI], Awaitable],
+    cascade: Cascade | None = None,
+    is_tightened: bool = False,
+):
     """What ``talk`` returns; it is given the official client."""
-    app = api(tiny.live(cascade or Cascade(), bundle), lambda: None)  # type: ignore[arg-type]
+    live = tiny.live(cascade or Cascade(), bundle, is_tightened=is_tightened)  # type: ignore[arg-type]
+    app = api(live, lambda: None)
 
     async def call():
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -242,6 +248,21 @@ def test_an_answer_in_place_of_a_failing_teachers_says_that_nothing_is_promised(
             model="cascade", messages=user("x")
         )
 
-    response = ask(bundle, talk, Cascade(void=True))
-    assert response.headers["x-journeyman-guarantee"] == "void"
-    assert response.parse().journeyman["guarantee"]["holds"] is False
+    for is_tightened in (False, True):
+        response = ask(bundle, talk, Cascade(void=True), is_tightened)
+        assert response.headers["x-journeyman-guarantee"] == "void"
+        guarantee = response.parse().journeyman["guarantee"]
+        assert (guarantee["holds"], guarantee["reason"]) == (False, "void")
+
+
+def test_once_audits_found_the_promise_broken_answers_say_so(bundle):
+    async def talk(client):
+        create = client.chat.completions.with_raw_response.create
+        return [await create(model=model, messages=user("x")) for model in ("cascade", "student")]
+
+    of_cascade, of_student = ask(bundle, talk, is_tightened=True)
+    assert of_cascade.headers["x-journeyman-guarantee"] == "tightened"
+    guarantee = of_cascade.parse().journeyman["guarantee"]
+    assert (guarantee["holds"], guarantee["reason"]) == (False, "tightened")
+    assert guarantee["alpha"] == bundle.served.alpha
+    assert of_student.headers["x-journeyman-guarantee"] == "none"

@@ -23,11 +23,15 @@ def test_a_rule_that_is_held_answers_nothing_until_it_is_told(run: tiny.Run):
     assert by_student(student.decide(tiny.TEXTS)) == accepts and any(accepts)
     rule.hold()
     assert not any(by_student(student.decide(tiny.TEXTS)))
+    assert not rule.is_tightened, "nothing has been found yet"
     rule.tighten(run.bundle.accept_above)
     assert by_student(student.decide(tiny.TEXTS)) == accepts
+    assert not rule.is_tightened
     stricter = float(np.sort(run.scores[accepts])[0])
     rule.hold()
     rule.tighten(stricter)
+    assert rule.is_tightened
     assert sum(by_student(student.decide(tiny.TEXTS))) == sum(accepts) - 1
     rule.tighten(run.bundle.accept_above)  # never looser again
+    assert rule.is_tightened
     assert changes == [run.bundle.accept_above, stricter]

@@ -76,15 +76,17 @@ class Run:
         return [TEXTS[i] for i in np.argsort(self.scores) if not above[i]]
 
 
-def live(answering: Any, bundle: PolicyBundle | WrittenBundle) -> Live:
-    """A cascade that answers as told, by a bundle that stays."""
+def live(
+    answering: Any, bundle: PolicyBundle | WrittenBundle, *, is_tightened: bool = False
+) -> Live:
+    """A cascade that answers as told, by a bundle that stays; is_tightened: by its audits."""
 
     async def never(_: object) -> Any:
         raise AssertionError
 
     served = Served(
         bundle=bundle, answering=answering, figures=dict, decide=never, close=lambda: never(None),
-        longest_s=0,
+        longest_s=0, tightened=lambda: is_tightened,
     )  # fmt: skip
     return Live(served, never)
 

@@ -112,7 +112,7 @@ def _rows(ready: dict[str, Any], bundle: dict[str, Any], figures: dict[str, Any]
         ("state", ready.get("status") or ready["error"]["message"]),
         ("bundle", bundle["id"]),
         ("promise", f"{served['kind']} at most {served['alpha']:g}, "
-                    f"confidence {1 - served['delta']:.0%}"),
+                    f"confidence {1 - served['delta']:.0%}{_broken(figures)}"),
         ("threshold", _threshold(bundle)),
         ("last minute", _counts(figures["last_minute"])),
         ("since start", _counts(figures["totals"])),
@@ -127,6 +127,12 @@ def _rows(ready: dict[str, Any], bundle: dict[str, Any], figures: dict[str, Any]
         *_feedback_lost(figures["feedback_lost"]),
         *(("failing", f"{what}: {figures[name]}") for name, what in _FAILURES if figures[name]),
     ]  # fmt: skip
+
+
+def _broken(figures: dict[str, Any]) -> str:
+    if figures.get("guarantee") != "tightened":
+        return ""
+    return ", as certified: audits found it broken, and nothing is promised until a new bundle is"
 
 
 def _threshold(bundle: dict[str, Any]) -> str:

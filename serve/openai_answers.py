@@ -19,7 +19,7 @@ class Said:
     """Of one choice.
 
     ranked: alternatives at each token, the one said first, with their log-probabilities: all
-    labels, or the token alone where it was written. whole: not cut, unless it is a label.
+    labels, or the token alone where it was written. whole: not cut.
     """
 
     text: str
@@ -58,7 +58,8 @@ def said(
         return _written(decision.written, text, request.limit)
     assert isinstance(bundle, PolicyBundle)
     ranked = [_labels(decision, bundle)]  # a label is one token, whatever is cut of it
-    return Said(text=text, finish_reason="stop", whole=True, ranked=ranked)
+    whole = text == decision.label
+    return Said(text=text, finish_reason="stop", whole=whole, ranked=ranked)
 
 
 def _labels(decision: Decision, bundle: PolicyBundle) -> list[tuple[str, float]]:

@@ -113,7 +113,7 @@ def routes(live: Live) -> APIRouter:
             ],
             usage=_usage(answers),
             system_fingerprint=bundle.bundle_id,
-            journeyman=_note(answers, served, request.model, as_asked=whole),
+            journeyman=_note(answers, served, request, as_asked=whole),
         )
         response.headers.update(headers_of(answers, served, request.model, as_asked=whole))
         if request.stream:
@@ -123,9 +123,7 @@ def routes(live: Live) -> APIRouter:
     return router
 
 
-def _chat(
-    answers: Answers, served: Served, request: ChatRequest
-) -> tuple[Chat, dict[str, str]]:
+def _chat(answers: Answers, served: Served, request: ChatRequest) -> tuple[Chat, dict[str, str]]:
     """The answer to a message, and its headers."""
     answer = said(answers.decisions[0], served.bundle, request)
     logprobs = answer.chat_logprobs(request.top_logprobs or 0) if request.logprobs else None
@@ -142,7 +140,7 @@ def _chat(
         choices=[choice],
         usage=_usage(answers),
         system_fingerprint=served.bundle.bundle_id,
-        journeyman=_note(answers, served, request.model, as_asked=answer.whole),
+        journeyman=_note(answers, served, request, as_asked=answer.whole),
     )
     return body, headers_of(answers, served, request.model, as_asked=answer.whole)
 
@@ -162,16 +160,19 @@ def _growing(
     )
 
 
-def _note(answers: Answers, served: Served, asked: Asked, *, as_asked: bool) -> Note:
+def _note(
+    answers: Answers, served: Served, request: ChatRequest | CompletionRequest, *, as_asked: bool
+) -> Note:
     bundle = served.bundle
     names = bundle.label_names if isinstance(bundle, PolicyBundle) else ()
     return Note(
         bundle=bundle.bundle_id,
-        guarantee=promise_of(answers, served, asked, as_asked=as_asked),
+        guarantee=promise_of(answers, served, request.model, as_asked=as_asked),
         answered_by=[decision.answered_by for decision in answers.decisions],
         confidence=[decision.confidence for decision in answers.decisions],
         stage=[decision.stage for decision in answers.decisions],
         probabilities=[probabilities_of(d, names) for d in answers.decisions],
+        ignored=request.ignored(is_label=bool(names)),
     )
 
 

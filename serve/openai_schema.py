@@ -60,6 +60,11 @@ def _of_its_type(value: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+# What is sent is the one answer that was certified, whatever is asked for of these; a label is
+# never cut by its length.
+_OF_SAMPLING = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
+_OF_LENGTH = ("max_tokens", "max_completion_tokens")
+
 One = Annotated[Literal[1], _of_its_type(1)]
 Off = Annotated[Literal[False], _of_its_type(False)]
 
@@ -75,15 +80,18 @@ class _Common(Body):
     """Parameters of both endpoints.
 
     An answer is one of the labels, or the one that was certified: temperature, top_p, seed and
-    penalties are taken, as clients send them by default, and change nothing. A limit on its length
-    cuts one that was written, and then nothing is promised.
+    penalties are taken, as clients send them by default, and change nothing, which the answer says
+    (``ignored``). A limit on its length cuts one that was written, and a stop string any, and then
+    nothing is promised.
     """
 
     model: Asked
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = Field(
-        None, description="The answer ends in front of the first of these."
+        None,
+        description="The answer ends in front of the first of these; nothing is promised of one "
+        "that is cut.",
     )
     n: One | None = None
     user: str | None = None
@@ -93,6 +101,11 @@ class _Common(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    def ignored(self, *, is_label: bool) -> list[str]:
+        """Parameters that were sent and changed nothing, in our order; is_label: the answer is."""
+        without_effect = _OF_SAMPLING + (_OF_LENGTH if is_label else ())
+        return [name for name in without_effect if getattr(self, name, None) is not None]
 
     def cut(self, answer: str) -> str:
         """The answer up to the first stop string."""
@@ -149,11 +162,17 @@ class Note(BaseModel):
     """What the cascade says beside OpenAI's fields: of each choice, in order."""
 
     bundle: str
-    guarantee: Promise | None
+    guarantee: Promise | None = Field(
+        description="Null where one model was asked for, or an answer was cut by stop or a limit."
+    )
     answered_by: list[AnsweredBy]
     confidence: list[float | None]
     stage: list[int | None]
     probabilities: list[dict[str, float]]
+    ignored: list[str] = Field(
+        description="Parameters that the request set and that had no effect: those of sampling, "
+        "as the one answer that was certified is sent, and limits on the length of a label."
+    )
 
 
 class TokenUsage(BaseModel):

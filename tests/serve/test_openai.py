@@ -152,8 +152,48 @@ def test_completions_take_several_prompts_and_stop_strings(bundle):
     assert [(c.index, c.text) for c in both.choices] == [(0, "tra"), (1, "tra")]
     assert both.choices[0].logprobs.tokens == ["travel"]
     assert both.journeyman["answered_by"] == ["student", "teacher"]
+    assert both.journeyman["guarantee"] is None, "what is sent is no label that was certified"
     assert [c.choices[0].text for c in chunks] == ["travel", "travel"]
     assert chunks[-1].journeyman["guarantee"] is None
+
+
+def test_a_stop_string_that_cuts_a_label_takes_its_promise_and_another_does_not(bundle):
+    async def talk(client):
+        chat = client.chat.completions.with_raw_response
+        return [
+            await chat.create(model="cascade", messages=user("x"), stop=stop)
+            for stop in ("vel", ["", "\n"])
+        ]
+
+    cut, whole = ask(bundle, talk)
+    assert cut.parse().choices[0].message.content == "tra"
+    assert cut.parse().journeyman["guarantee"] is None
+    assert cut.headers["x-journeyman-guarantee"] == "none"
+    assert whole.parse().choices[0].message.content == "travel"
+    assert whole.headers["x-journeyman-guarantee"] == "holds"
+
+
+def test_parameters_that_change_nothing_are_named_where_they_were_sent(bundle):
+    async def talk(client):
+        chat = client.chat.completions
+        asked = {"model": "cascade", "messages": user("x")}
+        stream = await chat.create(**asked, seed=3, stream=True)
+        return [
+            await chat.create(**asked),
+            await chat.create(**asked, temperature=0, seed=7, top_p=None, max_completion_tokens=1),
+            await client.completions.create(
+                model="student", prompt="x", presence_penalty=0.5, frequency_penalty=0,
+                max_tokens=2, stop="?",
+            ),
+            [chunk async for chunk in stream][-1],
+        ]  # fmt: skip
+
+    assert [answer.journeyman["ignored"] for answer in ask(bundle, talk)] == [
+        [],
+        ["temperature", "seed", "max_completion_tokens"],
+        ["presence_penalty", "frequency_penalty", "max_tokens"],
+        ["seed"],
+    ]
 
 
 def test_the_models_are_the_cascade_and_its_two_members(bundle):

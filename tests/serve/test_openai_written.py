@@ -88,6 +88,8 @@ def test_the_answer_is_what_was_written_and_says_who_wrote_it():
     assert note["answered_by"] == ["student"] and note["confidence"] == [-0.25]
     assert note["probabilities"] == [{}] and note["guarantee"]["holds"] is True
     assert raw.headers["x-journeyman-guarantee"] == "holds"
+    assert note["ignored"] == ["temperature", "seed"]
+    assert chat(max_tokens=2).parse().journeyman["ignored"] == [], "it cuts what was written"
 
 
 def test_a_limit_cuts_between_tokens_and_then_nothing_is_promised():

@@ -274,9 +274,21 @@ def test_a_revision_of_a_teacher_that_is_no_repository_is_refused(
     assert "\n" not in words
 
 
+@pytest.mark.parametrize("setting", ["student_gpus=1", "student_cpus=4"])
+def test_an_engine_for_a_student_that_has_none_is_refused(setting: str):
+    name, _, _ = setting.partition("=")
+    words = sentence(f"cascade.{setting}")
+    assert words.startswith(f"{DEMO}: cascade.{name} would change nothing: it is of the engine of")
+    assert words.endswith("leave it out.") and "\n" not in words
+    default = recipe.load(DEMO).cascade.model_dump()[name]
+    recipe.load(DEMO, [f"cascade.{name}={default}"])
+    recipe.load(DEMO, [GENERATE, "student.kind=causal", f"cascade.{setting}"])
+
+
 def test_the_recipe_of_a_finished_run_is_read_with_settings_that_nothing_reads():
     finished = recipe.load(DEMO).model_dump(mode="json")
     finished["training"]["divergence"] = "reverse_kl"
+    finished["cascade"]["student_gpus"] = 1
     finished["teacher"] |= {"url": "http://api/v1", "revision": "v2"}
     assert recipe.parse(finished).training.divergence == "reverse_kl"
 

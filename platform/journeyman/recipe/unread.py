@@ -1,5 +1,5 @@
-"""Settings of ``training``, ``certify`` and teachers that nothing would read; of ``training``, by
-what is learned, one table.
+"""Settings of ``training``, ``certify``, ``cascade`` and teachers that nothing would read; of
+``training``, by what is learned, one table.
 
 A recipe that sets one to another value than its default is refused where its file is loaded, and
 not where it is read again from a finished run. ``student`` looks after its own.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from journeyman.recipe.labels import Classes, Generate, Logits, Rationales
-from journeyman.recipe.serving import Certify
+from journeyman.recipe.serving import Cascade, Certify
 from journeyman.recipe.student import Training
 from journeyman.recipe.teacher import Teacher
 
@@ -95,6 +95,7 @@ _READ: dict[str, tuple[Callable[[_Lesson], bool], str]] = {
 }
 
 _OF_WRITING = ("match", "samples")  # of ``certify``
+_OF_AN_ENGINE = ("student_cpus", "student_gpus")  # of ``cascade``
 
 
 def names(recipe: Recipe, *, as_text: bool = False) -> tuple[str, ...]:
@@ -138,6 +139,14 @@ def sentences(recipe: Recipe) -> list[str]:
             "(student.kind: causal); leave it out."
             for name in _OF_WRITING
             if getattr(recipe.certify, name) != fields[name].default
+        ]
+        fields = Cascade.model_fields
+        said += [
+            f"cascade.{name} would change nothing: it is of the engine of a student that writes "
+            "(student.kind: causal), and one that classifies is scored in the ingress, on its CPU; "
+            "leave it out."
+            for name in _OF_AN_ENGINE
+            if getattr(recipe.cascade, name) != fields[name].default
         ]
     return said
 

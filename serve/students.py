@@ -31,6 +31,9 @@ STUDENT_CPUS = 1
 # Of a batch, sorted by length, for one forward pass: 32 texts hold all lengths, and short passes
 # pad less (279 against 206 rows/s with 8 in place of 32, on one thread).
 _ROWS_A_PASS = 8
+# And so many tokens, padding included: a long text has a pass of its own, and pads no short ones.
+_TOKENS_A_PASS = 512
+_CHARACTERS_A_TOKEN = 4  # about; to tokenise each text twice would cost more than it tells
 
 
 class Rule:
@@ -92,7 +95,7 @@ class Encoders:
         worked: Callable[[float], None] = lambda _: None,
     ) -> None:
         """worked: told after each batch how many seconds it took."""
-        bundle, size = loaded.bundle, loaded.recipe.cascade.max_batch_size
+        bundle, cascade = loaded.bundle, loaded.recipe.cascade
         assert isinstance(bundle, PolicyBundle)
         self._columns, self._rule = bundle.columns, rule
         learner = loaded.recipe.learner()
@@ -100,7 +103,13 @@ class Encoders:
                  for stage in bundle.before]  # fmt: skip
         self._asked = list(zip(map(Inputs, [*reads, learner]), classifiers, strict=True))
         self._batchers = [
-            Batcher(partial(self.decide, stage=stage), size, worked)
+            Batcher(
+                partial(self.decide, stage=stage),
+                cascade.max_batch_size,
+                worked,
+                size_of=partial(_tokens, most=learner.max_length),
+                max_total=cascade.max_batch_tokens,
+            )
             for stage in range(len(classifiers))
         ]
         self.unready = None
@@ -131,13 +140,19 @@ class Encoders:
         """By one of the students, in its batcher's thread."""
         inputs, classifier = self._asked[stage]
         rows = inputs.all(unpacked(text, self._columns) for text in texts)
-        return self._policy.decide_batch(classifier.logits(rows, _ROWS_A_PASS), stage)
+        logits = classifier.logits(rows, _ROWS_A_PASS, _TOKENS_A_PASS)
+        return self._policy.decide_batch(logits, stage)
 
     @property
     def _policy(self) -> Policy:
         policy = self._rule.policy
         assert isinstance(policy, Policy)
         return policy
+
+
+def _tokens(text: str, most: int) -> int:
+    """That a student reads of a text, about; it cuts it at so many."""
+    return min(most, len(text) // _CHARACTERS_A_TOKEN + 1)
 
 
 def classifiers(loaded: Loaded) -> list[Classifier]:

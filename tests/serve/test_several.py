@@ -110,9 +110,9 @@ class Counting:
     def __init__(self, inner: Classifier) -> None:
         self.inner, self.n = inner, 0
 
-    def logits(self, texts, batch_size: int = 32) -> np.ndarray:
+    def logits(self, texts, batch_size: int, batch_tokens: int) -> np.ndarray:
         self.n += len(texts)
-        return self.inner.logits(texts, batch_size)
+        return self.inner.logits(texts, batch_size, batch_tokens)
 
 
 def asked(several: Several, tightened: float | None = None):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ Result = TypeVar("Result")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Waiting(Generic[Item, Result]):
     item: Item
+    size: int
     future: asyncio.Future[Result]
 
 
@@ -39,12 +41,18 @@ class Batcher(Generic[Item, Result]):
         work: Callable[[Sequence[Item]], Sequence[Result]],
         max_size: int,
         worked: Callable[[float], None] = lambda _: None,
+        size_of: Callable[[Item], int] = lambda _: 1,
+        max_total: float = math.inf,
     ) -> None:
-        """worked: told after each batch how many seconds it took."""
+        """max_size: items of a batch; worked: told after each batch how many seconds it took;
+        size_of: an item, in whatever its work grows with, tokens say; max_total: of a batch, but
+        for an item that alone is larger."""
         self._work = work
         self._worked = worked
         self._max_size = max_size
-        self._pace_s: float | None = None  # for an item, where batches are full
+        self._size_of, self._max_total = size_of, max_total
+        self._pace_s: float | None = None  # for one in size, where batches are full
+        self._size_waiting = 0
         self._waiting: deque[_Waiting[Item, Result]] = deque()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batcher")
@@ -62,6 +70,7 @@ class Batcher(Generic[Item, Result]):
                 await self._worker
         _cancel(self._waiting)
         self._waiting.clear()
+        self._size_waiting = 0
         await asyncio.to_thread(self._thread.shutdown)
 
     @property
@@ -72,7 +81,7 @@ class Batcher(Generic[Item, Result]):
     def wait_s(self) -> float:
         """Seconds until all that waits is worked on, at the pace of the last full batches; 0 where
         there was none yet."""
-        return len(self._waiting) * (self._pace_s or 0.0)
+        return self._size_waiting * (self._pace_s or 0.0)
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
         """Results of some items, in order; they may share batches with other callers' items.
@@ -81,38 +90,49 @@ class Batcher(Generic[Item, Result]):
         """
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[Result]] = [loop.create_future() for _ in items]
-        self._waiting.extend(
-            _Waiting(item=item, future=future) for item, future in zip(items, futures, strict=True)
-        )
+        came = [
+            _Waiting(item=item, size=self._size_of(item), future=future)
+            for item, future in zip(items, futures, strict=True)
+        ]
+        self._waiting.extend(came)
+        self._size_waiting += sum(waiting.size for waiting in came)
         self._arrived.set()
         return await asyncio.gather(*futures)
 
     async def _run(self) -> None:
         while True:
             await self._arrived.wait()
-            batch = self._take()
+            batch, is_full = self._take()
             try:
-                await self._answer(batch)
+                await self._answer(batch, is_full)
             except asyncio.CancelledError:
                 _cancel(batch)
                 raise
 
-    def _take(self) -> list[_Waiting[Item, Result]]:
-        """All that waits, oldest first, up to the largest batch."""
+    def _take(self) -> tuple[list[_Waiting[Item, Result]], bool]:
+        """All that waits, oldest first, up to the largest batch; and whether it is that."""
         batch: list[_Waiting[Item, Result]] = []
-        while self._waiting and len(batch) < self._max_size:
-            waiting = self._waiting.popleft()
+        total, is_full = 0, False
+        while self._waiting and not is_full:
+            waiting = self._waiting[0]
             if not waiting.future.done():
+                if batch and total + waiting.size > self._max_total:
+                    is_full = True
+                    break
                 batch.append(waiting)
+                total += waiting.size
+                is_full = len(batch) == self._max_size
+            self._waiting.popleft()
+            self._size_waiting -= waiting.size
         if not self._waiting:
             self._arrived.clear()
-        return batch
+        return batch, is_full
 
-    async def _answer(self, batch: list[_Waiting[Item, Result]]) -> None:
+    async def _answer(self, batch: list[_Waiting[Item, Result]], is_full: bool = False) -> None:
         if not batch:  # all of them gave up
             return
         try:
-            results = await self._work_on(batch)
+            results = await self._work_on(batch, is_full)
         except Exception as error:  # it belongs to the callers, whatever it is
             if len(batch) > 1:
                 for waiting in batch:
@@ -124,7 +144,9 @@ class Batcher(Generic[Item, Result]):
             if not waiting.future.done():
                 waiting.future.set_result(result)
 
-    async def _work_on(self, batch: list[_Waiting[Item, Result]]) -> Sequence[Result]:
+    async def _work_on(
+        self, batch: list[_Waiting[Item, Result]], is_full: bool
+    ) -> Sequence[Result]:
         items = [waiting.item for waiting in batch]
         began = time.monotonic()
         try:
@@ -136,12 +158,12 @@ class Batcher(Generic[Item, Result]):
             self._worked(seconds)
         if len(results) != len(items):
             raise RuntimeError(f"{len(items)} items went in and {len(results)} results came out")
-        self._keep_pace(seconds / len(items), is_full=len(items) == self._max_size)
+        self._keep_pace(seconds / max(1, sum(waiting.size for waiting in batch)), is_full)
         return results
 
     def _keep_pace(self, seconds: float, is_full: bool) -> None:
-        """seconds: an item. A batch that is not full takes longer for each, so it says something
-        only where it was quicker than the full ones."""
+        """seconds: for one in size. A batch that is not full takes longer for each, so it says
+        something only where it was quicker than the full ones."""
         if self._pace_s is None:
             self._pace_s = seconds if is_full else None
         elif is_full or seconds < self._pace_s:

@@ -338,10 +338,17 @@ class Cascade(Section):
         "where a key has one.",
     )
     feedback: Feedback | None = Field(None, description="By default no request is kept.")
-    max_batch_size: Count = Field(32, description="Rows that the student scores at a time.")
-    max_queued_requests: Count = Field(
-        512, description="Requests waiting for the teacher before further ones get 503."
+    max_batch_size: Count = Field(
+        32, description="Rows that a student that classifies scores at a time, at most,"
     )
+    max_batch_tokens: Count = Field(
+        2048, description="and about so many tokens (four characters each), or one longer row: "
+        "what came together with long texts does not wait for all of them.",
+    )  # fmt: skip
+    max_queued_requests: Count = Field(
+        512, description="Requests waiting for the teacher, of each replica of the ingress, before "
+        "further ones get 503.",
+    )  # fmt: skip
     max_student_queue: Count = Field(
         2048, description="Texts waiting for the student, of each replica, before further requests "
         "get 503; fewer where they take half of request_timeout_s.",

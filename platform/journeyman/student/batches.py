@@ -7,7 +7,7 @@ and any number of workers walks through the same global batches.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,22 @@ def epoch_batches(
         cut = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
         batches += [cut[i] for i in random.permutation(len(cut))]
     return batches
+
+
+def passes(lengths: np.ndarray, most_rows: int, most_tokens: int | None) -> Iterator[np.ndarray]:
+    """Rows of each forward pass, as indices, the shortest first: so many at most, and as few as
+    have no more than most_tokens, padding included, or one.
+
+    lengths: int64[n], tokens a row.
+    """
+    order, start = np.argsort(lengths, kind="stable"), 0
+    while start < len(order):
+        batch = order[start : start + most_rows]
+        if most_tokens is not None:  # padded to each in turn, as the longest
+            padded = lengths[batch] * np.arange(1, len(batch) + 1)
+            batch = batch[: max(1, int(np.searchsorted(padded, most_tokens, side="right")))]
+        yield batch
+        start += len(batch)
 
 
 def shard(batch: np.ndarray, rank: int, world_size: int) -> np.ndarray:

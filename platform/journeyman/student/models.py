@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from journeyman.errors import ModelError
-from journeyman.student.batches import TokenRows, tokenise
+from journeyman.student.batches import TokenRows, passes, tokenise
 from journeyman.student.inputs import Input
 
 if TYPE_CHECKING:
@@ -164,17 +164,22 @@ def no_cache(model: Any) -> dict[str, bool]:
 
 
 def logits_of(
-    model: PreTrainedModel, rows: TokenRows, *, pad_id: int, batch_size: int
+    model: PreTrainedModel,
+    rows: TokenRows,
+    *,
+    pad_id: int,
+    batch_size: int,
+    batch_tokens: int | None = None,
 ) -> np.ndarray:
-    """float32[n, c], in the order of the rows; batched by length, without gradients."""
+    """float32[n, c], in the order of the rows; batched by length, without gradients. batch_tokens:
+    of a batch at most, as ``passes`` counts them."""
     import torch
 
     n_labels = model.config.num_labels
     result = np.empty((len(rows), n_labels), np.float32)
-    order, options = np.argsort(rows.lengths, kind="stable"), no_cache(model)
+    options = no_cache(model)
     with torch.no_grad():  # in inference mode sharded weights could not learn afterwards
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in passes(rows.lengths, batch_size, batch_tokens):
             input_ids, mask = tensors(rows, batch, pad_id, model.device)
             logits = model(input_ids=input_ids, attention_mask=mask, **options).logits
             result[batch] = logits.float().cpu()
@@ -219,14 +224,19 @@ class Classifier:
             raise ModelError(f"{path}: the student cannot be loaded ({error}).") from error
         return cls(model, load_tokenizer(path))
 
-    def logits(self, texts: Sequence[Input], batch_size: int = 32) -> np.ndarray:
-        """float32[n, c], columns as in ``labels``; texts: as the recipe's ``Inputs`` makes them."""
+    def logits(
+        self, texts: Sequence[Input], batch_size: int = 32, batch_tokens: int | None = None
+    ) -> np.ndarray:
+        """float32[n, c], columns as in ``labels``; texts: as the recipe's ``Inputs`` makes them;
+        batch_size, batch_tokens: of one forward pass, see ``passes``."""
         import torch
 
         rows = tokenise(self._tokenizer, texts, self._tokenizer.model_max_length)
         pad_id = self._tokenizer.pad_token_id or 0  # as ``Classifying`` pads
         with torch.inference_mode():
-            return logits_of(self.model, rows, pad_id=pad_id, batch_size=batch_size)
+            return logits_of(
+                self.model, rows, pad_id=pad_id, batch_size=batch_size, batch_tokens=batch_tokens
+            )
 
 
 @contextlib.contextmanager

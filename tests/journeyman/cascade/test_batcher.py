@@ -100,6 +100,48 @@ def test_every_caller_gets_its_results_in_order_and_no_batch_is_too_large(sizes,
     ]
 
 
+def in_batches(sizes: Sequence[int], max_size: int, max_total: int) -> list[list[int]]:
+    """The batches of items of these sizes that all wait together."""
+    work = Work()
+
+    async def test() -> None:
+        batcher: Batcher[int, int] = Batcher(
+            work, max_size, size_of=lambda item: item, max_total=max_total
+        )
+        batcher.start()
+        first = await while_one_is_running(batcher, work)
+        waiting = asyncio.create_task(batcher.submit(sizes))
+        await asyncio.sleep(0)
+        work.go_on.set()
+        await first
+        assert await waiting == [size**2 for size in sizes]
+        await batcher.close()
+
+    asyncio.run(test())
+    return work.batches[1:]
+
+
+def test_a_long_item_is_no_company_for_many_short_ones():
+    assert in_batches([6] * 31 + [512], 32, 512) == [[6] * 31, [512]]
+    assert in_batches([512] + [6] * 31, 32, 512) == [[512], [6] * 31]
+    assert in_batches([600, 1], 32, 512) == [[600], [1]], "one alone may be larger"
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=20),
+    max_size=st.integers(1, 5),
+    max_total=st.integers(1, 20),
+)
+def test_batches_are_as_large_as_both_limits_let_them_be(sizes, max_size: int, max_total: int):
+    batches = in_batches(sizes, max_size, max_total)
+    assert [size for batch in batches for size in batch] == sizes
+    for batch, after in zip(batches, [*batches[1:], []], strict=True):
+        assert len(batch) == 1 or (len(batch) <= max_size and sum(batch) <= max_total)
+        if after:
+            assert len(batch) == max_size or sum(batch) + after[0] > max_total
+
+
 def test_an_error_reaches_the_caller_whose_item_it_is_about_and_no_other():
     async def test(batcher: Batcher, work: Work) -> None:
         first = await while_one_is_running(batcher, work)
@@ -200,5 +242,32 @@ def test_what_waits_takes_as_long_as_at_the_pace_of_full_batches() -> None:
         assert none == 0.0 and batcher.wait_s == 0.0
         assert of_one == pytest.approx(full / 40) and 0.4 <= full < 4
         assert quicker < full
+
+    asyncio.run(ask())
+
+
+def test_long_items_that_wait_take_longer_than_as_many_short_ones() -> None:
+    def work(sizes: Sequence[int]) -> list[int]:
+        time.sleep(0.001 * sum(sizes))
+        return list(sizes)
+
+    async def ask() -> None:
+        batcher: Batcher[int, int] = Batcher(work, 4, size_of=lambda item: item, max_total=40)
+        batcher.start()
+        await batcher.submit([20, 20, 1])  # full by its total, which sets the pace
+        waits = []
+        for sizes in ([10] * 4, [1] * 4):
+            task = asyncio.create_task(batcher.submit(sizes))
+            await asyncio.sleep(0)
+            waits.append(batcher.wait_s)
+            await task
+        long, short = waits
+        assert long > 3 * short and 0.04 <= long < 0.4
+        assert batcher.wait_s == 0.0
+        gone = asyncio.create_task(batcher.submit([30]))
+        await asyncio.sleep(0)
+        gone.cancel()
+        assert await batcher.submit([1]) == [1] and batcher.wait_s == 0.0
+        await batcher.close()
 
     asyncio.run(ask())

@@ -60,6 +60,31 @@ def test_bucketing_saves_padding() -> None:
     assert computed(bucketed) < 0.75 * computed(random)
 
 
+def test_a_long_text_pads_no_short_ones() -> None:
+    lengths = np.array([7, 512, *[6] * 30])
+    rows = [len(batch) for batch in batches.passes(lengths, 8, 512)]
+    assert rows == [8, 8, 8, 7, 1]
+    [*_, last] = batches.passes(lengths, 8, 512)
+    assert last.tolist() == [1]
+    assert [len(batch) for batch in batches.passes(lengths, 8, None)] == [8] * 4
+
+
+@given(row_lengths, st.integers(1, 10), st.none() | st.integers(1, 100))
+def test_each_row_has_one_pass_which_is_as_large_as_its_limits_let_it_be(
+    lengths: np.ndarray, most_rows: int, most_tokens: int | None
+) -> None:
+    found = list(batches.passes(lengths, most_rows, most_tokens))
+    assert sorted(np.concatenate(found)) == list(range(len(lengths)))
+    most = np.inf if most_tokens is None else most_tokens
+    for batch, after in zip(found, [*found[1:], None], strict=True):
+        longest = lengths[batch].max()
+        assert len(batch) <= most_rows and (len(batch) == 1 or len(batch) * longest <= most)
+        if after is not None:
+            assert longest <= lengths[after[0]]
+            one_more = (len(batch) + 1) * lengths[after[0]]
+            assert len(batch) == most_rows or one_more > most
+
+
 @pytest.mark.parametrize("pairs", [False, True])
 def test_many_texts_have_the_tokens_that_each_has_alone(
     pairs: bool, tiny_encoder: Model, monkeypatch: pytest.MonkeyPatch

@@ -88,8 +88,10 @@ class Result(BaseModel):
     answered_by: AnsweredBy
     confidence: float | None = Field(
         description="The student's score, which the bundle's threshold is compared with; null if "
-        "the student was not asked. Of several students, of the one that answered, or of the last "
-        "that was asked, less its own threshold."
+        "the student was not asked, or the text is longer than any that was certified (`longest` "
+        "of GET /v1/bundle): such a text is the teacher's, however sure the student is. Of "
+        "several students, of the one that answered, or of the last that was asked, less its own "
+        "threshold."
     )
     stage: int | None = Field(
         None, description="Of several students, which one answered, counted from 1."

@@ -11,12 +11,12 @@ from typing import Protocol
 
 from journeyman.cascade.answering import StudentDecisions
 from journeyman.cascade.batcher import Batcher
-from journeyman.cascade.policy import Decision, Escalation, Policy
+from journeyman.cascade.policy import Decision, Escalation, Policy, beyond
 from journeyman.cascade.written_policy import WrittenPolicy
 from journeyman.certify import written
 from journeyman.certify.bundle import PolicyBundle, WrittenBundle
 from journeyman.certify.thresholds import ESCALATE_EVERYTHING
-from journeyman.columns import unpacked
+from journeyman.columns import n_characters, unpacked
 from journeyman.errors import BundleMismatch
 from journeyman.student.inputs import Inputs
 from journeyman.student.models import Classifier
@@ -48,6 +48,7 @@ class Rule:
         )
         self.when_changed: Callable[[], None] = lambda: None
         self._certified = bundle.accept_above
+        self._longest, self._columns = bundle.longest, bundle.columns
         self._held: Policy | WrittenPolicy | None = None
 
     def hold(self) -> None:
@@ -59,6 +60,20 @@ class Rule:
     def is_tightened(self) -> bool:
         """Whether audits have found the promise broken, so that what is certified holds no more."""
         return (self._held or self.policy).accept_above > self._certified
+
+    def within(
+        self, texts: Sequence[str], decided: Sequence[Decision | Escalation]
+    ) -> list[Decision | Escalation]:
+        """What the student decided of these texts, but for those that are longer than any that was
+        certified: it would cut them, and the promise is not about them."""
+        if self._longest is None:
+            return list(decided)
+        return [
+            beyond(one)
+            if n_characters(unpacked(text, self._columns), self._columns) > self._longest
+            else one
+            for text, one in zip(texts, decided, strict=True)
+        ]
 
     def tighten(self, accept_above: float) -> None:
         changed = self._held is not None
@@ -141,7 +156,7 @@ class Encoders:
         inputs, classifier = self._asked[stage]
         rows = inputs.all(unpacked(text, self._columns) for text in texts)
         logits = classifier.logits(rows, _ROWS_A_PASS, _TOKENS_A_PASS)
-        return self._policy.decide_batch(logits, stage)
+        return self._rule.within(texts, self._policy.decide_batch(logits, stage))
 
     @property
     def _policy(self) -> Policy:

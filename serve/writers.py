@@ -277,7 +277,8 @@ class Writer:
             ) from refusal
         policy = self._rule.policy
         assert isinstance(policy, WrittenPolicy)
-        return policy.decide_batch([one if isinstance(one, Written) else None for one in said])
+        answers = [one if isinstance(one, Written) else None for one in said]
+        return self._rule.within(items, policy.decide_batch(answers))
 
     async def _keep(self) -> None:
         while True:

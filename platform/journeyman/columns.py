@@ -33,6 +33,11 @@ def packed(row: str | Mapping[str, str], columns: Sequence[str]) -> str:
     return json.dumps({name: row[name] for name in sorted(columns)}, ensure_ascii=False)
 
 
+def n_characters(row: Mapping[str, object], columns: Sequence[str]) -> int:
+    """Of these columns together, as long as a row may be for a request."""
+    return sum(len(str(row.get(name, ""))) for name in columns)
+
+
 def unpacked(text: str, columns: Sequence[str]) -> dict[str, str]:
     """The row that was packed; columns: the same as then."""
     if list(columns) == [TEXT]:

@@ -1,5 +1,5 @@
-"""The rule by which a replica answers: while it is not known how strict it must be;
-and how its student reads long texts."""
+"""The rule by which a replica answers: while it is not known how strict it must be, and of texts
+that are longer than any that was certified; and how its student reads long ones."""
 
 import asyncio
 from collections.abc import Sequence
@@ -8,10 +8,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from journeyman.cascade.answering import Cascade
+from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.policy import Decision, Escalation
+from journeyman.cascade.refusals import TeacherUnavailable
+from journeyman.cascade.watching import UNANSWERED
+from journeyman.columns import packed
+from journeyman.recipe import Cascade as Settings
+from journeyman.teacher.answers import ClassLabels
 from serve import loading, students
 from serve.students import Encoders, Rule, classifiers
 from tests.serve import tiny
+
+
+def loaded_with(run: tiny.Run, **changes: object) -> loading.Loaded:
+    """The run's bundle with other fields."""
+    loaded = loading.load(run.bundle_dir)
+    return replace(loaded, bundle=loaded.bundle.model_copy(update=changes))
 
 
 def by_student(decisions: Sequence[Decision | Escalation]) -> list[bool]:
@@ -39,6 +52,78 @@ def test_a_rule_that_is_held_answers_nothing_until_it_is_told(run: tiny.Run):
     rule.tighten(run.bundle.accept_above)  # never looser again
     assert rule.is_tightened
     assert changes == [run.bundle.accept_above, stricter]
+
+
+class Teacher:
+    """Says the first label to all, or is away."""
+
+    def __init__(self, is_away: bool = False) -> None:
+        self.asked: list[str] = []
+        self.is_away = is_away
+
+    async def labels(self, texts: Sequence[str], hear: object = None) -> list[ClassLabels]:
+        self.asked += texts
+        if self.is_away:
+            raise TeacherUnavailable("away")
+        said = np.log(np.array([0.8, 0.1, 0.1], np.float32))
+        return [
+            ClassLabels(class_logprobs=said, label_mass=None, n_prompt_tokens=9, n_output_tokens=1)
+            for _ in texts
+        ]
+
+
+def test_a_text_longer_than_any_that_was_certified_is_the_teachers_however_sure_the_student(
+    run: tiny.Run,
+):
+    accepted = sorted(run.accepted, key=len)
+    longest, long = accepted[0], next(text for text in accepted if len(text) > len(accepted[0]))
+    loaded = loaded_with(run, longest=len(longest))
+    rule, teacher = Rule(loaded), Teacher()
+
+    async def test() -> None:
+        student = Encoders(loaded, classifiers(loaded), rule)
+        student.start()
+        cascade = Cascade(rule.policy, student, teacher, Settings())
+        short, escalated = (await cascade.answer([longest, long])).decisions
+        assert (short.answered_by, escalated.answered_by) == ("student", "teacher")
+        assert escalated.confidence is None and teacher.asked == [long]
+        [alone] = (await cascade.answer([long], "student")).decisions
+        assert alone.label and alone.confidence is None
+        auditor = Auditor(rule.policy, teacher, student, busy=lambda: False)
+        auditor.add(long, escalated)  # no rung answers it, so it is no error of the student's
+        assert auditor.outcomes() == [UNANSWERED]
+        degrading = Settings(when_teacher_fails="degrade")
+        cascade = Cascade(rule.policy, student, Teacher(is_away=True), degrading)
+        answers = await cascade.answer([long])
+        assert answers.void == {0} and answers.decisions[0].answered_by == "student"
+        await student.close()
+
+    asyncio.run(test())
+
+
+def test_a_bundle_that_does_not_say_how_long_its_rows_were_takes_texts_of_any_length(
+    run: tiny.Run,
+):
+    loaded = loading.load(run.bundle_dir)
+    assert loaded.bundle.longest is None
+    assert "longest" not in (run.bundle_dir / "bundle.json").read_text()
+    rule = Rule(loaded)
+    sure = Decision(
+        answered_by="student", label="travel", confidence=1.0, probabilities=np.array([0, 1, 0])
+    )
+    assert rule.within(["x" * 30_000], [sure]) == [sure]
+
+
+@pytest.mark.parametrize(("passage", "is_within"), [("four", True), ("fives", False)])
+def test_all_columns_of_a_row_count(run: tiny.Run, passage: str, is_within: bool):
+    """Together, and not what holds them together in one text."""
+    columns = ("passage", "text")
+    rule = Rule(loaded_with(run, columns=columns, longest=7))
+    sure = Decision(
+        answered_by="student", label="travel", confidence=1.0, probabilities=np.array([0, 1, 0])
+    )
+    [decided] = rule.within([packed({"text": "who", "passage": passage}, columns)], [sure])
+    assert isinstance(decided, Decision) == is_within
 
 
 def test_one_long_text_among_many_short_ones_is_read_by_itself(

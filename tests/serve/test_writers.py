@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 
 from journeyman import recipe
-from journeyman.cascade.policy import Written
+from journeyman.cascade.policy import Decision, Escalation, Written
 from journeyman.errors import BundleMismatch, ModelError
 from journeyman.models import Model
 from journeyman.recipe import Generate
 from serve import loading, writers
 from serve.ingress import Ingress
 from serve.loading import Loaded
+from serve.students import Rule
 from serve.teacher import Unavailable
 from serve.writers import Standing, Student
 from tests.serve import tiny
@@ -259,6 +261,25 @@ def test_two_students_that_a_gpu_has_no_room_for_are_refused_before_one_is_start
         loading.check_fits(
             Loaded(bundle=bundle, recipe=unlike.recipe, student=unlike.student,
                    teacher=unlike.teacher, where="b"), on_gpu)  # fmt: skip
+
+
+def test_a_text_longer_than_any_that_was_certified_is_the_teachers_though_the_student_wrote():
+    of = loaded("a")
+    of = replace(of, bundle=of.bundle.model_copy(update={"longest": 3}))
+
+    async def scenario() -> None:
+        writer = writers.Writer(SimpleNamespace(), of, Rule(of), lambda: True)  # type: ignore[arg-type]
+
+        async def labels(texts: Sequence[str]) -> list[Written]:
+            return [wrote(f"to {text}") for text in texts]
+
+        writer._engine.labels = labels  # type: ignore[method-assign]
+        short, long = await writer.submit(["who", "whom"])
+        assert isinstance(short, Decision) and short.confidence == -0.5
+        assert isinstance(long, Escalation) and long.student is not None
+        assert (long.student.label, long.student.confidence) == ("to whom", None)
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,10 @@ class Decision:
     """One text's answer.
 
     label: the class, or what was written; confidence: the student's score, None if it was not
-    asked; probabilities: float64[c], of who answered (of the mixture, where the bundle has one and
-    the teacher was asked), in the order of the bundle's label names, of classes; written: of
-    students that write; stage: of several students the one that answered, counted from 1.
+    asked, or is nothing to go by; probabilities: float64[c], of who answered (of the mixture, where
+    the bundle has one and the teacher was asked), in the order of the bundle's label names, of
+    classes; written: of students that write; stage: of several students the one that answered,
+    counted from 1.
     """
 
     answered_by: AnsweredBy
@@ -161,10 +162,11 @@ class Policy:
     ) -> Decision:
         """class_logprobs: float[c] of one text, before prior correction, as labeling has them.
 
-        student: what it said, where it was asked first; its opinion counts if the bundle mixes.
+        student: what it said, where it was asked first; its opinion counts if the bundle mixes,
+        and if it is one on a text like those that were certified.
         """
         probabilities = np.exp(corrected(np.asarray(class_logprobs), self.teacher_log_prior))
-        if self.mixture and student:
+        if self.mixture and student and student.confidence is not None:
             mixed = self.mixture.of(student.probabilities[None], probabilities[None])
             probabilities = mixed[0]
         return self._decision("teacher", probabilities, student.confidence if student else None)
@@ -183,6 +185,13 @@ class Policy:
             probabilities=probabilities,
             stage=stage,
         )
+
+
+def beyond(decided: Decision | Escalation) -> Escalation:
+    """Of a text that is outside of what was certified: the teacher's, whatever the student says. No
+    score of such a text was ever tested, so it has none, for the watch over the promise neither."""
+    student = decided.student if isinstance(decided, Escalation) else decided
+    return Escalation(student=student and replace(student, confidence=None))
 
 
 def student_answers(decisions: Sequence[Decision | Escalation]) -> list[Decision | None]:

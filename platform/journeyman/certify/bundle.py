@@ -55,6 +55,14 @@ class Bundle(Part):
     columns: tuple[Text, ...] = Field(
         default=("text",), description="that a request must have; a text where it is `text` alone"
     )
+    # Not written where it is not known: such a bundle's digest is as it was before.
+    longest: int | None = Field(
+        default=None,
+        ge=1,
+        exclude_if=lambda longest: longest is None,
+        description="characters of the longest certify row, over `columns`: what is longer is the "
+        "teacher's, however sure the student is; null: nothing is by its length",
+    )
     threshold: WrittenThreshold = Field(
         description="the student answers strictly above it; null escalates everything"
     )

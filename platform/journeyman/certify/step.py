@@ -29,6 +29,7 @@ from journeyman.certify.ledger import Ledger
 from journeyman.certify.recommendation import caveats, recommend, repeated
 from journeyman.certify.several import OneOfSeveral, Several, certify_several
 from journeyman.certify.spending import spend_rows, write_beside
+from journeyman.columns import n_characters
 from journeyman.errors import DataError
 from journeyman.folder import Folder
 from journeyman.labels.dataset import ClassRows
@@ -92,10 +93,12 @@ def certify(
     curve = cost_quality_curve(routed.confidence, certified.differs, *(certified.right() or ()))
     own, right = last.class_thresholds, calibrate.right_where_known()
     whose = "the mixture's" if mixture else "the teacher's"
+    columns = tuple(corpus.prompt_columns(recipe))
     bundle = PolicyBundle(
         **bundles.of_models(student, teacher),
         prompt_digest=prompt_digest(recipe.classes()),
-        columns=tuple(corpus.prompt_columns(recipe)),
+        columns=columns,
+        longest=max(n_characters(row, columns) for row in certified.rows.columns),
         label_names=rows.labels,
         score=last.score,
         deferral_head=last.head,

@@ -180,8 +180,7 @@ def certify(
     held_out = HeldOut(
         recipe=recipe, asked=asked, splits=splits, folder=folder, on_progress=on_progress
     )
-    answers = held_out.by_student(corpus_dir, student)
-    parts, judge = _parts(held_out, labels, answers, student, teacher)
+    parts, judge = _parts(held_out, labels, corpus_dir, student, teacher)
     certified = parts["certify"]
     confidence, certificates = _decide(settings, parts["calibrate"], certified)
     ids = {split: part.ids for split, part in parts.items()}
@@ -193,7 +192,8 @@ def certify(
     bundle = WrittenBundle(
         **bundles.of_models(student, teacher),
         prompt_digest=digest(asked.asked()),
-        columns=tuple(corpus.prompt_columns(recipe)),
+        columns=(columns := tuple(corpus.prompt_columns(recipe))),
+        longest=held_out.longest(certified.ids, columns),
         score=confidence.score,
         deferral_head=confidence.head,
         samples=(taken := _samples(settings) if confidence.score in SAMPLED else None),
@@ -222,12 +222,12 @@ def certify(
 
 
 def _parts(
-    held_out: HeldOut, labels: str | Path, answers: Path, student: Model, teacher: Model
+    held_out: HeldOut, labels: str | Path, corpus_dir: str | Path, student: Model, teacher: Model
 ) -> tuple[dict[str, WrittenRows], JudgeRecord | None]:
     """The rows of each split, with all that besides the student's answers has to be written for
     them; and who judged them, if anybody did."""
-    recipe = held_out.recipe
-    samples = _samples(recipe.certify)
+    recipe, samples = held_out.recipe, _samples(held_out.recipe.certify)
+    answers = held_out.by_student(corpus_dir, student)
     drawn = held_out.sampled(student, samples) if samples else None
     if isinstance(recipe.labels, Logits):
         labels = held_out.by_teacher(teacher, question(recipe))

@@ -10,6 +10,7 @@ for a student and a question, and gone on with where a run was killed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 from journeyman import corpus, files
 from journeyman.certify import consistency
 from journeyman.certify.bundle import Samples
+from journeyman.columns import n_characters
 from journeyman.labels import dataset, pipeline
 from journeyman.models import Model
 from journeyman.recipe import Classes, Generate, Rationales, Recipe, Teacher, digest
 from journeyman.student import round_corpus, writing
+from journeyman.teacher.tasks import row_values
 
 if TYPE_CHECKING:
     from journeyman.labels.progress import LabelProgress
@@ -88,6 +91,17 @@ class HeldOut:
         changes = {"labels": asked, "teacher": settings, "ensemble": {}}
         by_judge = self.recipe.model_copy(update=changes)
         return self._labeled(by_judge, judge, OF_JUDGE, folder / "pairs")
+
+    def longest(self, ids: Sequence[str], columns: Sequence[str]) -> int:
+        """Characters of the longest of these rows, as they are asked about."""
+        lengths, among = [0], set(ids)
+        for shard in corpus.read_manifest(self.prompts)["shards"]:
+            table = corpus.read_shard(self.prompts, shard["name"]).select(["id", "text", "meta"])
+            for row in table.to_pylist():
+                if row["id"] in among:
+                    values = row_values(row["text"], json.loads(row["meta"] or "{}"))
+                    lengths.append(n_characters(values, columns))
+        return max(lengths)
 
     def _of_student(self, student: Model, asked: Generate | Rationales) -> Recipe:
         return writing.written_by(self.recipe, student.path, asked)

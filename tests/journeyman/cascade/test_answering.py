@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from journeyman.cascade.answering import Answers, Cascade, Unlabeled
-from journeyman.cascade.policy import Decision, Escalation, Policy
+from journeyman.cascade.policy import Decision, Escalation, Policy, beyond
 from journeyman.cascade.refusals import (
     DeadlinePassed,
     Overloaded,
@@ -120,6 +120,10 @@ def test_an_escalated_text_is_answered_with_both_opinions_where_the_bundle_mixes
         assert (both.label, both.answered_by) == ("yes", "teacher")
         [alone] = (await cascade.answer(["hm"], "teacher")).decisions
         assert alone.label == "no"
+        [student] = await asked.student.submit(["sure"])
+        said = (await asked.teacher.labels(["sure"]))[0]
+        outside = mixing.escalated(said, beyond(student).student)
+        assert outside.label == "no" and outside.confidence is None
 
     asyncio.run(test())
 

@@ -1,5 +1,6 @@
 """The certify step on made-up rows: every guarantee, and that serving decides as was certified."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,16 @@ def test_served_decisions_are_those_that_were_certified(tmp_path, overrides):
         for answer, own in enumerate(bundle.class_guarantees):
             assert (answered & (answers == answer)).sum() == own.n_accepted
             assert own.delta == pytest.approx(served.delta / 4)
+
+
+def test_a_bundle_keeps_how_long_its_longest_certify_row_was(tmp_path):
+    rows, student = some_rows(2.0, 2.6)
+    bundle = certified(tmp_path, rows, student)
+    assert bundle.longest == len("999")  # rows of test have four digits
+    pairs = replace(rows, metas=[{"passage": "x" * i} for i in range(len(rows))])
+    of_two = certified(tmp_path / "two", pairs, student, "corpus.columns.meta=[passage]",
+                       "labels.prompt='{{ passage }}, on {{ label }}: '")  # fmt: skip
+    assert of_two.longest == 999 + len("999")
 
 
 @pytest.mark.parametrize("guarantee", ["system_agreement", "accuracy"])

@@ -206,7 +206,7 @@ def test_a_canary_answers_its_share_and_a_text_stays_with_one():
         assert live.bundle.bundle_id == "a"
         assert live.figures()["candidate"] == {
             "bundle": "b", "mode": "canary", "share": 0.2, "not_shadowed": 0, "unready": None,
-            "of": "b",
+            "of": "b", "guarantee": "holds",
         }  # fmt: skip
         live.follow({})
         await settled(live)

@@ -339,11 +339,11 @@ class Cascade(Section):
     )
     feedback: Feedback | None = Field(None, description="By default no request is kept.")
     max_batch_size: Count = Field(
-        32, description="Rows that a student that classifies scores at a time, at most,"
+        32, description="Rows that a student that classifies scores at a time, at most."
     )
     max_batch_tokens: Count = Field(
-        2048, description="and about so many tokens (four characters each), or one longer row: "
-        "what came together with long texts does not wait for all of them.",
+        2048, description="Tokens of these rows, at most (four characters each), or one longer "
+        "row: what came together with long texts does not wait for all of them.",
     )  # fmt: skip
     max_queued_requests: Count = Field(
         512, description="Requests waiting for the teacher, of each replica of the ingress, before "

@@ -21,12 +21,13 @@ from journeyman.errors import DataError, ModelError
 from journeyman.models import Model
 from journeyman.recipe import Recipe
 from journeyman.run_folder import RunFolder
-from journeyman.student import causal, models
+from journeyman.student import causal, classifier, classifying, models
 from journeyman.student.formats import gguf, held_out, onnx, step
 from journeyman.student.formats.held_out import compare, of_torch
 
 from ..labels import synthetic as made
 from .conftest import TOPICS, make_rows
+from .test_classifier import make_teacher
 
 PUBLISHED = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -55,10 +56,10 @@ def finished(run: RunFolder, digest: str) -> RunFolder:
     return run
 
 
-def classifier_run(folder: Path, encoder: Model) -> RunFolder:
+def classifier_run(folder: Path, parent: Path, **student: object) -> RunFolder:
     rows = make_rows(n_train=4, n_calibrate=60)
     asked = {"classes": {t: f"the {t}" for t in TOPICS}, "prompt": "{{ text }}"}
-    run = RunFolder(settings(folder, asked, {"model": str(encoder.path), "max_length": 16}))
+    run = RunFolder(settings(folder, asked, {"model": str(parent), "max_length": 16, **student}))
     shard = [
         (
             made.row(f"{rows.texts[i]} {i}", rows.splits[i], rows.labels[rows.gold[i]]),
@@ -67,11 +68,14 @@ def classifier_run(folder: Path, encoder: Model) -> RunFolder:
         for i in range(len(rows))
     ]
     store = made.write_dataset(run.directory, run.recipe.labels, [shard])
-    model = models.build(encoder.path, rows.labels, seed=0)
+    learner = run.recipe.learner()
+    tokenizer = classifying.load_tokenizer(parent, learner)
+    model = classifier.build(parent, learner, rows.labels, tokenizer.pad_token_id, seed=0)
+    head = model.score if hasattr(model, "score") else model.classifier
     with torch.no_grad():  # a new head is so small that its classes are as good as equal
-        model.classifier.weight.mul_(50)
+        head.weight.div_(4 * head.weight.std())
     model.save_pretrained(run.path("train"))
-    models.load_tokenizer(encoder.path, 16).save_pretrained(run.path("train"))
+    tokenizer.save_pretrained(run.path("train"))
     return finished(run, store.manifest()["digest"])
 
 
@@ -153,19 +157,30 @@ def test_onnx_answers_as_pytorch_whatever_the_batch_and_length(
         np.testing.assert_allclose(answered, there, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["classifier", pytest.param("causal", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "classifier",
+        "pruned decoder",
+        pytest.param("causal", marks=pytest.mark.slow),
+    ],
+)
 def test_exports_are_checked_and_weighed_on_held_out_rows(
     kind: str, tiny_encoder: Model, tiny_llama: Model, tmp_path: Path
 ) -> None:
-    if kind == "classifier":
-        run = classifier_run(tmp_path, tiny_encoder)
-    else:
+    """The decoder: a classifier of some layers of a Llama that has no token to pad with."""
+    if kind == "causal":
         run = causal_run(tmp_path, tiny_llama.path)
+    elif kind == "classifier":
+        run = classifier_run(tmp_path, tiny_encoder.path)
+    else:
+        llama = make_teacher(tmp_path / "llama")
+        run = classifier_run(tmp_path, llama, start="pruned", layers=2)
     for to in ("onnx", "int8"):
         done = step.export(run, to)
         manifest = json.loads((done.path / "export.json").read_text())
         assert done.path == run.directory / "exports" / to
-        assert manifest["rows"] == done.compared.n_rows == (60 if kind == "classifier" else 12)
+        assert manifest["rows"] == done.compared.n_rows == (12 if kind == "causal" else 60)
         assert manifest["largest_logprob_difference"] < (1e-5 if to == "onnx" else 0.5)
         float32, copy = manifest["sides"]
         assert copy["bytes"] == (done.path / onnx.FILE).stat().st_size
@@ -180,6 +195,25 @@ def test_exports_are_checked_and_weighed_on_held_out_rows(
         else:
             assert copy["kl"] != float32["kl"] and copy["bytes"] < float32["bytes"]
     assert not [p for p in run.directory.rglob("*") if p.name.endswith(".tmp")]
+
+
+def test_int8_products_do_not_overflow(tmp_path: Path) -> None:
+    """All inputs and all weights as large as there are, so that no sum could be larger."""
+    helper = importlib.import_module("onnx.helper")
+    kind, ones = importlib.import_module("onnx").TensorProto.FLOAT, np.ones((64, 8), np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "product",
+        [helper.make_tensor_value_info("x", kind, ["n", 64])],
+        [helper.make_tensor_value_info("y", kind, ["n", 8])],
+        [helper.make_tensor("w", kind, ones.shape, ones.tobytes(), raw=True)],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    source = tmp_path / "float32" / onnx.FILE
+    source.parent.mkdir()
+    source.write_bytes(model.SerializeToString())
+    onnx.quantise(source, tmp_path)
+    session = importlib.import_module("onnxruntime").InferenceSession(tmp_path / onnx.FILE)
+    np.testing.assert_allclose(session.run(None, {"x": np.ones((2, 64), np.float32)})[0], 64)
 
 
 def test_batches_of_texts_are_as_large_as_their_logits_may_be(
@@ -201,7 +235,7 @@ def test_batches_of_texts_are_as_large_as_their_logits_may_be(
 def test_agreement_and_divergence_are_those_of_plain_formulas(
     tiny_encoder: Model, tmp_path: Path
 ) -> None:
-    run = classifier_run(tmp_path, tiny_encoder)
+    run = classifier_run(tmp_path, tiny_encoder.path)
     done = step.export(run, "onnx")
     rows = step.dataset.read_classes(run.labels, run.path("prepare"), ("calibrate",))
     student = models.Classifier.load(run.path("train"))
@@ -243,7 +277,7 @@ def test_a_copy_that_answers_otherwise_is_not_kept(
 def test_what_is_missing_is_said_in_a_sentence(
     tiny_encoder: Model, tiny_llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = classifier_run(tmp_path, tiny_encoder)
+    run = classifier_run(tmp_path, tiny_encoder.path)
     with pytest.raises(ModelError, match="this student is bert; export it to onnx or int8"):
         step.export(run, "gguf")
     models.build(tiny_llama.path, tuple(TOPICS), seed=0).save_pretrained(run.path("train"))

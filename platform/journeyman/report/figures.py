@@ -13,6 +13,7 @@ from journeyman.certify.bundle import Bundle
 from journeyman.certify.curve import CostQualityCurve, cost_quality_curve
 from journeyman.probabilities import expected_calibration_error
 from journeyman.report import plots
+from journeyman.report.comparison import agreement_notes
 from journeyman.report.data import IntArray, ReportData, TestRows, TrainedData
 from journeyman.report.verdict import promised_words
 
@@ -86,11 +87,16 @@ def comparison(data: TrainedData) -> Figure | None:
     if not data.compared:
         return None
     others = len({student.labels_digest for student in data.compared}) > 1
+    higher = (
+        "its agreement is higher (the table says with what)"
+        if agreement_notes(data.compared)
+        else "it gives its teacher's first answer more often"
+    )
     return Figure(
         name="size-agreement",
         svg=plots.size_agreement(data.compared, data.name),
-        caption="Each point is the student of a run: further left it is smaller, further up it "
-        "gives its teacher's first answer more often, on its calibrate rows."
+        caption="Each point is the student of a run: further left it is smaller, further up "
+        f"{higher}, on its calibrate rows."
         + " They learned from different labels: compare them with care."
         * others,
     )

@@ -23,7 +23,7 @@ from journeyman.certify.curve import CostQualityCurve, CurvePoint
 from journeyman.certify.thresholds import read_threshold
 from journeyman.probabilities import reliability_bins
 from journeyman.report import style
-from journeyman.report.comparison import ComparedStudent
+from journeyman.report.comparison import ComparedStudent, agreement_notes
 from journeyman.report.data import FloatArray, IntArray, TrainingRecord
 
 RELIABILITY_BINS = 10
@@ -98,7 +98,7 @@ def training_curves(
 
 
 def size_agreement(students: Sequence[ComparedStudent], own: str = "") -> str:
-    """A point for each student: how large its weights are, how often it agrees with its teacher.
+    """A point for each student: how large its weights are, how high its agreement is.
 
     Args:
         own: name of the student whose page this is, drawn in ink.
@@ -128,7 +128,7 @@ def size_agreement(students: Sequence[ComparedStudent], own: str = "") -> str:
             )
         axes.margins(y=0.2)
         axes.set_xlabel("weights, MB")
-        axes.set_ylabel("same as teacher")
+        axes.set_ylabel("agreement" if agreement_notes(students) else "same as teacher")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         return style.to_svg(fig, "size-agreement", "Size of students against their agreement")
 

@@ -14,7 +14,7 @@ from journeyman.certify.curve import CostQualityCurve
 from journeyman.certify.metrics import brier, negative_log_likelihood
 from journeyman.certify.thresholds import read_threshold
 from journeyman.probabilities import expected_calibration_error
-from journeyman.report.comparison import ComparedStudent
+from journeyman.report.comparison import ComparedStudent, agreement_notes
 from journeyman.report.data import IntArray, TestRows, TrainingRecord
 from journeyman.report.measure import Measured
 from journeyman.report.plots import RELIABILITY_BINS
@@ -226,25 +226,41 @@ def evaluations(
 
 
 def students(compared: Sequence[ComparedStudent]) -> Table | None:
-    """Students of several runs; None if none were compared."""
+    """Students of several runs, and what agreement is with where it is not with the teacher's first
+    choice; None if none were compared. Figures that no student has are left out."""
     if not compared:
         return None
+    forms = {
+        "gold_accuracy": ("right by gold", ".1%"),
+        "kl": ("KL, nats", ".3f"),
+        "cross_entropy": ("cross-entropy, nats", ".3f"),
+        "perplexity": ("perplexity", ",.1f"),
+        "exact_match": ("written to the letter", ".1%"),
+        "rows_per_s": ("rows/s", ",.0f"),
+    }
+    forms = {
+        key: words
+        for key, words in forms.items()
+        if any(getattr(student, key) is not None for student in compared)
+    }
+    said = ["Students side by side, each on its calibrate rows.", *agreement_notes(compared)]
     return Table(
-        caption="Students side by side, each on its calibrate rows.",
-        columns=("run", "MB", "agreement", "right by gold", "KL, nats", "perplexity", "rows/s"),
+        caption=" ".join(said),
+        columns=("run", "MB", "agreement", *(name for name, _ in forms.values())),
         rows=tuple(
             (
                 student.name,
                 f"{student.size_bytes / 1e6:,.0f}",
                 f"{student.agreement:.1%}",
-                NOTHING if student.gold_accuracy is None else f"{student.gold_accuracy:.1%}",
-                NOTHING if student.kl is None else f"{student.kl:.3f}",
-                NOTHING if student.perplexity is None else f"{student.perplexity:,.1f}",
-                NOTHING if student.rows_per_s is None else f"{student.rows_per_s:,.0f}",
+                *(_or_nothing(getattr(student, key), form) for key, (_, form) in forms.items()),
             )
             for student in compared
         ),
     )
+
+
+def _or_nothing(value: float | None, form: str) -> str:
+    return NOTHING if value is None else format(value, form)
 
 
 def calibration(rows: TestRows) -> Table:

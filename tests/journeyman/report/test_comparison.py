@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -13,7 +14,7 @@ import pytest
 from journeyman import cli, summary
 from journeyman.errors import DataError
 from journeyman.mirror import Mirror
-from journeyman.report import comparison, page
+from journeyman.report import comparison, page, tables
 from journeyman.run_folder import RunFolder
 from tests.journeyman.labels import synthetic as made
 from tests.journeyman.labels.object_server import serving
@@ -75,8 +76,35 @@ def test_what_agreement_is_with_is_said_where_it_is_not_the_teachers_first_choic
     _, _, second, _, note, *rest = capsys.readouterr().out.splitlines()
     assert second.split()[4:6] == ["-", "1.250"]
     assert note == "Agreement of text is with the text's own tokens."
-    assert comparison.kept(runs[0])[1].cross_entropy == 1.25
+    students = comparison.kept(runs[0])
+    assert students[1].cross_entropy == 1.25
     assert rest[-1].startswith("kept")
+    html, drawn = page.render(report_data(name="known", compared=students))
+    shown = Page(html).text
+    assert note in shown and "teacher's first answer more often" not in shown
+    assert "further up its agreement is higher (the table says with what)" in shown
+    svg = next(figure.svg for figure in drawn if figure.name == "size-agreement")
+    assert "same as teacher" not in svg and ">agreement<" in svg
+
+
+def test_a_page_has_the_figures_that_a_compared_student_has(tmp_path: Path) -> None:
+    plain = comparison.read(make_run(tmp_path / "plain", megabytes=1, agreement=0.8))
+    text = dataclasses.replace(
+        plain, name="text", kl=None, cross_entropy=1.25, perplexity=3.5, exact_match=0.125,
+        against="text",
+    )  # fmt: skip
+    alone = tables.students([plain])
+    assert alone is not None
+    assert alone.columns == ("run", "MB", "agreement", "right by gold", "KL, nats", "rows/s")
+    assert alone.caption == "Students side by side, each on its calibrate rows."
+    both = tables.students([plain, text])
+    assert both is not None and both.columns[4:8] == (
+        "KL, nats", "cross-entropy, nats", "perplexity", "written to the letter"
+    )  # fmt: skip
+    assert [row[4:8] for row in both.rows] == [
+        ("0.250", *["–"] * 3), ("–", "1.250", "3.5", "12.5%")
+    ]  # fmt: skip
+    assert both.caption.endswith("Agreement of text is with the text's own tokens.")
 
 
 def test_a_student_of_text_that_called_its_cross_entropy_kl_is_read_by_what_it_is(
@@ -104,6 +132,7 @@ def test_a_comparison_is_kept_for_the_pages(tmp_path: Path) -> None:
     html, drawn = page.render(report_data(name="one", compared=students))
     shown = Page(html)
     assert "figure-size-agreement" in shown.ids and "Beside other students" in shown.text
+    assert "further up it gives its teacher's first answer more often" in shown.text
     assert "size-agreement" in {figure.name for figure in drawn}
     assert "figure-size-agreement" not in Page(page.render(report_data())[0]).ids
 

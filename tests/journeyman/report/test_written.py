@@ -10,6 +10,7 @@ from journeyman.certify.bundle import Guarantee, WrittenBundle
 from journeyman.certify.certificate import certify_system_agreement
 from journeyman.certify.curve import cost_quality_curve
 from journeyman.report import written
+from journeyman.report.comparison import ComparedStudent
 from journeyman.report.written import WrittenData, WrittenTest
 from tests.journeyman.report.synthetic import summary
 from tests.journeyman.report.test_page import Page
@@ -89,6 +90,27 @@ def test_a_student_without_a_promise_shows_what_it_learned_and_how_to_get_one() 
     assert "journeyman certify" in page.text and "at 40.0%" in page.text
     assert "cross-entropy, nats" in page.text and "2.500" in page.text
     assert not [link for link in page.links if "//" in link]  # it opens without a network
+
+
+def student(name: str, **measured: Any) -> ComparedStudent:
+    """One that learned text."""
+    values: dict[str, Any] = {
+        "size_bytes": 40_000_000, "agreement": 0.4, "against": "text", "kl": None,
+        "cross_entropy": 2.5, "perplexity": 12.2, "gold_accuracy": None, "rows_per_s": 9.0,
+        "n_rows": 100, "steps": 8, "seconds": 60.0, "labels_digest": "same",
+    }  # fmt: skip
+    return ComparedStudent(name=name, **(values | measured))
+
+
+def test_students_that_learned_text_are_compared_by_what_they_were_measured_by() -> None:
+    larger = student("larger", size_bytes=90_000_000, agreement=0.5, cross_entropy=1.75)
+    html, drawn = written.render(data(compared=(student("rationales"), larger)))
+    page = Page(html)
+    assert [figure.name for figure in drawn] == ["training", "size-agreement"]
+    assert "figure-size-agreement" in page.ids and "Beside other students" in page.text
+    assert "Agreement of rationales, larger is with the text's own tokens." in page.text
+    assert "1.750" in page.text and "KL, nats" not in page.text
+    assert "teacher's first answer more often" not in page.text
 
 
 def test_a_certified_one_shows_its_promise_and_rows_to_read_as_text() -> None:

@@ -21,7 +21,7 @@ from journeyman.folder import Folder
 from journeyman.labels import dataset, finishing, pipeline
 from journeyman.labels.store import LabelStore
 from journeyman.models import Model
-from journeyman.recipe import Recipe
+from journeyman.recipe import Recipe, Training
 from journeyman.student import loop, on_policy, round_corpus, step, writing
 from tests.benchmarks import tiny_teacher
 from tests.conftest import ROOT
@@ -90,6 +90,7 @@ class Parts:
         self.made: list[str] = []
         self.run = run
         self.dies_at = ""
+        self.learned_by: list[Training] = []  # of each round
         self.llama = llama  # the student before its first step
         self._llama = llama
         monkeypatch.setattr(pipeline, "label", self._label)
@@ -140,8 +141,9 @@ class Parts:
 
     def _loop(self, asked: Recipe, load: Any, parent: Model, folder: Path, *, inputs: str,
               **_: Any) -> None:  # fmt: skip
-        assert asked.training.divergence == "reverse_kl" and asked.training.cross_entropy == 0
+        assert asked.training.cross_entropy == 0
         assert asked.learner().start == "pretrained" and parent.reference == self._llama.reference
+        self.learned_by.append(asked.training)
         self._student(folder, inputs)
 
     def __call__(self, asked: Recipe) -> list[str]:
@@ -177,6 +179,22 @@ def test_rounds_follow_each_other_and_end_in_the_runs_student(parts: Parts) -> N
               corpus.read_shard(parts.run / folder, s["name"])["id"].to_pylist()}
              for folder in of_round(0, "prompts") + of_round(1, "prompts")]  # fmt: skip
     assert len(taken[0]) == len(taken[1]) == 3 and not taken[0] & taken[1]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "more", "learned"),
+    [
+        ({}, {}, ("reverse_kl", 0.5)),
+        ({"divergence": "jsd"}, {}, ("jsd", 0.5)),
+        ({"divergence": "jsd"}, {"beta": 0.25}, ("jsd", 0.25)),
+    ],
+)
+def test_rounds_learn_by_the_divergence_that_is_asked_for(
+    rounds: dict[str, Any], more: dict[str, Any], learned: tuple[str, float], parts: Parts
+) -> None:
+    """Whatever the teacher's own answers were learned by."""
+    parts(settings(rounds=rounds, divergence="skewed_kl", **more))
+    assert [(t.divergence, t.beta) for t in parts.learned_by] == [learned] * 2
 
 
 def test_rows_steps_and_seconds_of_a_student_are_of_all_its_rounds(parts: Parts) -> None:

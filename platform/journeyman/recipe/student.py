@@ -138,7 +138,7 @@ class OnPolicy(Section):
 
 
 class Training(Section):
-    """How the student is trained: Ray Train, DDP."""
+    """How the student is trained: Ray Train, DDP or FSDP."""
 
     workers: Count = Field(1, description="Data-parallel workers.")
     min_workers: Count | None = Field(

@@ -9,8 +9,9 @@ probabilities with the rest as one more outcome, and 64 renormalised; 50 true dr
 teacher's whole output, made anew in each step, as the ceiling. Measured on held-out sentences:
 KL(teacher ‖ student) over the whole vocabulary and perplexity, median and range over seeds. Goals
 are on the share of the ceiling's gain in KL over cross-entropy that a record keeps: of the 512
-largest probabilities and of the draws, which both take less than a twentieth of the bytes. Then
-step_by_step.py: GSM8K answers, learned with and without the reasonings behind them.
+largest probabilities and of the draws, which both take less than a twentieth of the bytes; the
+default record's share stands beside them. Then step_by_step.py: GSM8K answers, learned with and
+without the reasonings behind them.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, metavar="N")
     parser.add_argument("--problems", type=int, metavar="N", help="of GSM8K; 0 leaves it out")
     options = parser.parse_args()
+    started = time.monotonic()
     seeds = options.seeds or (1 if options.quick else 3)
     steps = options.steps or (60 if options.quick else 180)
     problems = (32 if options.quick else 96) if options.problems is None else options.problems
@@ -130,13 +132,20 @@ def main() -> int:
                     flush=True,
                 )
         answered = step_by_step.study(Path(folder), seeds, problems) if problems else {}
+    seconds = time.monotonic() - started
     if options.json:
-        numbers = {name: [dataclasses.asdict(one) for one in of]
-                   for name, of in (outcomes | answered).items()}  # fmt: skip
-        options.json.write_text(json.dumps({"steps": steps, "outcomes": numbers}, indent=1))
+        numbers = {
+            "steps": steps,
+            "seconds": seconds,
+            "bytes_per_token": study.bytes_per_token,
+            "gain_kept": kept_gains(outcomes),
+            "outcomes": {name: [dataclasses.asdict(one) for one in of]
+                         for name, of in (outcomes | answered).items()},
+        }  # fmt: skip
+        options.json.write_text(json.dumps(numbers, indent=1))
     if answered:
         print(f"\n{step_by_step.table(answered, problems)}")
-    return close(outcomes, steps, study.bytes_per_token)
+    return close(outcomes, steps, study.bytes_per_token, seconds)
 
 
 class Study:
@@ -215,16 +224,25 @@ class Study:
         return kl / n_tokens, float(np.exp(nll / n_tokens))
 
 
-def close(outcomes: dict[str, list[Outcome]], steps: int, sizes: dict[str, float]) -> int:
-    """The table and the goals; the exit status."""
-    print(f"\n{steps} steps of {BATCH} sentences, {len(outcomes[CE])} seeds; median (range)")
-    print(f"  {'':<22} {'KL to the teacher':<26} {'perplexity':<24} gain kept   bytes/token")
-    kept: dict[str, list[float]] = {}
-    for name, found in outcomes.items():
-        kept[name] = [
+def kept_gains(outcomes: dict[str, list[Outcome]]) -> dict[str, list[float]]:
+    """Of each method and seed, the share of the ceiling's gain in KL over cross-entropy."""
+    return {
+        name: [
             (ce.kl - one.kl) / (ce.kl - full.kl)
             for ce, one, full in zip(outcomes[CE], found, outcomes[FULL], strict=True)
         ]
+        for name, found in outcomes.items()
+    }
+
+
+def close(
+    outcomes: dict[str, list[Outcome]], steps: int, sizes: dict[str, float], seconds: float
+) -> int:
+    """The table, the goals and what all of it took; the exit status."""
+    print(f"\n{steps} steps of {BATCH} sentences, {len(outcomes[CE])} seeds; median (range)")
+    print(f"  {'':<22} {'KL to the teacher':<26} {'perplexity':<24} gain kept   bytes/token")
+    kept = kept_gains(outcomes)
+    for name, found in outcomes.items():
         size = sizes.get(TOP if name == RENORMALISED else name)
         print(
             f"  {name:<22} {middle([o.kl for o in found], '.4f'):<26} "
@@ -241,6 +259,11 @@ def close(outcomes: dict[str, list[Outcome]], steps: int, sizes: dict[str, float
               f"{middle(got, '.3f')}   {'ok' if ok else 'SHORT'}")  # fmt: skip
         print(f"goal  bytes/{name} of full logits' bytes     <= 0.05   got {share:.4f}   "
               f"{'ok' if share <= 0.05 else 'SHORT'}")  # fmt: skip
+    print(
+        f"info  quality/{TOP} of full logits' gain   got "
+        f"{middle(kept[TOP], '.3f')}   the default, {sizes[TOP] / sizes[FULL]:.4f} of the bytes"
+    )
+    print(f"\n{seconds:,.0f} s in all")
     return int(not met)
 
 

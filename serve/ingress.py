@@ -258,8 +258,9 @@ class Ingress:
         )
         if kept and journal:
             answering = Recording(
-                answering, journal, kept.audit_rate, bundle.bundle_id, auditor=member.auditor
-            )
+                answering, journal, kept.audit_rate, bundle.bundle_id,
+                auditor=member.auditor, is_outside=rule.is_outside,
+            )  # fmt: skip
         health = Health(member, self._purse, Stability(bundle.curve, bundle.served.n), journal)
         measured = Measured(
             answering,

@@ -66,14 +66,16 @@ class Rule:
     ) -> list[Decision | Escalation]:
         """What the student decided of these texts, but for those that are longer than any that was
         certified: it would cut them, and the promise is not about them."""
-        if self._longest is None:
-            return list(decided)
         return [
-            beyond(one)
-            if n_characters(unpacked(text, self._columns), self._columns) > self._longest
-            else one
+            beyond(one) if self.is_outside(text) else one
             for text, one in zip(texts, decided, strict=True)
         ]
+
+    def is_outside(self, text: str) -> bool:
+        """Whether a text is longer than any that was certified."""
+        if self._longest is None:
+            return False
+        return n_characters(unpacked(text, self._columns), self._columns) > self._longest
 
     def tighten(self, accept_above: float) -> None:
         changed = self._held is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from journeyman.cascade.answering import Answers, Asked
@@ -34,13 +34,17 @@ class Recording:
         bundle: str,
         coin: random.Random | None = None,
         auditor: Auditor | None = None,
+        is_outside: Callable[[str], bool] = lambda _: False,
     ) -> None:
+        """is_outside: whether a text is outside of what was certified, which is known of the text
+        alone: the watch over the promise has nothing to learn from it, whoever answers."""
         self._cascade = cascade
         self._journal = journal
         self._audit_rate = audit_rate
         self._bundle = bundle
         self._auditor = auditor
         self._coin = coin or random.Random()
+        self._is_outside = is_outside
 
     async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers:
         """Raises Refusal. Only what was asked of the cascade as a whole is traffic."""
@@ -60,7 +64,7 @@ class Recording:
             decision = answers.decisions[i]
             if audited[i] and auditor:
                 void = i in answers.void
-                _audit(auditor, text, Escalation(student=decision) if void else decision)
+                self._audit(auditor, text, Escalation(student=decision) if void else decision)
         by_teacher = {
             i for i, decision in enumerate(answers.decisions)
             if decision.answered_by == "teacher" and i not in answers.remembered
@@ -105,18 +109,19 @@ class Recording:
                 if i in unlabeled:
                     auditor.unlabeled()
                 else:
-                    _audit(auditor, text, decided[i] if decided else None)
+                    self._audit(auditor, text, decided[i] if decided else None)
         now = time.time()
         self._journal.add(
             unanswered(texts, decided, unlabeled, audited, self._audit_rate, self._bundle, now)
         )
 
-
-def _audit(auditor: Auditor, text: str, decision: Decision | Escalation | None) -> None:
-    """decision: answered or not; None: the request ended before there was one."""
-    if decision is None:
-        auditor.undecided(text)
-    elif isinstance(decision, Escalation):
-        auditor.escalated(decision.student)
-    else:
-        auditor.add(text, decision)
+    def _audit(self, auditor: Auditor, text: str, decision: Decision | Escalation | None) -> None:
+        """decision: answered or not; None: the request ended before there was one."""
+        if self._is_outside(text):
+            auditor.unlabeled()
+        elif decision is None:
+            auditor.undecided(text)
+        elif isinstance(decision, Escalation):
+            auditor.escalated(decision.student)
+        else:
+            auditor.add(text, decision)

@@ -60,8 +60,8 @@ class Bundle(Part):
         default=None,
         ge=1,
         exclude_if=lambda longest: longest is None,
-        description="characters of the longest certify row, over `columns`: what is longer is the "
-        "teacher's, however sure the student is; null: nothing is by its length",
+        description="characters of the longest labeled row, over `columns`: what is longer is the "
+        "teacher's, however sure the student is; left out: nothing is by its length",
     )
     threshold: WrittenThreshold = Field(
         description="the student answers strictly above it; null escalates everything"

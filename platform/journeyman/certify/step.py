@@ -98,7 +98,7 @@ def certify(
         **bundles.of_models(student, teacher),
         prompt_digest=prompt_digest(recipe.classes()),
         columns=columns,
-        longest=max(n_characters(row, columns) for row in certified.rows.columns),
+        longest=max(n_characters(row, columns) for row in rows.columns),
         label_names=rows.labels,
         score=last.score,
         deferral_head=last.head,

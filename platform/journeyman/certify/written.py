@@ -193,7 +193,7 @@ def certify(
         **bundles.of_models(student, teacher),
         prompt_digest=digest(asked.asked()),
         columns=(columns := tuple(corpus.prompt_columns(recipe))),
-        longest=held_out.longest(certified.ids, columns),
+        longest=held_out.longest([i for part in ids.values() for i in part], columns),
         score=confidence.score,
         deferral_head=confidence.head,
         samples=(taken := _samples(settings) if confidence.score in SAMPLED else None),

@@ -183,6 +183,8 @@ def _candidate(tried: dict[str, Any] | None) -> list[tuple[str, str]]:
     ]  # fmt: skip
     if tried["unready"]:
         lines.append(("  left out", f"its student is away: {tried['unready']}"))
+    if tried.get("guarantee") == "tightened":
+        return [*lines, ("  guarantee", "audits found its promise broken: do not promote it")]
     return [*lines, ("  promote", "serve deploy promote.yaml, which is in its run's folder")]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 # Rows are sorted by length within so many batches: less padding, while the order stays random.
 _WINDOW = 8
+_SHORT = 32  # tokens: below, a pass of its own costs more than the padding that it saves
 _AT_ONCE = 1024  # texts that a tokenizer is given: its own objects are kilobytes for each
 
 
@@ -112,8 +113,9 @@ def epoch_batches(
 
 
 def passes(lengths: np.ndarray, most_rows: int, most_tokens: int | None) -> Iterator[np.ndarray]:
-    """Rows of each forward pass, as indices, the shortest first: so many at most, and as few as
-    have no more than most_tokens, padding included, or one.
+    """Rows of each forward pass, as indices, the shortest first: so many at most, as few as have no
+    more than most_tokens, padding included, or one; then none that is over twice as long as the
+    pass's shortest, unless it is short itself.
 
     lengths: int64[n], tokens a row.
     """
@@ -122,7 +124,10 @@ def passes(lengths: np.ndarray, most_rows: int, most_tokens: int | None) -> Iter
         batch = order[start : start + most_rows]
         if most_tokens is not None:  # padded to each in turn, as the longest
             padded = lengths[batch] * np.arange(1, len(batch) + 1)
-            batch = batch[: max(1, int(np.searchsorted(padded, most_tokens, side="right")))]
+            n_fit = int(np.searchsorted(padded, most_tokens, side="right"))
+            alike = max(2 * lengths[batch[0]], _SHORT)
+            n_alike = int(np.searchsorted(lengths[batch], alike, side="right"))
+            batch = batch[: max(1, min(n_fit, n_alike))]
         yield batch
         start += len(batch)
 

@@ -27,7 +27,7 @@ from journeyman.cascade.drift import Audit
 from journeyman.cascade.feedback import Journal, Seen, worth_keeping
 from journeyman.cascade.policy import Decision, Escalation, Policy
 from journeyman.cascade.recording import Recording
-from journeyman.cascade.refusals import TeacherUnavailable, TextRefused
+from journeyman.cascade.refusals import Refusal, TeacherUnavailable, TextRefused
 from journeyman.cascade.remembering import Remembering
 from journeyman.certify.calibration import Calibrator
 from journeyman.certify.confidence import Confidence
@@ -415,6 +415,28 @@ def test_audits_of_requests_that_were_refused_or_left_are_kept_too(
     assert 60 < len(rows) < 140
     assert {(row["split"], row["answered_by"]) for row in rows} == {("certify", "nobody")}
     assert auditor.n_pending == len(rows), "and watched: what its student says is asked again"
+
+
+@pytest.mark.parametrize("why", [None, TeacherUnavailable("away")])
+def test_the_watch_leaves_out_texts_outside_of_what_was_certified_whoever_answers(
+    why: Refusal | None, tmp_path: Path
+):
+    class Answering:
+        async def answer(self, texts: list[str], asked: str = "cascade") -> Answers:
+            if why:
+                raise why
+            return Answers(decisions=[decision("teacher") for _ in texts])
+
+    journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=10**6, roll_s=600)
+    auditor = Auditor(None, None, None, busy=lambda: True)  # type: ignore[arg-type]
+    recording = Recording(
+        Answering(), journal, 1.0, "b", auditor=auditor, is_outside=lambda text: len(text) > 3
+    )
+    with pytest.raises(type(why)) if why else contextlib.nullcontext():
+        asyncio.run(recording.answer(["long", "text"]))
+    journal.close()
+    assert len(read(tmp_path)) == 2, "kept all the same"
+    assert (auditor.n_left_out, auditor.n_pending, auditor.n_found) == (2, 0, 0)
 
 
 def test_of_a_request_that_is_refused_for_one_text_the_watch_sees_the_others(tmp_path: Path):

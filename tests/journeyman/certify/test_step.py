@@ -100,14 +100,14 @@ def test_served_decisions_are_those_that_were_certified(tmp_path, overrides):
             assert own.delta == pytest.approx(served.delta / 4)
 
 
-def test_a_bundle_keeps_how_long_its_longest_certify_row_was(tmp_path):
+def test_a_bundle_keeps_how_long_its_longest_row_was(tmp_path):
     rows, student = some_rows(2.0, 2.6)
     bundle = certified(tmp_path, rows, student)
-    assert bundle.longest == len("999")  # rows of test have four digits
+    assert bundle.longest == max(map(len, rows.texts))
     pairs = replace(rows, metas=[{"passage": "x" * i} for i in range(len(rows))])
     of_two = certified(tmp_path / "two", pairs, student, "corpus.columns.meta=[passage]",
                        "labels.prompt='{{ passage }}, on {{ label }}: '")  # fmt: skip
-    assert of_two.longest == 999 + len("999")
+    assert of_two.longest == len(rows) - 1 + len(rows.texts[-1])
 
 
 @pytest.mark.parametrize("guarantee", ["system_agreement", "accuracy"])

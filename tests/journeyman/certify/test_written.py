@@ -236,7 +236,7 @@ def test_the_promise_is_the_largest_count_that_the_binomial_allows(certify, tmp_
     assert bundle.student_accuracy is not None and bundle.teacher_accuracy == pytest.approx(
         2 / 3, abs=0.01
     )
-    assert bundle.longest == len("certify 399")
+    assert bundle.longest == len("calibrate 399")
     assert bundles.load_any(tmp_path / "bundle") == bundle
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert manifest["recommendation"] == bundle.recommendation

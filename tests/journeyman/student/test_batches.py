@@ -80,9 +80,17 @@ def test_each_row_has_one_pass_which_is_as_large_as_its_limits_let_it_be(
         longest = lengths[batch].max()
         assert len(batch) <= most_rows and (len(batch) == 1 or len(batch) * longest <= most)
         if after is not None:
-            assert longest <= lengths[after[0]]
-            one_more = (len(batch) + 1) * lengths[after[0]]
-            assert len(batch) == most_rows or one_more > most
+            following, shortest = lengths[after[0]], lengths[batch].min()
+            assert longest <= following
+            one_more = (len(batch) + 1) * following
+            unlike = most_tokens is not None and following > max(2 * shortest, 32)
+            assert len(batch) == most_rows or one_more > most or unlike
+
+
+def test_texts_of_a_pass_are_alike_unless_they_are_short() -> None:
+    lengths = np.array([20, 5, 64, 32, 60, 33, 90])
+    found = [lengths[batch].tolist() for batch in batches.passes(lengths, 8, 512)]
+    assert found == [[5, 20, 32], [33, 60, 64], [90]]
 
 
 @pytest.mark.parametrize("pairs", [False, True])

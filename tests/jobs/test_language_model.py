@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from journeyman import models, recipe, steps
 from journeyman.errors import RecipeError
+from journeyman.labels import dataset
 from journeyman.mirror import Mirror
 from journeyman.student import step
 from tests.conftest import DEMO, ROOT, journeyman
@@ -116,5 +117,5 @@ def test_another_vocabulary_is_refused_before_a_worker_starts(tmp_path: Path) ->
     loaded = recipe.load(RECIPE)
     encoder = models.resolve(recipe.load(DEMO).learner().model)
     with pytest.raises(RecipeError, match="has another vocabulary than the teacher"):
-        rows = Mirror(local=tmp_path / "rows")
-        step._causal(loaded, tmp_path, tmp_path, encoder, models.teacher(loaded.teacher), rows)
+        given = encoder, models.teacher(loaded.teacher), Mirror(local=tmp_path / "rows")
+        step._causal(loaded, tmp_path, tmp_path, *given, dataset.made)

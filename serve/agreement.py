@@ -94,7 +94,8 @@ class Agreement:
         self._written: dict[str, tuple[Kept, float]] = {}  # by bundle, and when
         self._seen: dict[str, dict[str, _Seen]] = {}  # by bundle, by member
         self._orphans: dict[str, Orphans] = {}  # by bundle
-        self._left_words: dict[str, list[str]] = {}  # members, by bundle
+        self._left_words: dict[str, set[str]] = {}  # to be read: of members, by bundle
+        self._counted_words: dict[str, set[str]] = {}  # to be deleted
         self._heard_at: dict[str, float] = {}  # by replica
         self._writing = asyncio.Lock()
         self._billing = Billing()
@@ -142,16 +143,22 @@ class Agreement:
             left=report.leaves,
             takes_up=report.takes_up,
         )
-        orphans = self._orphans.setdefault(bundle, Orphans())
         async with self._writing:
+            orphans = self._orphans.setdefault(bundle, Orphans())
             kept = await self._kept_of(report, folder, now)
             gone = self._gone(bundle, member, now)
             given_up = orphans.given_up(gone, now)
-            to_read = {*self._left_words[bundle], *orphans.new, *given_up}
-            read = [name for name in to_read if await self._read_words(folder, bundle, name)]
+            read = await self._read_all_words(folder, bundle, {*orphans.new, *given_up})
             for name in (gone := self._gone(bundle, member, now)):
                 kept = kept.told(name, seen[name].audits, seen[name].n_owed)
-            over = [n for n in gone if n in given_up or (seen[n].left and not kept.owed_by(n))]
+            # While words are there they may be read again, so the number up to which they counted
+            # stays.
+            over = [
+                name
+                for name in gone
+                if name not in read and name not in self._counted_words[bundle]
+                if name in given_up or (seen[name].left and not kept.owed_by(name))
+            ]
             n_owed = [kept.owed_by(name) for name in over if kept.owed_by(name)]
             for name in over:
                 kept = kept.gone(name, kept.owed_by(name))
@@ -159,9 +166,9 @@ class Agreement:
             await self._keep(folder, bundle, kept, now)
             for name in over:
                 seen.pop(name, None)
-            for name in read:
-                await asyncio.to_thread(watching.forget_last_words, folder, bundle, name)
-            self._left_words[bundle] = []
+            self._counted_words[bundle] |= read
+            self._left_words[bundle].clear()
+            await self._forget_words(folder, bundle)
         orphan = self._orphan_for(report, kept, [n for n in gone if n not in over], now)
         return replace(
             agreed,
@@ -191,22 +198,39 @@ class Agreement:
         name = orphans.offered(gone, report.member, living, now)
         return None if name is None else Orphan(member=name, last=kept.last_of(name))
 
+    async def _read_all_words(self, folder: Folder, bundle: str, of: set[str]) -> set[str]:
+        """Of these, and those that could not be read, or not be kept, before; who left any."""
+        to_read = self._left_words[bundle]
+        to_read |= of - self._counted_words[bundle]
+        return {name for name in sorted(to_read) if await self._read_words(folder, bundle, name)}
+
     async def _read_words(self, folder: Folder, bundle: str, name: str) -> bool:
         """The last ones of a member that stopped and was not heard; whether there are any."""
         words = await asyncio.to_thread(watching.read_last_words, folder, bundle, name)
         if words is not None:
             outcomes, n_owed = words
             before = self._seen[bundle].get(name)
-            said = (*(before.audits if before else ()), *outcomes)
+            said = before.audits if before else ()
+            known = {one.number for one in said}
+            said += tuple(one for one in outcomes if one.number not in known)
             self._seen[bundle][name] = _Seen(at=-math.inf, n_owed=n_owed, audits=said, left=True)
         return words is not None
+
+    async def _forget_words(self, folder: Folder, bundle: str) -> None:
+        """Those that counted. Where they cannot be deleted, that is tried with each report."""
+        for name in sorted(self._counted_words[bundle]):
+            with contextlib.suppress(JourneymanError):
+                await asyncio.to_thread(watching.forget_last_words, folder, bundle, name)
+                self._counted_words[bundle].discard(name)
 
     async def _keep(self, folder: Folder, bundle: str, kept: Kept, now: float) -> None:
         if self._must_write(bundle, kept, now):
             try:
                 await asyncio.to_thread(watching.store, folder, bundle, kept)
             except JourneymanError:
-                self._orphans.pop(bundle)  # what they left may be there, too: they have more time
+                self._orphans.pop(
+                    bundle, None
+                )  # what they left may be there, too: they have more time
                 raise
             self._written[bundle] = kept, now
         self._kept[bundle] = kept
@@ -229,7 +253,7 @@ class Agreement:
             kept = found or Kept(watch=fresh)
             for name, heard in kept.members.items():
                 self._seen[bundle].setdefault(name, _Seen(at=now, n_owed=heard.n_owed))
-            self._left_words[bundle] = words
+            self._left_words[bundle], self._counted_words[bundle] = set(words), set()
             self._kept[bundle], self._written[bundle] = kept, (kept, -math.inf)
         return self._kept[bundle]
 

@@ -368,3 +368,51 @@ def test_one_that_left_unheard_is_no_other_than_it_was_when_its_bundle_comes_bac
         return after.last.n_audits
 
     assert asyncio.run(scenario()) == 1 + 2 + 1
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_last_words_that_cannot_be_deleted_count_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+):
+    """killed: who agrees, as soon as the watch is written."""
+
+    def fails(*_: object) -> None:
+        raise SystemError if killed else ClusterError("nothing may be deleted here")
+
+    Folder(tmp_path).put(*watching.last_words("b", "gone", [Outcome(1, WRONG)], 0))
+    shared = Agreement(30.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(watching, "forget_last_words", fails)
+        for _ in range(3):
+            if killed:
+                with pytest.raises(SystemError):
+                    exchange(Agreement(30.0), report(tmp_path, batch=0))
+            else:
+                assert exchange(shared, report(tmp_path, batch=0)).n_audits == 1
+    for _ in range(2):
+        assert exchange(shared, report(tmp_path, batch=0)).n_audits == 1
+    assert not list((tmp_path / "watch" / "b").iterdir())
+
+
+def test_last_words_that_could_not_be_read_or_kept_are_read_again_and_count_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shared = Agreement(30.0)
+    exchange(shared, report(tmp_path, RIGHT, replica="goes"), report(tmp_path, batch=0))
+    words = [Outcome(101, WRONG), Outcome(102, WRONG)]
+    Folder(tmp_path).put(*watching.last_words("b", "goes", words, 0))
+    monkeypatch.setattr(agreement, "GONE_AFTER_S", 0.0)
+
+    def fails(*_: object) -> None:
+        raise ClusterError("the store cannot be reached")
+
+    for what in ("read_last_words", "store"):
+        with monkeypatch.context() as patched:
+            patched.setattr(watching, what, fails)
+            for _ in range(3):
+                with pytest.raises(ClusterError):
+                    exchange(shared, report(tmp_path, batch=0))
+    assert len(shared._seen["b"]["goes"].audits) == 3
+    assert exchange(shared, report(tmp_path, batch=0)).n_audits == 3
+    assert exchange(shared, report(tmp_path, batch=0)).n_audits == 3
+    assert not list((tmp_path / "watch" / "b").iterdir())

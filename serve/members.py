@@ -20,7 +20,7 @@ from journeyman.cascade.auditing import Auditor
 from journeyman.cascade.breaker import Breaker
 from journeyman.cascade.drift import Watch
 from journeyman.cascade.orphans import Orphan
-from journeyman.cascade.spooling import Spool, Spools
+from journeyman.cascade.spooling import Entry, Spool, Spools, whole
 from journeyman.cascade.watching import Outcome
 from journeyman.errors import JourneymanError
 from serve.agreement import Agreed, Report
@@ -74,7 +74,8 @@ class Member:
     _audits: tuple[Outcome, ...] = field(default=(), init=False)  # not handed on yet
     _heirs: list[Member] = field(default_factory=list, init=False)  # those that are done included
     _taking_up: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
-    _last_kept: int = field(default=0, init=False)  # the number of the last audit handed on
+    _last_heard: int = 0  # the number of the last audit that counted
+    _last_kept: int = field(default=0, init=False)  # and of the last handed on
     _n_lost: int = field(default=0, init=False)  # of members that are gone
     _n_stopped: int = field(default=0, init=False)
 
@@ -155,8 +156,10 @@ class Member:
 
     def _agree(self, agreed: Agreed) -> None:
         """After a report that was heard."""
-        if self._audits and self.spool:
-            self.spool.counted(self._audits[-1].number)
+        if self._audits:
+            self._last_heard = self._audits[-1].number
+            if self.spool:
+                self.spool.counted(self._last_heard)
         self.last, self.failure, self._audits = agreed, None, ()
         self._n_lost += agreed.n_lost
         self._n_stopped += agreed.n_stopped
@@ -182,7 +185,13 @@ class Member:
         auditor = self.heir(left.spool)
         auditor.take_up(left.entries)
         heir = replace(
-            self, name=orphan.member, breaker=None, auditor=auditor, spool=left.spool, heir=None
+            self,
+            name=orphan.member,
+            breaker=None,
+            auditor=auditor,
+            spool=left.spool,
+            heir=None,
+            _last_heard=orphan.last,
         )
         heir._n_stopped = left.n_stopped
         self._heirs.append(heir)
@@ -231,8 +240,15 @@ class Member:
         """What waits; what comes later lies in the spool alone."""
         if not (self.auditor and self.keep and self.spools):
             return
-        entries, spools, keep = [*self._audits, *self.auditor.unkept], self.spools, self.keep
+        entries, spools, keep = self._unheard, self.spools, self.keep
         if entries:
             with contextlib.suppress(OSError):  # it lies in the spool
                 await asyncio.to_thread(lambda: keep(*spools.handed_on(self.name, entries)))
                 self._last_kept = entries[-1].number
+
+    @property
+    def _unheard(self) -> list[Entry]:
+        """All behind the last audit that was heard, those that are left out too; none where none
+        of the others is there."""
+        found = [*self._audits, *(self.auditor.unkept if self.auditor else ())]
+        return whole(found, self._last_heard, self.spool.last if self.spool else 0)

@@ -19,7 +19,7 @@ from journeyman.cascade.budgets import Purse
 from journeyman.cascade.drift import Audit, Watch, start_watch
 from journeyman.cascade.policy import Decision, Policy
 from journeyman.cascade.refusals import TeacherAway
-from journeyman.cascade.spooling import Spool, Spools
+from journeyman.cascade.spooling import Spool, Spools, Waiting
 from journeyman.cascade.watching import LOST
 from journeyman.certify.calibration import Calibrator
 from journeyman.certify.confidence import Confidence
@@ -246,6 +246,56 @@ def test_what_waits_as_a_replica_stops_in_order_is_taken_up_on_any_host(replicas
     teacher, lives = asyncio.run(scenario())
     assert teacher.asked == ["y1", "n", "y2"] and lives.counts.stopped == 0
     expected = after(SAME, DIFFERS, ESCALATED, SAME)
+    assert replicas.kept.watch.log_detectors == pytest.approx(expected)
+    assert not replicas.texts("one") and not replicas.texts("other")
+
+
+@pytest.mark.parametrize("by_an_heir", [False, True])
+def test_a_text_that_is_left_out_is_none_that_is_lost_where_what_waits_is_handed_on(
+    by_an_heir: bool, replicas: Replicas
+):
+    """Before those that wait, between and behind them; of its own ones or those of another one."""
+
+    class Slow(Teacher):
+        """Of three texts it cannot read, and is away for all others."""
+
+        async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
+            self.away = "x" not in texts[0]
+            return await super().labels(texts)
+
+    async def leave_out(member: Member) -> None:
+        assert member.auditor
+        for one in [*member.auditor.unkept]:
+            if isinstance(one, Waiting) and one.text == "x":
+                await member.auditor._ask(member.auditor._queue.index(one))
+
+    async def scenario() -> Teacher:
+        teacher = Teacher()
+        stops, lives = replicas.one("one", Slow(away=True)), replicas.one("other", teacher)
+        first = replicas.one("one", Slow(away=True)) if by_an_heir else stops
+        assert first.auditor
+        await (stops if by_an_heir else lives).exchange()
+        for text in ("", "", "x", "y1", "x", "n", "y2", "x"):
+            if text:
+                first.auditor.add(text, answer())
+            else:
+                first.auditor.escalated(answer(0.3))
+        await first.exchange()
+        if by_an_heir:
+            await replicas.finds_gone(stops)
+            await until(lambda: bool(stops._heirs))
+            await lives.exchange()
+        await leave_out(stops._heirs[0] if by_an_heir else stops)
+        await stops.leave()
+        stops.arrived()
+        assert not replicas.texts("one")[1:]  # but what is handed on
+        await lives.exchange()
+        await until(lambda: not lives._taking_up)
+        assert lives.counts.lost == lives.counts.stopped == 0
+        return teacher
+
+    assert asyncio.run(scenario()).asked == ["y1", "n", "y2"]
+    expected = after(ESCALATED, ESCALATED, SAME, DIFFERS, SAME)
     assert replicas.kept.watch.log_detectors == pytest.approx(expected)
     assert not replicas.texts("one") and not replicas.texts("other")
 

@@ -78,6 +78,11 @@ class Spool:
         self._pauses = False
         self.failure: str | None = None  # why audits that wait are in memory alone, if so
 
+    @property
+    def last(self) -> int:
+        """The highest number that came so far, of one that is left out, too."""
+        return self._last
+
     def write(self, one: Entry) -> None:
         """Where the disk has no room for a new one, the whole spool is given up until the watch has
         what came so far: with a gap it would be worth less than none."""
@@ -203,6 +208,17 @@ class Spools:
 
     def _name(self, member: str) -> str:
         return f"audits/{self.bundle}/{member}.jsonl"
+
+
+def whole(entries: Sequence[Entry], last_heard: int, last: int) -> list[Entry]:
+    """With those that are left out, of which a queue knows nothing any more: all that are missing
+    behind the last that was heard, up to the last that came. Else who reads them would take the
+    first of these for a lost one. None where no other is there."""
+    if not entries:
+        return []
+    there = {one.number: one for one in entries}
+    numbers = range(last_heard + 1, max(*there, last) + 1)
+    return [there.get(number, LeftOut(number)) for number in numbers]
 
 
 def _furthest(entries: Iterable[Entry], last: int) -> list[Entry]:

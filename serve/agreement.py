@@ -148,7 +148,7 @@ class Agreement:
             kept = await self._kept_of(report, folder, now)
             gone = self._gone(bundle, member, now)
             given_up = orphans.given_up(gone, now)
-            read = await self._read_all_words(folder, bundle, {*orphans.new, *given_up})
+            read = await self._read_all_words(folder, bundle, kept, {*orphans.new, *given_up})
             for name in (gone := self._gone(bundle, member, now)):
                 kept = kept.told(name, seen[name].audits, seen[name].n_owed)
             # While words are there they may be read again, so the number up to which they counted
@@ -198,15 +198,21 @@ class Agreement:
         name = orphans.offered(gone, report.member, living, now)
         return None if name is None else Orphan(member=name, last=kept.last_of(name))
 
-    async def _read_all_words(self, folder: Folder, bundle: str, of: set[str]) -> set[str]:
+    async def _read_all_words(
+        self, folder: Folder, bundle: str, kept: Kept, of: set[str]
+    ) -> set[str]:
         """Of these, and those that could not be read, or not be kept, before; who left any."""
         to_read = self._left_words[bundle]
         to_read |= of - self._counted_words[bundle]
-        return {name for name in sorted(to_read) if await self._read_words(folder, bundle, name)}
+        return {
+            name
+            for name in sorted(to_read)
+            if await self._read_words(folder, bundle, name, kept.last_of(name))
+        }
 
-    async def _read_words(self, folder: Folder, bundle: str, name: str) -> bool:
+    async def _read_words(self, folder: Folder, bundle: str, name: str, last: int) -> bool:
         """The last ones of a member that stopped and was not heard; whether there are any."""
-        words = await asyncio.to_thread(watching.read_last_words, folder, bundle, name)
+        words = await asyncio.to_thread(watching.read_last_words, folder, bundle, name, last)
         if words is not None:
             outcomes, n_owed = words
             before = self._seen[bundle].get(name)

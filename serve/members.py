@@ -25,6 +25,7 @@ from journeyman.cascade.watching import Outcome
 from journeyman.errors import JourneymanError
 from serve.agreement import Agreed, Report
 from serve.billing import EVERY_S, LEAVES_WITHIN_S, TIMEOUT_S
+from serve.failures import failed
 
 _ON_ITS_WAY_S = 60.0  # to a store, from a replica that stops
 
@@ -81,11 +82,27 @@ class Member:
 
     async def run(self) -> None:
         """Exchange, as long as the bundle is served."""
+        cleaning = asyncio.get_running_loop().create_task(self._clean())
+        try:
+            while True:
+                await self._round()
+        finally:
+            cleaning.cancel()
+
+    async def _clean(self) -> None:
+        """A store may take its time, and whatever is wrong here ends nothing else."""
         if self.spools:
-            await asyncio.to_thread(self.spools.clean)
-        while True:
+            with contextlib.suppress(Exception):
+                await asyncio.to_thread(self.spools.clean)
+
+    async def _round(self) -> None:
+        """One exchange and the pause behind it. An error that nobody thought of ends this round,
+        and not those to come; it is told without its words, which may quote a text."""
+        try:
             await self.exchange()
-            await asyncio.sleep(EVERY_S)
+        except Exception as error:
+            self._is_alone(str(failed(error)))
+        await asyncio.sleep(EVERY_S)
 
     async def leave(self) -> None:
         """The last words of a replica that stops in order, and of those that it went on for. What
@@ -125,15 +142,18 @@ class Member:
             async with asyncio.timeout(LEAVES_WITHIN_S if self._stops else TIMEOUT_S):
                 agreed = await self.ask(report)
         except (RayError, RayServeException, TimeoutError, JourneymanError) as error:
-            if self.breaker:
-                self.breaker.alone()
-            self.failure = f"{type(error).__name__}: {error}"
+            self._is_alone(f"{type(error).__name__}: {error}")
             return
         self._agree(agreed)
         if self.breaker:
             if self.breaker.news is news:
                 self.breaker.news = None
             self.breaker.follow(agreed.breaker, time.monotonic())
+
+    def _is_alone(self, why: str) -> None:
+        self.failure = why
+        if self.breaker:
+            self.breaker.alone()
 
     @property
     def unspooled(self) -> str | None:
@@ -198,8 +218,7 @@ class Member:
         working = asyncio.get_running_loop().create_task(self.work(auditor))
         try:
             while not heir._is_done:
-                await heir.exchange()
-                await asyncio.sleep(EVERY_S)
+                await heir._round()
         finally:
             working.cancel()
         await heir.leave()

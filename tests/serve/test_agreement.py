@@ -416,3 +416,28 @@ def test_last_words_that_could_not_be_read_or_kept_are_read_again_and_count_once
     assert exchange(shared, report(tmp_path, batch=0)).n_audits == 3
     assert exchange(shared, report(tmp_path, batch=0)).n_audits == 3
     assert not list((tmp_path / "watch" / "b").iterdir())
+
+
+def test_last_words_of_a_replica_of_before_count_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Batches with numbers, of which the watch has the first."""
+    members = {"old": Heard(last=7, n_owed=2)}
+    watching.store(Folder(tmp_path), "b", Kept(watch=a_watch().audited(RIGHT), members=members))
+    batches = [[7, [[0.95, 0]]], [8, [[0.95, 1], [None, 0]]], [9, [[0.95, 1]]]]
+    Folder(tmp_path).put("watch/b/old.json", json.dumps({"batches": batches}).encode())
+
+    def killed(*_: object) -> None:
+        raise SystemError
+
+    with monkeypatch.context() as patched, pytest.raises(SystemError):
+        patched.setattr(watching, "forget_last_words", killed)
+        exchange(Agreement(30.0), report(tmp_path, batch=0))
+    shared = Agreement(30.0)
+    for _ in range(2):
+        assert exchange(shared, report(tmp_path, batch=0)).n_audits == 4
+    assert not list((tmp_path / "watch" / "b").iterdir())
+    kept, expected = watching.stored(Folder(tmp_path), "b"), a_watch()
+    for audit in (RIGHT, WRONG, watching.UNANSWERED, WRONG):
+        expected = expected.audited(audit)
+    assert kept and kept.watch.log_detectors == pytest.approx(expected.log_detectors)

@@ -441,6 +441,38 @@ def test_one_that_was_only_thought_to_be_gone_is_counted_once(replicas: Replicas
     assert replicas.kept.watch.log_detectors == pytest.approx(expected)
 
 
+def test_an_error_that_nobody_thought_of_ends_one_exchange_and_no_other(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+):
+    """Nor does one of cleaning end any. A text in its words is not told."""
+    n_asked, failures = 0, []
+
+    async def ask(report: Report) -> Agreed:
+        nonlocal n_asked
+        n_asked += 1
+        if n_asked == 1:
+            raise ZeroDivisionError("a text")
+        failures.append(member.failure)
+        return await replicas.ask(report)
+
+    def cannot(_: Spools) -> None:
+        raise ZeroDivisionError
+
+    async def scenario() -> None:
+        running = asyncio.create_task(member.run())
+        await until(lambda: n_asked > 2)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    monkeypatch.setattr(Spools, "clean", cannot)
+    member = replicas.one("host", Teacher())
+    member.ask = ask
+    asyncio.run(scenario())
+    assert "ZeroDivisionError" in failures[0] and "a text" not in failures[0]
+    assert failures[1] is None and member.failure is None
+
+
 def test_audits_that_were_taken_up_and_a_replicas_own_are_asked_one_at_a_time(tmp_path: Path):
     under_way, most = 0, 0
 

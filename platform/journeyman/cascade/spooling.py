@@ -197,11 +197,12 @@ class Spools:
 
     def clean(self) -> None:
         """Delete what killed members left here and nobody took up."""
-        for path in self.spool.glob("audits/*/*/*.jsonl"):
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < time.time() - _KEPT_S:
-                    path.unlink()
-                    path.parent.rmdir()
+        with contextlib.suppress(OSError):  # as where one that lives deletes its folder meanwhile
+            for path in self.spool.glob("audits/*/*/*.jsonl"):
+                with contextlib.suppress(OSError):
+                    if path.stat().st_mtime < time.time() - _KEPT_S:
+                        path.unlink()
+                        path.parent.rmdir()
 
     def _folder(self, member: str) -> Path:
         return self.spool / "audits" / self.bundle / member

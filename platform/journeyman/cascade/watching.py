@@ -149,13 +149,24 @@ def last_words(
 
 
 def read_last_words(
-    folder: Folder, bundle_id: str, member: str
+    folder: Folder, bundle_id: str, member: str, last: int
 ) -> tuple[list[Outcome], int] | None:
-    """And how many it owed; None where it left none, or damaged ones; raises ClusterError."""
+    """And how many it owed; None where it left none, or damaged ones; raises ClusterError. last:
+    the number of its last audit that counted."""
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         content = json.loads(folder.get(_name_of_words(bundle_id, member)))
+        if "batches" in content:
+            return _of_batches(content["batches"], last), 0
         return [Outcome.read(one) for one in content["audits"]], int(content["n_owed"])
     return None
+
+
+def _of_batches(batches: Sequence[tuple[int, Sequence[Any]]], last: int) -> list[Outcome]:
+    """Of a replica of before, which had numbers of batches, and owed none that was to come. Theirs
+    are higher than any of these, so that they, too, count once."""
+    found = [audit for number, audits in batches if number > last for audit in audits]
+    highest = max((number for number, _ in batches), default=0)
+    return [Outcome.read((highest + i, *audit)) for i, audit in enumerate(found, 1)]
 
 
 def who_left_words(folder: Folder, bundle_id: str) -> list[str]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,19 @@ def test_what_nobody_took_up_in_a_week_is_deleted(tmp_path: Path):
     os.utime(old, (time.time() - 8 * 86400,) * 2)
     of.clean()
     assert [path.name for path in (tmp_path / "spool" / "audits" / "b").iterdir()] == ["n"]
+
+
+def test_a_folder_that_vanishes_while_they_are_listed_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As Python 3.11 raises then."""
+
+    def glob(*_: object) -> Iterator[Path]:
+        yield tmp_path / "none"
+        raise FileNotFoundError("of one that lives")
+
+    monkeypatch.setattr(Path, "glob", glob)
+    spools(tmp_path).clean()
 
 
 WRITER = """

@@ -126,6 +126,8 @@ class Member:
         news = self.breaker.news if self.breaker else None
         if self.auditor and not self._audits:
             self._audits = tuple(self.auditor.outcomes())
+        if self.spool and self.spool.pauses:
+            self.spool.resume(self._unheard)
         report = Report(
             replica=self.replica,
             bundle=self.bundle,
@@ -260,14 +262,13 @@ class Member:
         if not (self.auditor and self.keep and self.spools):
             return
         entries, spools, keep = self._unheard, self.spools, self.keep
-        if entries:
+        if not self._is_done:
             with contextlib.suppress(OSError):  # it lies in the spool
                 await asyncio.to_thread(lambda: keep(*spools.handed_on(self.name, entries)))
                 self._last_kept = entries[-1].number
 
     @property
     def _unheard(self) -> list[Entry]:
-        """All behind the last audit that was heard, those that are left out too; none where none
-        of the others is there."""
+        """All behind the last audit that was heard, those that are left out too."""
         found = [*self._audits, *(self.auditor.unkept if self.auditor else ())]
         return whole(found, self._last_heard, self.spool.last if self.spool else 0)

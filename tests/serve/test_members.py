@@ -1,6 +1,7 @@
 """What a replica leaves that is gone is taken up by another one, in its order, and counts once."""
 
 import asyncio
+import io
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -438,6 +439,43 @@ def test_one_that_was_only_thought_to_be_gone_is_counted_once(replicas: Replicas
 
     asyncio.run(scenario())
     expected = after(SAME, DIFFERS, ESCALATED, SAME, SAME)
+    assert replicas.kept.watch.log_detectors == pytest.approx(expected)
+
+
+def test_a_spool_for_which_a_disk_had_no_room_is_written_anew_as_soon_as_there_is_some(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+):
+    """However many come meanwhile, and whatever is left out of what waits."""
+
+    async def scenario() -> Teacher:
+        teacher = Teacher()
+        dies, lives = replicas.one("host", Teacher()), replicas.one("host", teacher)
+        assert dies.auditor and dies.spool
+        await lives.exchange()
+        dies.auditor.add("x", answer())
+        dies.auditor.escalated(answer(0.3))
+        dies.auditor.add("y1", answer())
+        with monkeypatch.context() as patched:
+            dies.spool._close()
+            patched.setattr(Path, "open", lambda *_, **__: io.FileIO("/dev/full", "ab"))
+            dies.auditor.add("x", answer())
+            await dies.auditor._ask(0)
+            await dies.exchange()
+            assert dies.unspooled and "No space" in dies.unspooled
+            assert not replicas.texts("host")
+        dies.auditor.add("n", answer())
+        await dies.auditor._ask(1)  # an x
+        await dies.exchange()
+        assert dies.unspooled is None and dies.auditor.n_left_out == 2
+        dies.auditor.add("y2", answer())
+        await dies.exchange()
+        await replicas.finds_gone(lives)
+        await until(lambda: not lives._taking_up)
+        assert lives.counts.lost == lives.counts.stopped == 0
+        return teacher
+
+    assert asyncio.run(scenario()).asked == ["y1", "n", "y2"]
+    expected = after(ESCALATED, SAME, DIFFERS, SAME)
     assert replicas.kept.watch.log_detectors == pytest.approx(expected)
 
 

@@ -84,8 +84,9 @@ class Spool:
         return self._last
 
     def write(self, one: Entry) -> None:
-        """Where the disk has no room for a new one, the whole spool is given up until the watch has
-        what came so far: with a gap it would be worth less than none."""
+        """Where the disk has no room for a new one, the whole spool is given up until all that wait
+        can be written anew, or the watch has what came so far: with a gap it would be worth less
+        than none."""
         is_new, self._last = one.number > self._last, max(self._last, one.number)
         if self._pauses:
             return
@@ -98,6 +99,23 @@ class Spool:
             if is_new:
                 self._pauses = True
                 self.drop()
+
+    @property
+    def pauses(self) -> bool:
+        """Whether it was given up, see ``write``."""
+        return self._pauses
+
+    def resume(self, entries: Sequence[Entry]) -> None:
+        """With all that are behind the last that counted, if there is room by now."""
+        try:
+            for one in entries:
+                self._append(one)
+        except OSError as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            self._close()
+            self.drop()
+        else:
+            self._pauses, self.failure = False, None
 
     def counted(self, last: int) -> None:
         """Up to this number all are in the watch, so that nobody needs them any more."""
@@ -214,11 +232,9 @@ class Spools:
 def whole(entries: Sequence[Entry], last_heard: int, last: int) -> list[Entry]:
     """With those that are left out, of which a queue knows nothing any more: all that are missing
     behind the last that was heard, up to the last that came. Else who reads them would take the
-    first of these for a lost one. None where no other is there."""
-    if not entries:
-        return []
+    first of these for a lost one."""
     there = {one.number: one for one in entries}
-    numbers = range(last_heard + 1, max(*there, last) + 1)
+    numbers = range(last_heard + 1, max([*there, last]) + 1)
     return [there.get(number, LeftOut(number)) for number in numbers]
 
 

@@ -27,6 +27,7 @@ from journeyman.errors import JourneymanError
 from journeyman.folder import Folder
 from serve.billing import EVERY_S, GONE_AFTER_S, Bill, Billing
 
+_REMEMBERED_S = 86400.0  # the number of a member that is gone, or was only thought to be
 _OWED_S = 10.0  # between two times that only what is owed is written
 
 
@@ -66,6 +67,7 @@ class Agreed:
     accept_above: float | None = None
     n_audits: int = 0
     rung: int | None = 0
+    last: int = 0
     orphan: Orphan | None = None
     n_lost: int = 0
     n_stopped: int = 0
@@ -94,6 +96,7 @@ class Agreement:
         self._written: dict[str, tuple[Kept, float]] = {}  # by bundle, and when
         self._seen: dict[str, dict[str, _Seen]] = {}  # by bundle, by member
         self._orphans: dict[str, Orphans] = {}  # by bundle
+        self._over: dict[str, dict[str, float]] = {}  # members, by bundle, and since when
         self._left_words: dict[str, set[str]] = {}  # to be read: of members, by bundle
         self._counted_words: dict[str, set[str]] = {}  # to be deleted
         self._heard_at: dict[str, float] = {}  # by replica
@@ -163,9 +166,15 @@ class Agreement:
             for name in over:
                 kept = kept.gone(name, kept.owed_by(name))
             kept = kept.told(member, report.audits, report.n_owed)
+            since = self._over.setdefault(bundle, {})
+            old = [n for n, at in since.items() if n not in seen and now - at > _REMEMBERED_S]
+            kept = kept.forgot(old)
             await self._keep(folder, bundle, kept, now)
             for name in over:
                 seen.pop(name, None)
+                since[name] = now
+            for name in old:
+                del since[name]
             self._counted_words[bundle] |= read
             self._left_words[bundle].clear()
             await self._forget_words(folder, bundle)
@@ -175,6 +184,7 @@ class Agreement:
             accept_above=kept.watch.threshold,
             n_audits=kept.watch.n_audits,
             rung=kept.watch.rung,
+            last=kept.last_of(member),
             orphan=orphan,
             n_lost=len(n_owed),
             n_stopped=sum(n_owed) - len(n_owed),
@@ -195,8 +205,11 @@ class Agreement:
         seen = self._seen[report.bundle]
         living = [n for n, one in seen.items() if one.takes_up and n not in gone and not one.left]
         orphans = self._orphans.setdefault(report.bundle, Orphans())
+        gone = sorted(gone, key=lambda name: not kept.owed_by(name))
         name = orphans.offered(gone, report.member, living, now)
-        return None if name is None else Orphan(member=name, last=kept.last_of(name))
+        if name is None:
+            return None
+        return Orphan(member=name, last=kept.last_of(name), n_owed=kept.owed_by(name))
 
     async def _read_all_words(
         self, folder: Folder, bundle: str, kept: Kept, of: set[str]

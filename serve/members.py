@@ -72,6 +72,7 @@ class Member:
     failure: str | None = field(default=None, init=False)  # why it goes on alone
     _stops: bool = field(default=False, init=False)
     _leaves: bool = field(default=False, init=False)  # its next report is the last
+    _is_behind: bool = field(default=False, init=False)  # another one has told more by its name
     _audits: tuple[Outcome, ...] = field(default=(), init=False)  # not handed on yet
     _heirs: list[Member] = field(default_factory=list, init=False)  # those that are done included
     _taking_up: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
@@ -112,7 +113,7 @@ class Member:
         self._stops = True
         for task in self._taking_up.values():
             task.cancel()
-        heirs = [heir.leave() for heir in self._heirs if not heir._leaves]
+        heirs = [heir.leave() for heir in self._heirs if not (heir._leaves or heir._is_behind)]
         await asyncio.gather(self._leave(), *heirs)
 
     def arrived(self) -> None:
@@ -168,7 +169,7 @@ class Member:
         here = [self, *self._heirs]
         auditors = [member.auditor for member in here if member.auditor]
         return Counts(
-            pending=sum(auditor.n_pending for auditor in auditors),
+            pending=sum(m.auditor.n_pending for m in here if m.auditor and not m._is_behind),
             lost=sum(a.n_lost for a in auditors) + sum(member._n_lost for member in here),
             left_out=sum(auditor.n_left_out for auditor in auditors),
             not_drawn=sum(auditor.n_not_drawn for auditor in auditors),
@@ -180,8 +181,9 @@ class Member:
         """After a report that was heard."""
         if self._audits:
             self._last_heard = self._audits[-1].number
-            if self.spool:
-                self.spool.counted(self._last_heard)
+        self._is_behind = self.breaker is None and agreed.last > self._last_heard
+        if self._audits and self.spool and not self._is_behind:
+            self.spool.counted(self._last_heard)
         self.last, self.failure, self._audits = agreed, None, ()
         self._n_lost += agreed.n_lost
         self._n_stopped += agreed.n_stopped
@@ -199,7 +201,9 @@ class Member:
         leave it to others, where nothing of it is to be read here."""
         assert self.heir and self.spools
         try:
-            left = await asyncio.to_thread(self.spools.left_by, orphan.member, orphan.last)
+            left = await asyncio.to_thread(
+                self.spools.left_by, orphan.member, orphan.last, orphan.n_owed
+            )
         except (OSError, JourneymanError):  # it is offered again
             return
         if left is None:
@@ -219,10 +223,12 @@ class Member:
         self._heirs.append(heir)
         working = asyncio.get_running_loop().create_task(self.work(auditor))
         try:
-            while not heir._is_done:
+            while not (heir._is_done or heir._is_behind):
                 await heir._round()
         finally:
             working.cancel()
+        if heir._is_behind:  # the other one is not gone, or has another heir: it is theirs
+            return
         await heir.leave()
         await asyncio.sleep(_ON_ITS_WAY_S)
         await heir._forget()  # what it handed on may have come behind its last words
@@ -235,10 +241,13 @@ class Member:
     async def _leave(self) -> None:
         self._stops = True
         await self.exchange()
-        await self._hand_on()
-        self._leaves = True
-        if not self.failure:  # there may be what has come since that report
+        if not self._is_behind:
+            await self._hand_on()
+            self._leaves = True
+        if self._leaves and not self.failure:  # there may be what has come since that report
             await self.exchange()
+        if self._is_behind:
+            return
         if self.auditor and self.failure and self.keep:
             found = (*self._audits, *self.auditor.outcomes())
             words = watching.last_words(self.bundle, self.name, found, self.auditor.n_unkept)

@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,7 @@ def test_a_replica_that_dies_while_the_store_is_away_takes_no_outcome_along_unco
         before = exchange(shared, report(tmp_path, replica="lives")).n_audits if known else 0
         shutil.rmtree(in_its_place, ignore_errors=True)
         in_its_place.write_text("no folder")
-        dying = report(tmp_path, RIGHT, RIGHT, WRONG, replica="dies", owed=20)
+        dying = report(tmp_path, RIGHT, RIGHT, WRONG, replica=f"dies {known}", owed=20)
         for _ in range(3):
             with pytest.raises(ClusterError):
                 exchange(shared, dying)
@@ -441,3 +442,20 @@ def test_last_words_of_a_replica_of_before_count_once(
     for audit in (RIGHT, WRONG, watching.UNANSWERED, WRONG):
         expected = expected.audited(audit)
     assert kept and kept.watch.log_detectors == pytest.approx(expected.log_detectors)
+
+
+def test_of_many_that_are_gone_each_is_offered_and_first_those_that_owe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As after a restart, with the names of a day, to the one that lives."""
+    members = {str(i): Heard(last=5, n_owed=int(i >= 15)) for i in range(20)}
+    watching.store(Folder(tmp_path), "b", Kept(watch=a_watch(), members=members))
+    shared, now = Agreement(30.0), time.monotonic()
+    lives, offered = replace(report(tmp_path, replica="lives"), takes_up=True), []
+    exchange(shared, lives)
+    for second in range(20):
+        monkeypatch.setattr(agreement.time, "monotonic", lambda s=second: now + 100.0 + s)
+        orphan = exchange(shared, lives).orphan
+        assert orphan
+        offered.append(orphan.member)
+    assert sorted(offered[:5]) == [str(i) for i in range(15, 20)] and len(set(offered)) == 20

@@ -102,7 +102,7 @@ class Replicas:
 
     def one(self, host: str, teacher: Teacher, keeps: bool = True) -> Member:
         """Not running. keeps: what is to lie beside the feedback."""
-        spools = Spools(spool=self._tmp / host, to=Folder(self.to), bundle="b")
+        spools = self.spools(host)
 
         def auditor(spool: Spool) -> Auditor:
             return Auditor(POLICY, teacher, None, busy=lambda: False, spool=spool)  # type: ignore[arg-type]
@@ -115,6 +115,9 @@ class Replicas:
             keep=Folder(self.to).put if keeps else None,
             spools=spools, spool=spool, heir=auditor,
         )  # fmt: skip
+
+    def spools(self, host: str) -> Spools:
+        return Spools(spool=self._tmp / host, to=Folder(self.to), bundle="b")
 
     async def ask(self, report: Report) -> Agreed:
         return await self.shared.exchange(report)
@@ -509,6 +512,73 @@ def test_an_error_that_nobody_thought_of_ends_one_exchange_and_no_other(
     asyncio.run(scenario())
     assert "ZeroDivisionError" in failures[0] and "a text" not in failures[0]
     assert failures[1] is None and member.failure is None
+
+
+def test_one_that_comes_back_after_its_heir_has_left_is_counted_once(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+):
+    """For a day. Of one that was given up the error stands for the first."""
+
+    async def scenario() -> None:
+        hangs, lives = replicas.one("host", Teacher()), replicas.one("host", Teacher())
+        lost = replicas.one("far", Teacher())
+        await lives.exchange()
+        three_wait(hangs)
+        await hangs.exchange()
+        await replicas.finds_gone(lives)
+        await until(lambda: not lives._taking_up)
+        three_wait(lost)
+        await lost.exchange()
+        for _ in range(3):
+            await replicas.gives_up(lives)
+        assert replicas.kept.last_of(hangs.name) == 4 and not replicas.kept.owed_by(lost.name)
+        for member in (hangs, lost):
+            assert member.auditor
+            await worked(member, lambda m=member: not m.auditor.n_pending)  # type: ignore[misc]
+            await member.exchange()
+        assert replicas.kept.watch.n_audits == 8
+        monkeypatch.setattr(agreement, "_REMEMBERED_S", 0.0)
+        for _ in range(5):
+            await replicas.gives_up(lives)
+        lives.auditor.escalated(answer(0.3))  # type: ignore[union-attr]
+        await lives.exchange()
+        assert list(replicas.kept.members) == [lives.name]
+
+    asyncio.run(scenario())
+    expected = after(SAME, DIFFERS, ESCALATED, SAME, LOST, DIFFERS, ESCALATED, SAME, ESCALATED)
+    assert replicas.kept.watch.log_detectors == pytest.approx(expected)
+
+
+def test_one_that_took_up_stops_as_soon_as_the_other_one_tells_more_by_itself(
+    replicas: Replicas,
+):
+    """And leaves it its files."""
+
+    async def scenario() -> None:
+        hangs = replicas.one("host", Teacher())
+        lives = replicas.one("host", Teacher(away=True))
+        await lives.exchange()
+        three_wait(hangs)
+        await hangs.exchange()
+        await replicas.finds_gone(lives)
+        await until(lambda: lives.counts.pending == 3)
+        assert hangs.auditor
+        await hangs.auditor._ask(0)
+        hangs.auditor.add("y3", answer())
+        await hangs.exchange()
+        assert replicas.kept.watch.n_audits == 1
+        await until(lambda: not lives._taking_up)
+        assert lives.counts.pending == 0
+        await lives.leave()
+        lives.arrived()
+        left = replicas.spools("host").left_by(hangs.name, 1, 4)
+        assert left and [one.number for one in left.entries] == [2, 3, 4, 5]
+        await worked(hangs, lambda: not hangs.auditor.n_pending)  # type: ignore[union-attr]
+        await hangs.exchange()
+
+    asyncio.run(scenario())
+    expected = after(SAME, DIFFERS, ESCALATED, SAME, SAME)
+    assert replicas.kept.watch.log_detectors == pytest.approx(expected)
 
 
 def test_audits_that_were_taken_up_and_a_replicas_own_are_asked_one_at_a_time(tmp_path: Path):

@@ -15,10 +15,12 @@ GIVEN_UP_AFTER_S = 600.0  # a replica that starts again on the same host has loa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orphan:
-    """A member that is gone. last: the number of its last audit that counted."""
+    """A member that is gone. last: the number of its last audit that counted; n_owed: audits behind
+    that one, by what it said last."""
 
     member: str
     last: int
+    n_owed: int
 
 
 class Orphans:
@@ -47,11 +49,16 @@ class Orphans:
     def offered(
         self, gone: Collection[str], to: str, living: Collection[str], now: float
     ) -> str | None:
-        """One of those that are gone that it is this member's turn to take up."""
+        """One of those that are gone that it is this member's turn to take up: the one that it was
+        not asked for the longest, the first of several."""
+        due: list[tuple[float, str]] = []
         for name in gone:
             asked = self._asked.setdefault(name, {})
             first = min((asked.get(one, -1.0) for one in living), default=-1.0)
             if now >= self._until.get(name, 0.0) and asked.get(to, -1.0) <= first:
-                asked[to], self._until[name] = now, now + ASKED_FOR_S
-                return name
-        return None
+                due.append((asked.get(to, -1.0), name))
+        if not due:
+            return None
+        _, name = min(due, key=lambda one: one[0])
+        self._asked[name][to], self._until[name] = now, now + ASKED_FOR_S
+        return name

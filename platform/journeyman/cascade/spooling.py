@@ -186,9 +186,9 @@ class Spools:
     def of(self, member: str) -> Spool:
         return Spool(self._folder(member))
 
-    def left_by(self, member: str, last: int) -> Left | None:
-        """last: the number of its last audit that counted. None where nothing is to be read from
-        here; raises OSError, ClusterError."""
+    def left_by(self, member: str, last: int, n_owed: int) -> Left | None:
+        """last: the number of its last audit that counted; n_owed: at least so many are behind it.
+        None where nothing is to be read from here; raises OSError, ClusterError."""
         found = {path: _read(path.read_bytes()) for path in self._folder(member).glob("*.jsonl")}
         entries = [one for there in found.values() for one in there]
         with contextlib.suppress(FileNotFoundError):
@@ -199,8 +199,9 @@ class Spools:
         spool = Spool(self._folder(member), last_in)
         furthest = _furthest(entries, last)
         series = _series(furthest, last)
-        n_stopped = len(furthest) - len(series)
-        if n_stopped:
+        n_missing = n_owed - len(series)
+        n_stopped = max(len(furthest) - len(series), n_missing - 1, 0)
+        if n_stopped or n_missing > 0:
             series.append(Outcome(last + len(series) + 1, LOST))
         known = [one for one in series if not isinstance(one, LeftOut)]
         return Left(spool=spool, entries=known, n_stopped=n_stopped)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -88,10 +88,8 @@ class Kept:
         for one in outcomes:
             if one.number > last:
                 watch, last = watch.audited(one.audit), one.number
-        members = {**self.members, member: Heard(last=last, n_owed=n_owed)}
-        if members[member] == Heard():  # nothing yet
-            del members[member]
-        return Kept(watch=watch, members=members)
+        kept = Kept(watch=watch, members=self.members)
+        return kept._heard(member, Heard(last=last, n_owed=n_owed))
 
     def last_of(self, member: str) -> int:
         return self.members.get(member, Heard()).last
@@ -100,10 +98,25 @@ class Kept:
         return self.members.get(member, Heard()).n_owed
 
     def gone(self, member: str, n_owed: int) -> Kept:
-        """After the last of a member that owed so many, of which the first counts."""
-        watch = self.watch.audited(LOST) if n_owed else self.watch
-        others = {name: heard for name, heard in self.members.items() if name != member}
-        return Kept(watch=watch, members=others)
+        """After the last of a member that owed so many, of which the first counts. Its number
+        stays: it may only have been thought to be gone, and tell its outcomes again."""
+        watch, last = self.watch, self.last_of(member)
+        if n_owed:
+            watch, last = watch.audited(LOST), last + 1
+        return Kept(watch=watch, members=self.members)._heard(member, Heard(last=last))
+
+    def forgot(self, names: Collection[str]) -> Kept:
+        """Members that nobody hears of any more."""
+        if not self.members.keys() & set(names):
+            return self
+        others = {name: heard for name, heard in self.members.items() if name not in names}
+        return Kept(watch=self.watch, members=others)
+
+    def _heard(self, member: str, heard: Heard) -> Kept:
+        members = {**self.members, member: heard}
+        if heard == Heard():  # nothing yet
+            del members[member]
+        return Kept(watch=self.watch, members=members)
 
 
 def watch_of(bundle: Bundle) -> Watch | None:

@@ -34,7 +34,7 @@ def spools(tmp_path: Path) -> Spools:
 
 
 def numbers(of: Spools, last: int = 0) -> list[int]:
-    left = of.left_by("m", last)
+    left = of.left_by("m", last, 0)
     return [one.number for one in left.entries] if left else []
 
 
@@ -44,7 +44,7 @@ def test_what_asking_takes_is_read_as_it_was_written(tmp_path: Path):
     undecided = Waiting(number=2, text="u", since=0.0, decision=None)
     for one in (waiting(1, text), undecided, Outcome(3, UNANSWERED), waiting(4, by_teacher="no")):
         spool.write(one)
-    left = spools(tmp_path).left_by("m", 0)
+    left = spools(tmp_path).left_by("m", 0, 0)
     assert left
     first, second, third, fourth = left.entries
     assert isinstance(first, Waiting) and first.decision and first.text == text
@@ -63,13 +63,15 @@ def test_of_each_audit_the_furthest_is_left_and_none_that_counted(tmp_path: Path
     spool.write(LeftOut(4))
     spool.write(waiting(5, by_teacher="no"))
     spool.write(waiting(3))  # by one that was slow
-    left = spools(tmp_path).left_by("m", 2)
+    left = spools(tmp_path).left_by("m", 2, 0)
     assert left and left.n_stopped == 0
     judged = left.entries[1]
     assert left.entries[0] == Outcome(3, RIGHT)
     assert isinstance(judged, Waiting) and judged.by_teacher == "no"
     assert numbers(spools(tmp_path), 2) == [3, 5, 6]
-    assert spools(tmp_path).left_by("m", 6) is None and spools(tmp_path).left_by("x", 0) is None
+    assert (
+        spools(tmp_path).left_by("m", 6, 0) is None and spools(tmp_path).left_by("x", 0, 0) is None
+    )
 
 
 def test_files_are_deleted_as_soon_as_all_that_is_in_them_counted(
@@ -94,9 +96,28 @@ def test_one_that_is_missing_counts_as_an_error_and_those_behind_it_are_left_out
     spool = spools(tmp_path).of("m")
     for number in (4, 5, 7, 8):
         spool.write(waiting(number))
-    left = spools(tmp_path).left_by("m", 3)
+    left = spools(tmp_path).left_by("m", 3, 0)
     assert left and left.entries[2] == Outcome(6, LOST)
     assert (len(left.entries), left.n_stopped) == (3, 2)
+
+
+def test_of_those_that_are_owed_the_first_that_is_not_there_counts_as_an_error(tmp_path: Path):
+    spool = spools(tmp_path).of("m")
+    for number in (4, 5):
+        spool.write(waiting(number))
+    spool.write(LeftOut(6))
+
+    def left(n_owed: int) -> tuple[list[int], int]:
+        left = spools(tmp_path).left_by("m", 3, n_owed)
+        assert left
+        return [one.number for one in left.entries], left.n_stopped
+
+    assert left(3) == ([4, 5], 0)
+    assert left(4) == ([4, 5, 7], 0)
+    assert left(9) == ([4, 5, 7], 5)
+    spool.write(waiting(8))
+    assert left(3) == ([4, 5, 7], 1)
+    assert left(9) == ([4, 5, 7], 5)
 
 
 def test_a_line_that_was_cut_short_is_none(tmp_path: Path):
@@ -181,6 +202,6 @@ def test_a_killed_process_leaves_all_that_waited(tmp_path: Path):
     assert writer.stdout and writer.stdout.readline() == b"go\n"
     os.kill(writer.pid, signal.SIGKILL)
     writer.wait()
-    left = spools(tmp_path).left_by("m", 0)
+    left = spools(tmp_path).left_by("m", 0, 0)
     assert left and left.n_stopped == 0 and len(left.entries) >= 2000
     assert [one.number for one in left.entries] == list(range(1, len(left.entries) + 1))

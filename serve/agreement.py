@@ -17,7 +17,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from journeyman.cascade import watching
+from journeyman.cascade import spooling, watching
 from journeyman.cascade.budgets import Lent
 from journeyman.cascade.drift import Watch
 from journeyman.cascade.orphans import Orphan, Orphans
@@ -173,6 +173,8 @@ class Agreement:
             for name in over:
                 seen.pop(name, None)
                 since[name] = now
+                with contextlib.suppress(JourneymanError):  # texts that nobody needs any more
+                    await asyncio.to_thread(spooling.forget_handed_on, folder, bundle, name)
             for name in old:
                 del since[name]
             self._counted_words[bundle] |= read

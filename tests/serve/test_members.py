@@ -482,6 +482,24 @@ def test_a_spool_for_which_a_disk_had_no_room_is_written_anew_as_soon_as_there_i
     assert replicas.kept.watch.log_detectors == pytest.approx(expected)
 
 
+def test_texts_of_one_that_was_given_up_do_not_stay(replicas: Replicas):
+
+    async def scenario() -> None:
+        stops, lives = replicas.one("host", Teacher(away=True)), replicas.one("far", Teacher())
+        lives.heir = None
+        await lives.exchange()
+        three_wait(stops)
+        await stops.exchange()
+        await stops.leave()
+        stops.arrived()
+        assert replicas.texts("host")
+        for _ in range(2):
+            await replicas.gives_up(lives)
+
+    asyncio.run(scenario())
+    assert replicas.kept.watch.n_audits == 1 and not replicas.texts("host")
+
+
 def test_an_error_that_nobody_thought_of_ends_one_exchange_and_no_other(
     replicas: Replicas, monkeypatch: pytest.MonkeyPatch
 ):

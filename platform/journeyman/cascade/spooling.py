@@ -4,7 +4,7 @@
     <to>/audits/<bundle>/<member>.jsonl             of one that stopped in order, for any host
 
 They hold texts, as feedback does, and are only where feedback is kept: in its spool, and in the
-folder or store that it goes to. Both are deleted once the watch has the last of them.
+folder or store that it goes to. Each file is deleted once the watch has the last of it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 
 from journeyman.cascade.policy import Decision
 from journeyman.cascade.watching import LOST, Outcome
+from journeyman.errors import JourneymanError
 from journeyman.folder import Folder
 
 _MOST_BYTES = 1 << 20  # of a file, before another one is begun
@@ -212,22 +213,36 @@ class Spools:
 
     def forget(self, member: str) -> None:
         """What it handed on; raises ClusterError."""
-        self.to.delete(self._name(member))
+        forget_handed_on(self.to, self.bundle, member)
 
     def clean(self) -> None:
-        """Delete what killed members left here and nobody took up."""
+        """Delete what nobody took up: of killed members here, and what was handed on."""
         with contextlib.suppress(OSError):  # as where one that lives deletes its folder meanwhile
             for path in self.spool.glob("audits/*/*/*.jsonl"):
                 with contextlib.suppress(OSError):
                     if path.stat().st_mtime < time.time() - _KEPT_S:
                         path.unlink()
                         path.parent.rmdir()
+        with contextlib.suppress(JourneymanError):
+            for one in self.to.walk("audits"):
+                is_handed_on = one.name.count("/") == 2  # not in a spool that lies there, too
+                if is_handed_on and one.modified.timestamp() < time.time() - _KEPT_S:
+                    self.to.delete(one.name)
 
     def _folder(self, member: str) -> Path:
         return self.spool / "audits" / self.bundle / member
 
     def _name(self, member: str) -> str:
-        return f"audits/{self.bundle}/{member}.jsonl"
+        return _handed_on(self.bundle, member)
+
+
+def forget_handed_on(to: Folder, bundle: str, member: str) -> None:
+    """Raises ClusterError."""
+    to.delete(_handed_on(bundle, member))
+
+
+def _handed_on(bundle: str, member: str) -> str:
+    return f"audits/{bundle}/{member}.jsonl"
 
 
 def whole(entries: Sequence[Entry], last_heard: int, last: int) -> list[Entry]:

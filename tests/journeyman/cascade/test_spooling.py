@@ -170,6 +170,17 @@ def test_what_nobody_took_up_in_a_week_is_deleted(tmp_path: Path):
     assert [path.name for path in (tmp_path / "spool" / "audits" / "b").iterdir()] == ["n"]
 
 
+def test_what_was_handed_on_is_deleted_after_a_week_and_no_spool_beside_it(tmp_path: Path):
+    of = Spools(spool=tmp_path, to=Folder(tmp_path), bundle="b")
+    of.of("m").write(waiting(1))
+    for member in ("old", "new"):
+        of.to.put(*of.handed_on(member, [waiting(1)]))
+    os.utime(tmp_path / "audits" / "b" / "old.jsonl", (time.time() - 8 * 86400,) * 2)
+    of.clean()
+    there = {path.name for path in (tmp_path / "audits" / "b").iterdir()}
+    assert there == {"m", "new.jsonl"} and list((tmp_path / "audits" / "b" / "m").iterdir())
+
+
 def test_a_folder_that_vanishes_while_they_are_listed_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -173,13 +173,13 @@ class Agreement:
             for name in over:
                 seen.pop(name, None)
                 since[name] = now
-                with contextlib.suppress(JourneymanError):  # texts that nobody needs any more
-                    await asyncio.to_thread(spooling.forget_handed_on, folder, bundle, name)
             for name in old:
                 del since[name]
             self._counted_words[bundle] |= read
             self._left_words[bundle].clear()
             await self._forget_words(folder, bundle)
+        if over:
+            await asyncio.to_thread(_forget_texts, folder, bundle, over)
         orphan = self._orphan_for(report, kept, [n for n in gone if n not in over], now)
         return replace(
             agreed,
@@ -216,12 +216,16 @@ class Agreement:
     async def _read_all_words(
         self, folder: Folder, bundle: str, kept: Kept, of: set[str]
     ) -> set[str]:
-        """Of these, and those that could not be read, or not be kept, before; who left any."""
+        """Of these, and those that could not be read, or not be kept, before; who left any. The
+        names of a day may be many, and few have any, so they are listed first."""
         to_read = self._left_words[bundle]
         to_read |= of - self._counted_words[bundle]
+        if not to_read:
+            return set()
+        there = await asyncio.to_thread(watching.who_left_words, folder, bundle)
         return {
             name
-            for name in sorted(to_read)
+            for name in sorted(to_read.intersection(there))
             if await self._read_words(folder, bundle, name, kept.last_of(name))
         }
 
@@ -249,9 +253,8 @@ class Agreement:
             try:
                 await asyncio.to_thread(watching.store, folder, bundle, kept)
             except JourneymanError:
-                self._orphans.pop(
-                    bundle, None
-                )  # what they left may be there, too: they have more time
+                # What they left may be there, too: they have more time.
+                self._orphans.pop(bundle, None)
                 raise
             self._written[bundle] = kept, now
         self._kept[bundle] = kept
@@ -277,6 +280,13 @@ class Agreement:
             self._left_words[bundle], self._counted_words[bundle] = set(words), set()
             self._kept[bundle], self._written[bundle] = kept, (kept, -math.inf)
         return self._kept[bundle]
+
+
+def _forget_texts(folder: Folder, bundle: str, members: list[str]) -> None:
+    """That they handed on, and nobody needs any more."""
+    for name in members:
+        with contextlib.suppress(JourneymanError):
+            spooling.forget_handed_on(folder, bundle, name)
 
 
 def _running_teachers() -> int:

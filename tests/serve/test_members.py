@@ -35,6 +35,7 @@ from serve.ingress import Ingress, _watch
 from serve.live import Served
 from serve.members import Member
 from serve.students import classifiers
+from tests.journeyman.cascade.test_auditing import Teacher
 from tests.serve import tiny
 
 POLICY = Policy(
@@ -44,30 +45,6 @@ POLICY = Policy(
     teacher_log_prior=None,
 )
 SAME, DIFFERS, ESCALATED = (Audit(score=s, loss=n) for s, n in ((0.8, 0), (0.8, 1), (0.3, 0)))
-
-
-class Teacher:
-    """Says yes to what has a y in it, cannot read an x, and is away while told to be."""
-
-    def __init__(self, away: bool = False) -> None:
-        self.asked: list[str] = []
-        self.away = away
-
-    async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
-        if self.away:
-            raise TeacherAway("away", 1.0)
-        self.asked += texts
-        return [
-            Unlabeled(reason="x")
-            if "x" in text
-            else ClassLabels(
-                class_logprobs=np.log([0.1, 0.9] if "y" in text else [0.9, 0.1]),
-                label_mass=None,
-                n_prompt_tokens=1,
-                n_output_tokens=0,
-            )
-            for text in texts
-        ]
 
 
 def answer(confidence: float = 0.8) -> Decision:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from journeyman import files
-from journeyman.errors import DataError
 from journeyman.labels import confidence, dataset
 from journeyman.labels.dataset import ClassRows
 from journeyman.recipe import Student
@@ -26,7 +25,7 @@ from journeyman.student.carried import Carried
 from journeyman.student.inputs import Inputs
 from journeyman.student.learner import no_rows
 from journeyman.student.subset import Subset
-from journeyman.student.token_dataset import take_name
+from journeyman.student.token_dataset import cut_short, take_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -95,8 +94,8 @@ def build(
     parts = (Part.from_table(table, read.labels) for table in over(labels_dir, make))
     train, held_out = gathered(parts, hard_labels=hard_labels)
     with files.scratch_folder(folder) as fresh:
-        for name, array_ in _arrays(train, held_out).items():
-            np.save(fresh / f"{name}.npy", array_)
+        for name, values in _arrays(train, held_out).items():
+            np.save(fresh / f"{name}.npy", values)
         files.write_json(fresh / _MANIFEST, {"labels": train.labels, "ids": train.ids})
         take_name(fresh, folder)
 
@@ -109,9 +108,7 @@ def load(folder: Path) -> tuple[TrainRows, HeldOutRows]:
             name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _ARRAYS
         }
     except (OSError, ValueError, EOFError) as error:  # what numpy raises for half a file
-        raise DataError(
-            f"{folder}: cut short ({error}); remove it and run journeyman train again."
-        ) from error
+        raise cut_short(folder, str(error)) from error
     train = TrainRows(
         labels=tuple(about["labels"]),
         ids=about["ids"],

@@ -101,27 +101,27 @@ class TokenDataset:
             self._payloads = _mapped(folder / "payloads.bin", np.uint8)
             self._aligned = _mapped(folder / "aligned.bin", np.int32) if about["aligned"] else None
         except (OSError, ValueError, EOFError) as error:  # what numpy raises for half a file
-            raise _cut_short(folder, str(error)) from error
+            raise cut_short(folder, str(error)) from error
         arrays = (
             (self._rows.starts, 1), (self._payload_starts, 1), (self._first, 0),
             (self._n_encoded, 0), (self.weights, 0), (self.reasoning, 0),
             (self.ids, 0),
         )  # fmt: skip
         if any(len(held) != about["rows"] + more for held, more in arrays):
-            raise _cut_short(folder, f"its files do not all hold {about['rows']} rows")
+            raise cut_short(folder, f"its files do not all hold {about['rows']} rows")
         for held, starts in (
             (self._rows.ids, self._rows.starts),
             (self._payloads, self._payload_starts),
         ):
             if len(held) != starts[-1]:
-                raise _cut_short(folder, f"{len(held)} entries where {starts[-1]} were written")
+                raise cut_short(folder, f"{len(held)} entries where {starts[-1]} were written")
         # Once: over all rows, they would be most of a batch's cost.
         self._lengths = self._rows.lengths
         self._n_learned = self._lengths - self._first
         if self._aligned is not None:
             self._aligned_starts = _sums(self._n_learned)
             if len(self._aligned) != self._aligned_starts[-1]:
-                raise _cut_short(folder, f"{len(self._aligned)} tokens are aligned")
+                raise cut_short(folder, f"{len(self._aligned)} tokens are aligned")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -223,7 +223,7 @@ def _mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
-def _cut_short(folder: Path, why: str) -> DataError:
+def cut_short(folder: Path, why: str) -> DataError:
     return DataError(f"{folder}: cut short ({why}); remove it and run journeyman train again.")
 
 

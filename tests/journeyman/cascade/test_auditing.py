@@ -35,9 +35,9 @@ POLICY = Policy(
 class Teacher:
     """Says yes to what has a y in it, cannot read an x, and is away while told to be."""
 
-    def __init__(self) -> None:
+    def __init__(self, away: bool = False) -> None:
         self.asked: list[str] = []
-        self.away = False
+        self.away = away
 
     async def labels(self, texts: Sequence[str]) -> list[ClassLabels | Unlabeled]:
         if self.away:

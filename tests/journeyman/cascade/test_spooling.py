@@ -1,5 +1,6 @@
 """Audits that wait outlive their process, and are read in their order by who goes on for it."""
 
+import contextlib
 import io
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 from journeyman.cascade import spooling
 from journeyman.cascade.drift import Audit
 from journeyman.cascade.policy import Decision
-from journeyman.cascade.spooling import LeftOut, Spools, Waiting
+from journeyman.cascade.spooling import LeftOut, Spool, Spools, Waiting
 from journeyman.cascade.watching import LOST, UNANSWERED, Outcome
 from journeyman.folder import Folder
 
@@ -129,15 +130,21 @@ def test_a_line_that_was_cut_short_is_none(tmp_path: Path):
     assert numbers(spools(tmp_path)) == [1]
 
 
+@contextlib.contextmanager
+def full_disk(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patched:
+        spool._close()
+        patched.setattr(Path, "open", lambda *_, **__: io.FileIO("/dev/full", "ab"))
+        yield
+
+
 def test_without_room_on_the_disk_nothing_is_left_until_all_of_that_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A series with a gap would be read as one without it."""
     spool = spools(tmp_path).of("m")
     spool.write(waiting(1))
-    with monkeypatch.context() as patched:
-        spool._close()
-        patched.setattr(Path, "open", lambda *_, **__: io.FileIO("/dev/full", "ab"))
+    with full_disk(spool, monkeypatch):
         spool.write(waiting(2))
     spool.write(waiting(3))
     assert spool.failure and "No space" in spool.failure
@@ -152,9 +159,7 @@ def test_an_outcome_for_which_the_disk_has_no_room_is_asked_for_again(
 ):
     spool = spools(tmp_path).of("m")
     spool.write(waiting(1))
-    with monkeypatch.context() as patched:
-        spool._close()
-        patched.setattr(Path, "open", lambda *_, **__: io.FileIO("/dev/full", "ab"))
+    with full_disk(spool, monkeypatch):
         spool.write(Outcome(1, RIGHT))
     spool.write(waiting(2))
     assert numbers(spools(tmp_path)) == [1, 2]

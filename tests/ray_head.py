@@ -96,9 +96,19 @@ class Head:
 
     def n_nodes(self) -> int:
         """That are alive, the head included."""
-        token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
-        told = httpx.get(f"{self.dashboard}/api/v0/nodes", headers=token, timeout=30).json()
+        told = self._told("v0/nodes")
         return sum(node["state"] == "ALIVE" for node in told["data"]["result"]["result"])
+
+    def replica_states(self, deployment: str) -> list[str]:
+        """Of the cascade, as Serve names them."""
+        [cascade] = self._told("serve/applications/")["applications"].values()
+        return [one["state"] for one in cascade["deployments"][deployment]["replicas"]]
+
+    def _told(self, what: str) -> dict[str, Any]:
+        token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        told = httpx.get(f"{self.dashboard}/api/{what}", headers=token, timeout=30)
+        answer: dict[str, Any] = told.raise_for_status().json()
+        return answer
 
     def started(self, *arguments: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
         return subprocess.Popen(

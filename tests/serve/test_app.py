@@ -272,9 +272,13 @@ def test_a_killed_teacher_comes_back_and_meanwhile_the_student_answers(cascade: 
     assert cascade.client.get("/readyz").status_code == 200
 
 
+def teachers_replicas() -> list[psutil.Process]:
+    return children("ServeReplica:cascade:Teacher")
+
+
 def teachers_engines() -> list[psutil.Process]:
     """Engine processes of this test's own teacher; others may run on this machine."""
-    [teacher] = children("ServeReplica:cascade:Teacher")
+    [teacher] = teachers_replicas()
     return children("EngineCore", of=teacher)
 
 

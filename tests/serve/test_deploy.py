@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from journeyman.cascade import rollout
 from journeyman.certify.bundle import save
 from tests import ray_head
-from tests.conftest import ROOT
+from tests.conftest import ROOT, children
 from tests.ray_head import Head, free_ports, is_up, until
 from tests.serve import tiny
+from tests.serve.test_app import teachers_engines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -103,6 +105,34 @@ def test_a_new_bundle_takes_over_without_dropping_a_request(
     audited = [row for row in rows if row["split"] == "certify"]
     assert 0 < len(audited) < sum(answers.values()) / 2
     assert {row["answered_by"] for row in audited} == {"student", "teacher"}
+
+
+def test_a_replica_that_is_replaced_answers_what_it_has_begun(
+    head: Head, run: tiny.Run, tmp_path: Path
+):
+    bundle, _ = write_bundle(run, run.folder / "drained", 10, tmp_path / "feedback")
+    [port] = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    head.deploy(tmp_path, port, bundle)
+    until(lambda: is_up(f"{url}/readyz", 200), 300)
+    [engine], [old] = teachers_engines(), children("ServeReplica:cascade:Cascade")
+
+    engine.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(
+            httpx.post, f"{url}/v1/classify", json={"input": run.escalated[0]}, timeout=60
+        )
+        until(lambda: figures(url)["waiting"] == 1, 20)
+        head.deploy(tmp_path, port, bundle, options={"ray_actor_options": {"num_cpus": 0.5}})
+        until(lambda: "STOPPING" in head.replica_states("Cascade"), 20)
+        time.sleep(2)
+        assert not asked.done() and old.is_running()
+        engine.resume()
+        answer = asked.result()
+
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-journeyman-answered-by"] == "teacher"
+    until(lambda: not old.is_running() and is_up(f"{url}/readyz", 200), 120)
 
 
 def decided(tried: dict | None) -> int:

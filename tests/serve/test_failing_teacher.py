@@ -1,5 +1,5 @@
-"""A teacher that hangs or answers garbage, under load and by each policy: what the student may
-answer goes on unharmed, and what becomes of the rest is as the recipe says."""
+"""A teacher that hangs, is killed or answers garbage, under load and by each policy: what the
+student may answer goes on unharmed, and what becomes of the rest is as the recipe says."""
 
 import dataclasses
 import time
@@ -13,7 +13,7 @@ import pytest
 from journeyman.certify.bundle import save
 from tests.serve import tiny
 from tests.serve.asking import Asked, asking
-from tests.serve.test_app import teachers_engines
+from tests.serve.test_app import teachers_engines, teachers_replicas
 from tests.serve.test_scaling import with_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -57,16 +57,47 @@ def test_a_teacher_that_hangs(ray_cluster: None, run: tiny.Run, tmp_path: Path, 
         more(easy, 50)
         meanwhile = hard.answered_by.copy(), hard.outcomes.copy()
         engine.resume()
-        before = hard.answered_by["teacher"]
-        while hard.answered_by["teacher"] < before + 10:  # it answers again
-            more(hard, 1)
+        answers_again(hard)
     print(policy, meanwhile, hard)
     unharmed(easy)
+    as_the_policy_says(policy, hard, meanwhile[0]["student"])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("what", ["engine", "replica"])
+def test_a_teacher_that_is_killed(
+    ray_cluster: None, run: tiny.Run, tmp_path: Path, policy: str, what: str
+):
+    """engine: the replica starts another one; replica: Serve does."""
+    from serve.running import running
+
+    bundle = with_settings(run, tmp_path, when_teacher_fails=policy, request_timeout_s=TIMEOUT_S)
+    with running(bundle) as url, both(url, run) as (easy, hard):
+        more(hard, 10)
+        assert set(hard.answered_by) == {"teacher"} and not hard.n_lost, hard.errors
+        [victim] = teachers_engines() if what == "engine" else teachers_replicas()
+        victim.kill()
+        more(easy, 50)
+        more(hard, 4)
+        answers_again(hard)
+    print(policy, what, hard)
+    unharmed(easy)
+    as_the_policy_says(policy, hard, hard.answered_by["student"])
+
+
+def answers_again(hard: Asked) -> None:
+    before = hard.answered_by["teacher"]
+    while hard.answered_by["teacher"] < before + 10:
+        more(hard, 1)
+
+
+def as_the_policy_says(policy: str, hard: Asked, n_degraded: int) -> None:
+    """Of a teacher that is away for longer than a request may take."""
     assert "silence" not in hard.outcomes and "connection" not in hard.outcomes, hard.errors
     if policy == "degrade":
-        assert set(hard.outcomes) == {"200"} and meanwhile[0]["student"] >= 8, hard.errors
+        assert set(hard.outcomes) == {"200"} and n_degraded >= 3, hard.errors
     else:  # 504: its time was up while the teacher was asked; 503: the breaker kept it from asking
-        assert set(hard.outcomes) <= {"200", "503", "504"} and hard.n_lost >= 8, hard.errors
+        assert set(hard.outcomes) <= {"200", "503", "504"} and hard.n_lost >= 3, hard.errors
         assert set(hard.answered_by) == {"teacher"}
 
 

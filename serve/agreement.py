@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ray import serve
 from ray.exceptions import RayError
@@ -26,6 +26,7 @@ from journeyman.cascade.watching import Kept, Outcome
 from journeyman.errors import JourneymanError
 from journeyman.folder import Folder
 from serve.billing import EVERY_S, GONE_AFTER_S, Bill, Billing
+from serve.tallies import Tallies, Tally
 
 _REMEMBERED_S = 86400.0  # the number of a member that is gone, or was only thought to be
 _OWED_S = 10.0  # between two times that only what is owed is written
@@ -39,7 +40,7 @@ class Report:
     for which another one goes on; n_owed: further audits, whose outcomes come later; leaves: it is
     its last report; takes_up: whether it would go on for another one; fresh: the bundle's watch, if
     nobody has begun one; feedback: the folder or store beside whose files it is kept, None where
-    nobody audits.
+    nobody audits; tally: what it has counted, None where it leaves or goes on for another one.
     """
 
     replica: str
@@ -52,11 +53,13 @@ class Report:
     takes_up: bool = False
     fresh: Watch | None = None
     feedback: str | None = None
+    tally: Tally | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreed:
-    """n_teachers: that run, where they may sleep; n_replicas: of the ingress; accept_above: what
+    """n_teachers: that run, where they may sleep; n_replicas: of the ingress; others: what all but
+    the one that asks have counted; accept_above: what
     the audits leave of the certified threshold, None where none watches; orphan: that who asked is
     to take up, if it can; n_lost, n_stopped: of audits that were given up just now, those that
     count as an error, and those that are left out."""
@@ -64,6 +67,7 @@ class Agreed:
     breaker: Shared
     n_teachers: int
     n_replicas: int
+    others: Tally = field(default_factory=Tally)
     accept_above: float | None = None
     n_audits: int = 0
     rung: int | None = 0
@@ -102,6 +106,7 @@ class Agreement:
         self._heard_at: dict[str, float] = {}  # by replica
         self._writing = asyncio.Lock()
         self._billing = Billing()
+        self._tallies = Tallies()
         self._n_teachers, self._counted_at = 0, -EVERY_S
 
     async def exchange(self, report: Report) -> Agreed:
@@ -111,7 +116,10 @@ class Agreement:
         shared = self._breaker.state(report.replica, now)
         await self._count_teachers(now)
         n_replicas = self._count_replicas(report.replica, now)
-        agreed = Agreed(breaker=shared, n_teachers=self._n_teachers, n_replicas=n_replicas)
+        others = self._tallies.others(report.bundle, report.member, report.tally, now)
+        agreed = Agreed(
+            breaker=shared, n_teachers=self._n_teachers, n_replicas=n_replicas, others=others
+        )
         return await self._audited(report, agreed, now)
 
     async def settle(self, bill: Bill) -> Lent:

@@ -107,7 +107,8 @@ def api(
 
     @app.get("/v1/figures")
     async def show_figures() -> dict[str, Any]:
-        """What this replica answered: totals since its bundle came, and the last minute."""
+        """What all replicas that run answered: totals since each has the bundle, and the last
+        minute. Failures are those of the replica that answers this."""
         return live.figures()
 
     @app.get("/", include_in_schema=False)

@@ -270,6 +270,7 @@ class Ingress:
             health,
             self._replica,
         )
+        member.tally = measured.tally
         self._measured[bundle.bundle_id] = measured
         self._loaded[bundle.bundle_id] = loaded
         student.start()

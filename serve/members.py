@@ -26,6 +26,7 @@ from journeyman.errors import JourneymanError
 from serve.agreement import Agreed, Report
 from serve.billing import EVERY_S, LEAVES_WITHIN_S, TIMEOUT_S
 from serve.failures import failed
+from serve.tallies import Tally
 
 _ON_ITS_WAY_S = 60.0  # to a store, from a replica that stops
 
@@ -50,7 +51,7 @@ class Member:
     breaker: None of one that goes on for another one; keep: a file of this name among the
     feedback's, now or later; spools: of the bundle's members; spool: its own, to which the auditor
     writes; heir: an auditor for what another member left, None where that is not taken up; work:
-    what an auditor does, as long as the bundle is served.
+    what an auditor does, as long as the bundle is served; tally: what the replica has counted.
     """
 
     replica: str
@@ -67,6 +68,7 @@ class Member:
     spool: Spool | None = None
     heir: Callable[[Spool], Auditor] | None = None
     work: Callable[[Auditor], Coroutine[Any, Any, None]] = Auditor.run
+    tally: Callable[[], Tally] = Tally
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     last: Agreed | None = field(default=None, init=False)
     failure: str | None = field(default=None, init=False)  # why it goes on alone
@@ -140,6 +142,7 @@ class Member:
             takes_up=bool(self.heir and self.spools and not self._stops),
             fresh=self.fresh,
             feedback=self.feedback,
+            tally=self.tally() if self.breaker and not self._leaves else None,
         )
         try:
             async with asyncio.timeout(LEAVES_WITHIN_S if self._stops else TIMEOUT_S):

@@ -26,6 +26,7 @@ from serve import tracing
 from serve.accounts import Account, account
 from serve.failures import without_words
 from serve.members import Member
+from serve.tallies import Tally, together
 
 if TYPE_CHECKING:
     from ray.util import metrics
@@ -34,6 +35,7 @@ _WINDOW_S = 60.0
 _GAUGE_INTERVAL_S = 1.0
 # void: the student for a failing teacher; remembered: nobody, it had been answered before.
 _WITHOUT_OUTCOME = ("lost", "left_out", "not_drawn", "stopped")  # audits
+_AUDITS = ("pending", *_WITHOUT_OUTCOME, "judged")
 _KINDS = ("student", "teacher", "void", "remembered", "refused")
 _LATENCIES_S = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
 
@@ -47,22 +49,28 @@ class Health:
     stability: Stability
     journal: Journal | None
 
-    def figures(self) -> dict[str, Any]:
+    @property
+    def audits(self) -> Counter[str]:
+        """This replica's, by what became of them."""
+        counts = self.member.counts
+        return Counter({name: getattr(counts, name) for name in _AUDITS})
+
+    @property
+    def others(self) -> Tally:
+        """What the other replicas have counted, as they were heard last."""
+        return self.member.last.others if self.member.last else Tally()
+
+    def figures(self, audits: Counter[str]) -> dict[str, Any]:
         """watch: None where none is kept; rung: steps by which the audits have tightened the
-        threshold, None where all is escalated; pending and what is behind it: of this
-        replica's."""
-        agreed, auditor, counts = self.member.last, self.member.auditor, self.member.counts
+        threshold, None where all is escalated; failures and what is lost: this replica's."""
+        agreed = self.member.last
         return {
+            "replicas": agreed.n_replicas if agreed else 1,
             "watch": None
-            if agreed is None or agreed.accept_above is None or auditor is None
+            if agreed is None or agreed.accept_above is None or self.member.auditor is None
             else {
                 "audits": agreed.n_audits,
-                "pending": counts.pending,
-                "lost": counts.lost,
-                "left_out": counts.left_out,
-                "not_drawn": counts.not_drawn,
-                "judged": counts.judged,
-                "stopped": counts.stopped,
+                **{name: audits[name] for name in _AUDITS},
                 "rung": agreed.rung,
                 "accept_above": written_threshold(agreed.accept_above),
             },
@@ -172,6 +180,7 @@ class Measured:
         )
         self._gauges = {
             "waiting": gauge("waiting_texts", "Texts that wait for the teacher."),
+            "waiting_for_student": gauge("student_waiting_texts", "Texts with the student."),
             "breaker_open": gauge("breaker_open", "1 while a failing teacher is left alone."),
             "escalation_rate": gauge("escalation_rate", "Escalated share of the last minute."),
             "tightened": gauge(
@@ -220,8 +229,7 @@ class Measured:
     def stopped(self) -> None:
         """What was not counted yet when a replica stops, or its bundle leaves."""
         if self._health.member.auditor:
-            counts = self._health.member.counts
-            self._count_unknown(Counter({why: getattr(counts, why) for why in _WITHOUT_OUTCOME}))
+            self._count_unknown(self._health.audits)
 
     def shadowed(self, decisions: Sequence[Decision | Escalation]) -> None:
         """Texts that another bundle answered: who would have, by this one."""
@@ -230,34 +238,48 @@ class Measured:
         n_escalated = len(decisions) - len(answered)
         self._count(Counter(student=len(decisions) - n_escalated, teacher=n_escalated))
 
-    def figures(self) -> dict[str, Any]:
-        """Of this replica: totals since its start, of several students by which one answered, and
-        the last minute."""
+    def tally(self) -> Tally:
+        """Of this replica since its start, and of the last minute."""
         self._forget()
-        escalated = self._minute["teacher"] + self._minute["void"]
-        answered = self._minute["student"] + escalated
+        saved = self._savings
+        return Tally(
+            totals=Counter({kind: self._totals[kind] for kind in _KINDS}),
+            last_minute=Counter({kind: self._minute[kind] for kind in _KINDS}),
+            by_stage=Counter({str(stage): n for stage, n in self._stages.items()}),
+            dollars={"teacher": saved.paid, "audit": saved.for_audits, "saved": saved.saved},
+            audits=self._health.audits,
+            waiting=Counter(
+                teacher=self._cascade.waiting.n_waiting, student=self._cascade.for_student.n_waiting
+            ),
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """Of all replicas that run, the others' a second or two old: totals since each of them
+        started, of several students by which one answered, and the last minute."""
+        return self._figures(together([self.tally(), self._health.others]))
+
+    def _figures(self, tally: Tally) -> dict[str, Any]:
         return {
-            "totals": {kind: self._totals[kind] for kind in _KINDS},
-            "by_stage": {str(stage): n for stage, n in sorted(self._stages.items())},
-            "last_minute": {kind: self._minute[kind] for kind in _KINDS},
-            "escalation_rate": escalated / answered if answered else None,
-            "waiting": self._cascade.waiting.n_waiting,
+            "totals": dict(tally.totals),
+            "by_stage": dict(sorted(tally.by_stage.items())),
+            "last_minute": dict(tally.last_minute),
+            "escalation_rate": tally.escalation_rate,
+            "waiting": tally.waiting["teacher"],
+            "waiting_for_student": tally.waiting["student"],
             "breaker_open": not self._cascade.breaker.is_closed,
-            "teacher_dollars": self._savings.paid,
-            "audit_dollars": self._savings.for_audits,
-            "saved_dollars": self._savings.saved,
-            **self._health.figures(),
+            **{f"{what}_dollars": paid for what, paid in tally.dollars.items()},
+            **self._health.figures(tally.audits),
         }
 
     async def watch(self) -> None:
         """Keep the gauges true, as long as the replica lives."""
         while True:
-            figures = self.figures()
+            figures = self._figures(self.tally())  # its own: Prometheus adds up
             if watch := figures["watch"]:
                 rung = watch["rung"]
                 figures["tightened"] = -1 if rung is None else rung
                 figures["audits_pending"] = watch["pending"]
-                self._count_unknown(Counter({why: watch[why] for why in _WITHOUT_OUTCOME}))
+                self._count_unknown(self._health.audits)
             for name, gauge in self._gauges.items():
                 gauge.set(float(figures.get(name) or 0.0), tags=self._tags)
             await asyncio.sleep(_GAUGE_INTERVAL_S)
@@ -312,10 +334,11 @@ class Measured:
         ) / 1e6
 
     def _count_unknown(self, audits: Counter[str]) -> None:
-        """audits: by why, since the start."""
-        for why, n in (audits - self._said_unknown).items():
+        """audits: by why, and others, since the start."""
+        unknown = Counter({why: audits[why] for why in _WITHOUT_OUTCOME})
+        for why, n in (unknown - self._said_unknown).items():
             self._unknown.inc(n, tags=self._tags | {"why": why})
-        self._said_unknown = audits
+        self._said_unknown = unknown
 
     def _count(self, more: Counter[str]) -> None:
         self._totals.update(more)

@@ -202,7 +202,9 @@ def test_status_says_how_a_candidate_does_and_how_it_is_promoted(a_cluster: Clus
         "last_minute": counts,
         "totals": counts,
         "escalation_rate": 0.1,
+        "replicas": 3,
         "waiting": 0,
+        "waiting_for_student": 7,
         "breaker_open": False,
         "teacher_dollars": 1.5,
         "audit_dollars": 0.25,
@@ -239,6 +241,8 @@ def test_status_says_how_a_candidate_does_and_how_it_is_promoted(a_cluster: Clus
     assert "serve deploy promote.yaml" in said
     assert "promise system_agreement at most 0.1, confidence 90% threshold" in said
     assert "lost 3 rows of feedback" in said
+    assert "requests refused, of the 3 replicas that run" in said
+    assert "waiting 0 texts for the teacher, 7 with the student" in said
     assert "dollars 1.50 for the teacher's answers, 0.25 for audits, some 1,234.50 saved" in said
     a_cluster.told["/v1/figures"] |= {"candidate": None, "guarantee": "tightened"}
     assert cli.main(["cascade", "status", a_cluster.url]) == 0

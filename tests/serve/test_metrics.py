@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from unittest.mock import MagicMock
@@ -17,10 +18,18 @@ from journeyman.cascade.stability import Stability
 from journeyman.recipe import Price
 from journeyman.teacher.progress import Spent
 from serve.accounts import Account, GivenUp, account
+from serve.agreement import Agreed
+from serve.billing import GONE_AFTER_S
 from serve.members import Counts
 from serve.metrics import Health, Measured, Savings
+from serve.tallies import Tallies, Tally
 
+NONE = Counts(pending=0, lost=0, left_out=0, not_drawn=0, judged=0, stopped=0)
 PRICE = Price(per_million_prompt_tokens=1e6, per_million_output_tokens=2e6)
+
+
+def a_member(counts: Counts = NONE, last: Agreed | None = None) -> MagicMock:
+    return MagicMock(counts=counts, last=last)
 
 
 def test_a_request_that_was_given_up_is_billed_to_the_key_that_asked():
@@ -68,7 +77,7 @@ def test_audits_are_taken_off_what_is_saved_and_a_counter_waits_until_that_is_ma
 
 def test_audits_are_counted_apart_and_on_no_bill():
     purse = Purse({"k": 100.0})
-    health = Health(MagicMock(), purse, Stability((), 1), None)
+    health = Health(a_member(), purse, Stability((), 1), None)
     measured = Measured(MagicMock(), MagicMock(), "b", PRICE, health)
     paying.set("k")
     measured.audited(Spent(n_prompt_tokens=5, n_output_tokens=1))
@@ -79,8 +88,8 @@ def test_audits_are_counted_apart_and_on_no_bill():
 
 
 def test_audits_without_an_outcome_are_counted_once():
-    counts = Counts(pending=5, lost=0, left_out=0, not_drawn=0, judged=0, stopped=2)
-    member = MagicMock(counts=counts)
+    counts = replace(NONE, pending=5, stopped=2)
+    member = a_member(counts=counts)
     health = Health(member, Purse({}), Stability((), 1), None)
     measured = Measured(MagicMock(), MagicMock(), "b", PRICE, health)
     measured._unknown = counted = MagicMock()
@@ -101,10 +110,69 @@ def test_answers_from_memory_are_no_escalations():
             by = [decision("student"), decision("teacher"), decision("teacher")]
             return Answers(decisions=tuple(by), remembered=frozenset({1}))
 
-    health = Health(MagicMock(), Purse({}), Stability((), 1), None)
+    health = Health(a_member(), Purse({}), Stability((), 1), None)
     measured = Measured(Inner(), MagicMock(), "b", PRICE, health)
     asyncio.run(measured.answer(["x", "y", "z"]))
     figures = measured.figures()
     assert figures["escalation_rate"] == 1 / 2
     assert figures["totals"] == {"student": 1, "teacher": 1, "void": 0, "remembered": 1,
                                  "refused": 0}  # fmt: skip
+
+
+def test_figures_are_of_all_replicas_and_gauges_of_each():
+    class Inner:
+        async def answer(self, texts: Sequence[str], asked: str = "cascade") -> Answers:
+            decision = Decision(
+                answered_by="student", label="a", confidence=0.5, probabilities=np.ones(1)
+            )
+            return Answers(decisions=(decision,) * len(texts))
+
+    others = Tally(
+        totals=Counter(student=5, teacher=2, refused=1),
+        last_minute=Counter(student=1, teacher=2),
+        by_stage=Counter({"2": 4}),
+        dollars={"teacher": 2.0, "audit": 0.0, "saved": -1.0},
+        audits=Counter(pending=3, lost=1),
+        waiting=Counter(teacher=4, student=6),
+    )
+    agreed = Agreed(
+        breaker=MagicMock(), n_teachers=1, n_replicas=3, others=others, accept_above=0.5
+    )
+    cascade = MagicMock()
+    cascade.waiting.n_waiting, cascade.for_student.n_waiting = 1, 2
+    health = Health(a_member(replace(NONE, pending=2), agreed), Purse({}), Stability((), 1), None)
+    measured = Measured(Inner(), cascade, "b", PRICE, health)
+    gauge = measured._gauges["waiting_for_student"] = MagicMock()
+
+    async def scenario() -> None:
+        await measured.answer(["x", "y", "z"])
+        watching = asyncio.get_running_loop().create_task(measured.watch())
+        await asyncio.sleep(0.01)
+        watching.cancel()
+
+    asyncio.run(scenario())
+    figures = measured.figures()
+    assert figures["replicas"] == 3
+    assert figures["totals"] == {"student": 8, "teacher": 2, "void": 0, "remembered": 0,
+                                 "refused": 1}  # fmt: skip
+    assert figures["escalation_rate"] == 2 / 6 and figures["by_stage"] == {"2": 4}
+    assert (figures["waiting"], figures["waiting_for_student"]) == (5, 8)
+    assert (figures["teacher_dollars"], figures["saved_dollars"]) == (2.0, -1.0)
+    assert (figures["watch"]["pending"], figures["watch"]["lost"]) == (5, 1)
+    gauge.set.assert_called_once_with(2.0, tags={"bundle": "b"})
+
+
+def test_of_others_those_that_are_gone_count_no_more():
+    tallies = Tallies()
+
+    def others(member: str, n: int | None, at: float, bundle: str = "b") -> int:
+        """What it hears, having reported n itself."""
+        own = None if n is None else Tally(totals=Counter(student=n))
+        return tallies.others(bundle, member, own, at).totals["student"]
+
+    assert [others("1", 10, at=0), others("2", 5, at=0.5), others("1", 11, at=1)] == [0, 10, 5]
+    assert others("3", 7, at=1, bundle="c") == 0
+    assert others("3", 1, at=2) == 11 + 5
+    assert others("1", 12, at=GONE_AFTER_S + 1) == 1  # 2 was killed
+    assert others("3", None, at=GONE_AFTER_S + 1.5) == 12  # it stops in order
+    assert others("1", 12, at=GONE_AFTER_S + 2) == 0

@@ -119,7 +119,7 @@ class Cascade:
         self._settings = settings
         self._clock, self._student_wait_s = clock, student_wait_s
         self.waiting = WaitingRoom(settings.max_queued_requests, clock)
-        self._students = WaitingRoom(
+        self.for_student = WaitingRoom(
             settings.max_student_queue, clock, "student", StudentOverloaded
         )
         self.breaker = Breaker(settings.breaker)
@@ -152,7 +152,7 @@ class Cascade:
     ) -> list[Decision | Escalation]:
         """By the student; where it is away, its teacher answers everything."""
         self._check_student_keeps_up()
-        with self._students.places(len(texts)):
+        with self.for_student.places(len(texts)):
             try:
                 async with self._before(deadline):
                     return await self._student.submit(texts)

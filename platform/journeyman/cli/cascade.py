@@ -115,11 +115,12 @@ def _rows(ready: dict[str, Any], bundle: dict[str, Any], figures: dict[str, Any]
                     f"confidence {1 - served['delta']:.0%}{_broken(figures)}"),
         ("threshold", _threshold(bundle)),
         ("last minute", _counts(figures["last_minute"])),
-        ("since start", _counts(figures["totals"])),
+        ("since start", _counts(figures["totals"]) + _of_replicas(figures.get("replicas", 1))),
         *_by_stage(figures.get("by_stage")),
         ("escalated", "nothing was asked in the last minute" if rate is None else f"{rate:.1%}"),
         *_dollars_of(figures),
-        ("waiting", f"{figures['waiting']} texts for the teacher"),
+        ("waiting", f"{figures['waiting']} texts for the teacher, "
+                    f"{figures.get('waiting_for_student', 0)} with the student"),
         ("breaker", "open: the teacher fails" if figures["breaker_open"] else "closed"),
         ("stability", _stability(figures["population_stability"])),
         ("audits", _audits(figures["watch"])),
@@ -127,6 +128,10 @@ def _rows(ready: dict[str, Any], bundle: dict[str, Any], figures: dict[str, Any]
         *_feedback_lost(figures["feedback_lost"]),
         *(("failing", f"{what}: {figures[name]}") for name, what in _FAILURES if figures[name]),
     ]  # fmt: skip
+
+
+def _of_replicas(n: int) -> str:
+    return f", of the {n} replicas that run" if n > 1 else ""
 
 
 def _broken(figures: dict[str, Any]) -> str:

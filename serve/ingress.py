@@ -27,8 +27,11 @@ from journeyman.cascade.remembering import Remembering
 from journeyman.cascade.spooling import Spool, Spools
 from journeyman.cascade.stability import Stability
 from journeyman.certify import judging
+from journeyman.certify.bundle import PolicyBundle
 from journeyman.errors import ClusterError
 from journeyman.folder import Folder
+from journeyman.labels import pipeline
+from journeyman.labels.cache import how_asked
 from journeyman.recipe import Feedback, digest
 from journeyman.student.models import Classifier
 from journeyman.teacher.progress import Spent
@@ -259,7 +262,7 @@ class Ingress:
         if kept and journal:
             answering = Recording(
                 answering, journal, kept.audit_rate, bundle.bundle_id,
-                auditor=member.auditor, is_outside=rule.is_outside,
+                auditor=member.auditor, is_outside=rule.is_outside, how_asked=_how_asked(loaded),
             )  # fmt: skip
         health = Health(member, self._purse, Stability(bundle.curve, bundle.served.n), journal)
         measured = Measured(
@@ -305,6 +308,13 @@ class Ingress:
             unready=lambda: student.unready,
             tightened=lambda: rule.is_tightened,
         )
+
+
+def _how_asked(loaded: Loaded) -> str | None:
+    """Of classes, what a label dataset must have in common with this teacher to copy from it."""
+    if not isinstance(loaded.bundle, PolicyBundle):
+        return None
+    return how_asked(pipeline.identity(loaded.recipe, loaded.teacher, corpus_digest=""))
 
 
 _ROLL_S, _ROLL_TO_STORE_S = 300.0, 60.0  # by default, as the recipe says

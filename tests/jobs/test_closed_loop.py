@@ -15,6 +15,7 @@ from journeyman import corpus, recipe, steps
 from journeyman.cascade.feedback import table
 from journeyman.certify import bundle as bundles
 from journeyman.labels import dataset
+from journeyman.labels.store import LabelStore
 from serve.running import running
 from tests.conftest import DEMO, ROOT, journeyman
 from tests.serve import tiny
@@ -40,6 +41,12 @@ def ask(url: str, asked: list[str], model: str = "cascade") -> list[dict]:
             assert response.status_code == 200, response.text
             results += response.json()["results"]
     return results
+
+
+def texts_of(corpus_dir: Path) -> set[str]:
+    shards = corpus.read_manifest(corpus_dir)["shards"]
+    tables = [corpus.read_shard(corpus_dir, shard["name"]) for shard in shards]
+    return {text for table in tables for text in table["text"].to_pylist()}
 
 
 def by_student(results: list[dict]) -> float:
@@ -121,6 +128,13 @@ def test_a_new_kind_of_request_is_escalated_then_learned_then_answered_by_the_st
     ):
         [application] = yaml.safe_load((second.parent / name).read_text())["applications"]
         assert application["deployments"] == [{"name": "Cascade", "user_config": expected}]
+    # Nobody pays twice for what the cascade's teacher has said.
+    kept = [row for path in (tmp_path / "feedback").glob("*.parquet")
+            for row in pq.read_table(path).to_pylist()]  # fmt: skip
+    paid = {row["text"] for row in kept if row["asked"]} | texts_of(first.path("prepare"))
+    totals = LabelStore(second.parent / "labels").manifest()["totals"]
+    asked_now = texts_of(second.parent / "corpus") - paid
+    assert totals["ok"] - totals["copied"] == len(asked_now) < len(kept)
     promises = [promise(folder) for folder in (first.path("certify"), second)]
     assert promises[0] == promises[1]
     with running(second) as url:

@@ -2,7 +2,8 @@
 
     <spool>/open/<host>.<process>.<name>.jsonl     rows of a replica that runs, one a line
     <spool>/open/<host>.<process>.<name>.file      another file of its, for where the others go
-    <to>/<UTC time>-<name>.parquet                 rows, rolled every so often
+    <to>/<UTC time>-<name>.parquet                 rows, rolled every so often: of a corpus, and
+                                                   where the teacher answered of a label dataset
 
 A line is with the operating system before the next request is read, so that a replica that is
 killed loses nothing; what dead replicas left is rolled by others of the same host. With the host
@@ -29,12 +30,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from journeyman.cascade.policy import Decision, Escalation
+from journeyman.labels import schema
+from journeyman.teacher.answers import ClassLabels
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _OPEN = "open"
+_OF_ROWS = ("id", "split", "gold", "label")  # columns of labels that are the corpus's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +49,9 @@ class Seen:
 
     split: ``certify`` of audited texts, ``train`` of escalated ones; propensity: the probability
     with which a text like this one gets into its split; answered_by: student, teacher, or nobody
-    where the request was refused; received_at: seconds since 1970.
+    where the request was refused; received_at: seconds since 1970; labels: what the teacher said
+    over classes, by column of a label dataset, and asked: how it was asked, by which that may be
+    copied there (``labels.cache.how_asked``).
     """
 
     text: str
@@ -56,6 +64,8 @@ class Seen:
     probabilities: list[float]
     bundle: str
     received_at: float
+    asked: str | None = None
+    labels: dict[str, Any] | None = None
 
 
 def worth_keeping(
@@ -66,8 +76,9 @@ def worth_keeping(
     audit_rate: float,
     bundle: str,
     now: float,
+    asked: str | None = None,
 ) -> list[Seen]:
-    """Of one answered request: what was audited or escalated."""
+    """Of one answered request: what was audited or escalated. asked: how the teacher is."""
     return [
         Seen(
             text=text,
@@ -80,10 +91,18 @@ def worth_keeping(
             probabilities=decision.probabilities.tolist(),
             bundle=bundle,
             received_at=now,
+            asked=asked if decision.said else None,
+            labels=_labels(decision.said) if asked and decision.said else None,
         )
         for i, (text, decision) in enumerate(zip(texts, decisions, strict=True))
         if audited[i] or i in escalated
     ]
+
+
+def _labels(said: ClassLabels) -> dict[str, Any]:
+    values = schema.record(dict.fromkeys(_OF_ROWS), said, None)
+    logprobs = said.class_logprobs.astype(np.float32).tolist()
+    return {n: v for n, v in values.items() if n not in _OF_ROWS} | {"class_logprobs": logprobs}
 
 
 def unanswered(
@@ -280,7 +299,7 @@ def table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     """Rows of ``Seen`` as a corpus source."""
     import pyarrow as pa
 
-    schema = pa.schema(
+    columns = pa.schema(
         [
             ("text", pa.string()),
             ("split", pa.string()),
@@ -292,10 +311,16 @@ def table(rows: Sequence[dict[str, Any]]) -> pa.Table:
             ("probabilities", pa.list_(pa.float32())),
             ("bundle", pa.string()),
             ("received_at", pa.timestamp("us", "UTC")),
+            ("asked", pa.string()),
+            *(f.with_nullable(True) for f in schema.label_schema("classes")
+              if f.name not in _OF_ROWS),
         ]
-    )
-    stamped = [row | {"received_at": int(row["received_at"] * 1e6)} for row in rows]
-    return pa.Table.from_pylist(stamped, schema)
+    )  # fmt: skip
+    flat = [
+        row | (row.get("labels") or {}) | {"received_at": int(row["received_at"] * 1e6)}
+        for row in rows
+    ]
+    return pa.Table.from_pylist(flat, columns)
 
 
 def _parquet(rows: Sequence[dict[str, Any]]) -> bytes:

@@ -52,7 +52,8 @@ class Decision:
     asked, or is nothing to go by; probabilities: float64[c], of who answered (of the mixture, where
     the bundle has one and the teacher was asked), in the order of the bundle's label names, of
     classes; written: of students that write; stage: of several students the one that answered,
-    counted from 1.
+    counted from 1; said: of a text that the teacher was asked about, its own distribution over
+    classes as labeling has it.
     """
 
     answered_by: AnsweredBy
@@ -61,6 +62,7 @@ class Decision:
     probabilities: FloatArray
     written: Written | None = None
     stage: int | None = None
+    said: ClassLabels | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -151,7 +153,7 @@ class Policy:
     def escalated(self, said: ClassLabels | Written, student: Decision | None) -> Decision:
         """What a text is answered with that the student does not answer."""
         assert isinstance(said, ClassLabels)
-        return self.teacher_decision(said.class_logprobs, student)
+        return replace(self.teacher_decision(said.class_logprobs, student), said=said)
 
     def same(self, one: str, other: str) -> bool:
         """Whether two answers are one."""

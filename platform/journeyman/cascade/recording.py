@@ -35,16 +35,18 @@ class Recording:
         coin: random.Random | None = None,
         auditor: Auditor | None = None,
         is_outside: Callable[[str], bool] = lambda _: False,
+        how_asked: str | None = None,
     ) -> None:
-        """is_outside: whether a text is outside of what was certified, which is known of the text
-        alone: the watch over the promise has nothing to learn from it, whoever answers."""
+        """how_asked: the teacher is, for ``Seen.asked``; is_outside: whether a text is outside of
+        what was certified, which is known of the text alone: the watch over the promise has nothing
+        to learn from it, whoever answers."""
         self._cascade = cascade
         self._journal = journal
         self._audit_rate = audit_rate
         self._bundle = bundle
         self._auditor = auditor
         self._coin = coin or random.Random()
-        self._is_outside = is_outside
+        self._is_outside, self._how_asked = is_outside, how_asked
 
     async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers:
         """Raises Refusal. Only what was asked of the cascade as a whole is traffic."""
@@ -78,6 +80,7 @@ class Recording:
                 self._audit_rate,
                 self._bundle,
                 time.time(),
+                self._how_asked,
             )
         )
         return answers

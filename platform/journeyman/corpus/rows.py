@@ -60,10 +60,11 @@ class Tally:
 
 def source_urls(corpus: Corpus) -> list[str]:
     """All files that the corpus is made of; raises DataError where a name stands for none."""
-    return sources.expand(corpus.sources) + _feedback_urls(corpus)
+    return sources.expand(corpus.sources) + feedback_urls(corpus)
 
 
-def _feedback_urls(corpus: Corpus) -> list[str]:
+def feedback_urls(corpus: Corpus) -> list[str]:
+    """Files of what a cascade kept; raises DataError where there is none."""
     if corpus.feedback is None:
         return []
     try:
@@ -102,7 +103,7 @@ def distinct(recipe: Recipe, urls: Sequence[str], tally: Tally) -> dict[str, Row
     corpus = recipe.corpus
     named = id_columns(recipe)
     entries: dict[str, Row] = {}
-    feedback = set(_feedback_urls(corpus))
+    feedback = set(feedback_urls(corpus))
     rows = itertools.chain(
         _source_rows(corpus, [url for url in urls if url not in feedback], named, tally),
         _feedback_rows(corpus, [url for url in urls if url in feedback], named, tally),
@@ -163,12 +164,17 @@ def _feedback_rows(
     """What a cascade escalated, to train on, and what it audited, held out."""
     plain = Corpus(sources=corpus.sources, format="parquet")
     for row, _ in _clean_rows(plain, urls, ["text", "split"], tally):
-        values = unpacked(row["text"], named)
-        row_id = digest([values[c] for c in named])
+        row_id, values = feedback_row(row["text"], named)
         audited = row["split"] != "train"
         split = _draw(corpus.feedback_shares, row_id) if audited else "train"
         meta = {name: value for name, value in values.items() if name != TEXT}
         yield row_id, Row(text=values[TEXT], split=split, meta=meta), None
+
+
+def feedback_row(text: str, named: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Of a text that a cascade kept: the row's id and columns. named: ``id_columns``."""
+    values = unpacked(text, named)
+    return digest([values[c] for c in named]), values
 
 
 def near_repeats(recipe: Recipe, entries: dict[str, Row]) -> list[Repeat]:

@@ -34,13 +34,23 @@ _TABLES = 8  # data files in memory: those read at a time, and those kept for th
 _log = logging.getLogger(__name__)
 
 
+def how_asked(identity: dict[str, Any]) -> str:
+    """Digest of what decides how a teacher labels a row: the identity of a dataset, but for its
+    corpus. Of two datasets with the same one, either may copy rows from the other."""
+    asked = {name: value for name, value in in_order(identity).items() if name != "corpus"}
+    return digest([SCHEMA_VERSION, asked])
+
+
 class Cache:
     """Rows labeled under one identity. May be used by several threads."""
 
-    def __init__(self, where: str | Path, identity: dict[str, Any]) -> None:
-        """Reads nothing yet; raises RecipeError for a URL of an unknown kind."""
-        asked = {name: value for name, value in in_order(identity).items() if name != "corpus"}
-        self._below = digest([SCHEMA_VERSION, asked])
+    def __init__(
+        self, where: str | Path, identity: dict[str, Any], only_read: bool = False
+    ) -> None:
+        """Reads nothing yet; raises RecipeError for a URL of an unknown kind. only_read: ``add``
+        keeps nothing."""
+        self._only_read = only_read
+        self._below = how_asked(identity)
         self._schema = label_schema(identity["kind"])
         self._folder = Folder(where)
         self._lock = threading.Lock()
@@ -69,8 +79,11 @@ class Cache:
 
     def add(self, commit: Commit, labels: pa.Table) -> None:
         """Keep the rows of a committed shard that are not here yet."""
-        if commit.copied == commit.ok:
-            return
+        if commit.copied < commit.ok and not self._only_read:
+            self.keep(labels)
+
+    def keep(self, labels: pa.Table) -> None:
+        """The same of any rows of ``label_schema``, each id once."""
         with self._lock:
             self._load()
             halves = _halves(labels["id"].to_pylist())

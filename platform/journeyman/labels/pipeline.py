@@ -19,7 +19,8 @@ from journeyman import cluster, corpus, models, spot
 from journeyman.cluster import quiet_ray_data, reason_of
 from journeyman.errors import ClusterError, DataError, JourneymanError
 from journeyman.folder import Folder
-from journeyman.labels import ensemble, planning, resources
+from journeyman.labels import ensemble, planning, resources, taught
+from journeyman.labels.cache import Cache
 from journeyman.labels.cost import Estimate, estimate
 from journeyman.labels.finishing import finish
 from journeyman.labels.progress import LabelProgress, Meter, Tally
@@ -28,7 +29,7 @@ from journeyman.labels.schema import Commit
 from journeyman.labels.store import LabelStore
 from journeyman.logs import Log
 from journeyman.models import Model
-from journeyman.recipe import Recipe, Teacher
+from journeyman.recipe import Classes, Recipe, Teacher
 from journeyman.teacher import tasks
 
 _POLL_S = 0.5
@@ -84,7 +85,7 @@ def label(
     generation = _generation(store, requeue)
     todo = planning.todo(manifest, store, generation)
     if todo:
-        spec = _spec(recipe, teacher, model, corpus_dir, store)
+        spec = _taught(_spec(recipe, teacher, model, corpus_dir, store))
         before = store.commits() if generation else {}
         work = [Work(shard=s, generation=generation, before=before.get(s)) for s in todo]
         while work:
@@ -169,6 +170,16 @@ def _spec(
         labels=store.everywhere,
         identity=of or store.manifest()["identity"],
     )
+
+
+def _taught(spec: ReplicaSpec) -> ReplicaSpec:
+    """With what a cascade's teacher has said already, where the recipe names its feedback."""
+    recipe = spec.recipe
+    if recipe.corpus.feedback is None or not isinstance(recipe.labels, Classes):
+        return spec
+    own = f"{spec.labels}/taught"
+    taught.collect(recipe, spec.identity, Cache(recipe.labels.cache or own, spec.identity))
+    return dataclasses.replace(spec, taught=own)
 
 
 def _generation(store: LabelStore, requeue: bool) -> int:

@@ -57,7 +57,8 @@ class Counts:
 class ReplicaSpec:
     """All that a replica needs to begin; travels to its actor.
 
-    identity: of the dataset at ``labels``.
+    identity: of the dataset at ``labels``; taught: where rows are to be copied from, if there is no
+    ``labels.cache``.
     """
 
     recipe: Recipe
@@ -66,6 +67,7 @@ class ReplicaSpec:
     corpus_dir: str | Path
     labels: str
     identity: dict[str, Any]
+    taught: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,12 @@ def report_interval_s(n_replicas: int) -> float:
     return min(interval_s, _LONGEST_REPORT_INTERVAL_S)
 
 
+def _cache(shared: str | None, spec: ReplicaSpec) -> Cache | None:
+    if shared is not None:
+        return Cache(shared, spec.identity)
+    return Cache(spec.taught, spec.identity, only_read=True) if spec.taught else None
+
+
 class Replica:
     """Labels corpus shards; ``label`` may be called from several threads at a time."""
 
@@ -107,9 +115,7 @@ class Replica:
         self._spec = spec
         self._labels = spec.recipe.labels
         self._store = LabelStore(spec.labels)
-        self._cache = (
-            Cache(self._labels.cache, spec.identity) if self._labels.cache is not None else None
-        )
+        self._cache = _cache(self._labels.cache, spec)
         self._name = uuid.uuid4().hex[:8]
         self._report = report
         self._report_interval_s = report_interval_s(spec.recipe.cluster.replicas.max)

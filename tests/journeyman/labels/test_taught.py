@@ -16,12 +16,15 @@ from journeyman.certify.calibration import Calibrator
 from journeyman.certify.confidence import Confidence
 from journeyman.columns import packed
 from journeyman.folder import Folder
-from journeyman.labels import taught
+from journeyman.labels import pipeline, taught
 from journeyman.labels.cache import Cache, how_asked
+from journeyman.labels.replica import ReplicaSpec, _cache
 from journeyman.labels.schema import label_schema, record
+from journeyman.models import Model
 from journeyman.recipe import Recipe
 from journeyman.teacher.answers import ClassLabels
 from tests.conftest import DEMO
+from tests.journeyman.labels.test_store import commit
 
 COLUMNS = ("text", "title")
 IDENTITY = {"kind": "classes", "labels": {"classes": {"yes": "Yes", "no": "No"}},
@@ -135,3 +138,25 @@ def test_feedback_of_before_and_what_the_student_answered_have_no_labels(tmp_pat
     assert own[-1] == "received_at"
     pq.write_table(pq.read_table(path).select(own), path)  # as older cascades wrote it
     assert taught.collect(a_recipe(tmp_path), IDENTITY, Cache(tmp_path / "c", IDENTITY)) == 0
+
+
+def test_without_a_cache_of_its_own_a_run_copies_them_and_keeps_nothing_else(tmp_path: Path):
+    asked = a_recipe(tmp_path)
+    model = Model(
+        reference="m", path=tmp_path, weights_digest="w", tokenizer_digest="t", size_bytes=1
+    )
+    identity = pipeline.identity(asked, model, "corpus")
+    keep(tmp_path / "kept", {text(0): said(0)}, how_asked(identity))
+    spec = ReplicaSpec(
+        recipe=asked, teacher=asked.teacher, model=model, corpus_dir=tmp_path / "corpus",
+        labels=str(tmp_path / "labels"), identity=identity,
+    )  # fmt: skip
+
+    cache = _cache(asked.labels.cache, pipeline._taught(spec))
+
+    assert cache is not None
+    [known] = ids_of(tmp_path, asked).values()
+    fresh = record({"id": "0" * 32, "split": "train", "label": None}, said(1), None)
+    cache.add(commit(ok=1), pa.Table.from_pylist([fresh], label_schema("classes")))
+    cache.refresh()
+    assert set(cache.lookup([known, fresh["id"]])) == {known}

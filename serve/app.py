@@ -28,9 +28,9 @@ from serve.agreement import Agreement
 from serve.ingress import Ingress, IngressSpec
 from serve.ports import check_port_of_serve_run
 from serve.scaling import BusyStudents, RisingLoad
+from serve.student_replicas import INGRESS, Student
 from serve.students import STUDENT_CPUS
 from serve.teacher import Teacher
-from serve.writers import INGRESS, Student
 
 # Serve counts a request that waits for a model as load on the ingress. The bounds that refuse
 # requests are our own (cascade.max_queued_requests and max_student_queue), with a time to come back
@@ -105,8 +105,13 @@ def build(
         teacher_may_sleep=settings.cascade.teacher_replicas.min == 0,
     )
     students = settings.cascade.student_replicas
-    if isinstance(loaded.bundle, WrittenBundle):  # beside the ingress, which computes nothing then
-        student = _student(settings).bind(loaded)
+    if loading.is_apart(loaded):  # then the ingress computes nothing
+        by = (
+            {"target_ongoing_requests": settings.teacher.max_num_seqs}
+            if isinstance(loaded.bundle, WrittenBundle)
+            else _by_busy_students(students.busy)
+        )
+        student = _student(settings, **by).bind(loaded)
         ingress = _ingress(settings, 0, num_replicas=students.min)
         return ingress.bind(spec, teacher, agreement, student)
     scaling = _scaling(students, **_by_busy_students(students.busy))
@@ -149,8 +154,8 @@ def _teacher(settings: Recipe, question: Labels, columns: Sequence[str]) -> Any:
     )
 
 
-def _student(settings: Recipe) -> Any:
-    cascade, by_load = settings.cascade, {"target_ongoing_requests": settings.teacher.max_num_seqs}
+def _student(settings: Recipe, **by: Any) -> Any:
+    cascade = settings.cascade
     return serve.deployment(
         Student,
         name="Student",
@@ -158,7 +163,7 @@ def _student(settings: Recipe) -> Any:
         max_ongoing_requests=cascade.max_student_queue + _ROOM_FOR_ACCEPTED,
         ray_actor_options=_actor(settings, cascade.student_cpus, cascade.student_gpus),
         graceful_shutdown_timeout_s=_drain_s(settings),
-        **_scaling(cascade.student_replicas, **by_load),
+        **_scaling(cascade.student_replicas, **by),
         **(routing.by_load() if cascade.student_replicas.max > 1 else {}),
     )
 

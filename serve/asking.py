@@ -9,8 +9,9 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 
@@ -105,9 +106,12 @@ class TeacherByHandle:
         """For audits; raises TeacherUnavailable. asked: of each row."""
         return await self._asked(lambda avoid: self._verdicts(rows, asked, avoid))
 
-    async def _asked(
-        self, call: Callable[[dict[str, Any]], Awaitable[Sequence[Said] | Unavailable]]
-    ) -> Sequence[Said]:
+    async def scores(self, texts: Sequence[str], stage: int) -> np.ndarray:
+        """float32[n, c], logits of a student that classifies; stage: its place among those that are
+        asked in turn. Raises TeacherUnavailable."""
+        return await self._asked(lambda avoid: self._scored(texts, stage, avoid))
+
+    async def _asked(self, call: Callable[[dict[str, Any]], Awaitable[T | Unavailable]]) -> T:
         if not ((whose := account.get()) and whose.is_audit):
             self._requested_at = time.monotonic()
         if self._looking and not self._looking.done():
@@ -128,7 +132,7 @@ class TeacherByHandle:
         else:
             if not isinstance(reply, Unavailable):
                 if self._bill and whose and whose.is_audit:  # else counted by its answer
-                    self._bill(whose, _spent_on(reply))
+                    self._bill(whose, _spent_on(cast(Sequence[Said], reply)))
                 return reply
             away = _unavailable(reply.reason, reply.replica or None, reply.begun)
         raise away  # not chained to an error, whose words may quote a text
@@ -174,6 +178,14 @@ class TeacherByHandle:
         response = self._handle.judge.remote(rows=list(rows), asked=asked, account=whose, **avoid)
         with self._cancelled(response):
             reply: Sequence[Said] | Unavailable = await response
+            return reply
+
+    async def _scored(
+        self, texts: Sequence[str], stage: int, avoid: dict[str, Any]
+    ) -> np.ndarray | Unavailable:
+        response = self._handle.score.remote(list(texts), *self._which, stage, **avoid)
+        with self._cancelled(response):
+            reply: np.ndarray | Unavailable = await response
             return reply
 
     async def _written(

@@ -27,15 +27,14 @@ from journeyman.cascade.remembering import Remembering
 from journeyman.cascade.spooling import Spool, Spools
 from journeyman.cascade.stability import Stability
 from journeyman.certify import judging
-from journeyman.certify.bundle import PolicyBundle
+from journeyman.certify.bundle import PolicyBundle, WrittenBundle
 from journeyman.errors import ClusterError
 from journeyman.folder import Folder
 from journeyman.labels import pipeline
 from journeyman.labels.cache import how_asked
 from journeyman.recipe import Feedback, digest
-from journeyman.student.models import Classifier
 from journeyman.teacher.progress import Spent
-from serve import loading, writers
+from serve import apart, loading
 from serve.accounts import Account, account
 from serve.agreement import Agreed
 from serve.asking import TeacherByHandle
@@ -45,8 +44,9 @@ from serve.live import Live, Served
 from serve.loading import Loaded
 from serve.members import Member
 from serve.metrics import Health, Measured
-from serve.scaling import BUSY
-from serve.students import Encoders, Rule, Student, classifiers
+from serve.scaling import BUSY, Busy
+from serve.scorers import Scored
+from serve.students import Encoders, Reader, Rule, Student, readers
 from serve.writers import Writer
 
 if TYPE_CHECKING:
@@ -74,22 +74,22 @@ class Ingress:
         agreement: DeploymentHandle,
         student: DeploymentHandle | None = None,
     ) -> None:
-        """Loads the student, in Serve's event loop, unless it writes and is a deployment of its
-        own; raises ModelError, BundleMismatch."""
+        """Loads the student, in Serve's event loop, unless it has a deployment of its own; raises
+        ModelError, BundleMismatch."""
         self._spec = spec
         self._agreement = agreement
         self._replica = uuid.uuid4().hex
-        self._busy_s, self._reported_at = 0.0, time.monotonic()
+        self._busy = Busy()
         may_sleep = spec.loaded.recipe.cascade.teacher_replicas.min == 0
         self._teacher = TeacherByHandle(teacher, may_sleep, bill=self._bill)
         self._measured: dict[str, Measured] = {}  # by bundle
         self._loaded: dict[str, Loaded] = {}  # by bundle
-        self._writers = student
+        self._apart = student
         limits = {k.sha256: k.dollars_per_day for k in spec.keys if k.dollars_per_day is not None}
         self._purse = Purse(limits)
         self._settling: Settling | None = None
         self._keyring = Keyring(spec.keys, time.monotonic)
-        first = self._served(spec.loaded, classifiers(spec.loaded), _watch(spec.loaded))
+        first = self._served(spec.loaded, self._readers(spec.loaded), _watch(spec.loaded))
         self._live = Live(first, self._load)
         state = spec.loaded.recipe.cascade.state
         if limits and state:
@@ -119,10 +119,7 @@ class Ingress:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks for this where it scales the ingress; see ``scaling``."""
-        now = time.monotonic()
-        busy = self._busy_s / max(now - self._reported_at, 1e-9)
-        self._busy_s, self._reported_at = 0.0, now
-        return {BUSY: min(1.0, busy)}
+        return {BUSY: self._busy.share()}
 
     async def answering_now(self, own: str) -> Loaded | None:
         """For replicas of the student that start after an exchange of bundles. own: the bundle of
@@ -135,9 +132,6 @@ class Ingress:
         """Why not everything can answer yet."""
         return self._teacher.unready or self._live.unready
 
-    def _worked(self, seconds: float) -> None:
-        self._busy_s += seconds
-
     async def _load(self, bundle: str | None, but_not: str) -> Served | None:
         """bundle: None is the application's own; but_not: the id of one that answers already, of
         which there is not to be a second."""
@@ -147,10 +141,15 @@ class Ingress:
         if loaded.bundle.bundle_id == but_not:
             return None
         loading.check_fits(loaded, self._spec.loaded)
-        if self._writers:
-            await writers.started(self._writers, loaded)
-        encoders, watch = await asyncio.to_thread(lambda: (classifiers(loaded), _watch(loaded)))
-        return self._served(loaded, encoders, watch)
+        if self._apart:
+            await apart.started(self._apart, loaded)
+        found, watch = await asyncio.to_thread(lambda: (self._readers(loaded), _watch(loaded)))
+        return self._served(loaded, found, watch)
+
+    def _readers(self, loaded: Loaded) -> list[Reader]:
+        """The students of this process, none where they have a deployment of their own; raises
+        ModelError, BundleMismatch."""
+        return [] if self._apart else readers(loaded)
 
     def _heard(self, agreed: Agreed) -> None:
         self._teacher.count(agreed.n_teachers)
@@ -165,12 +164,12 @@ class Ingress:
         else:
             measured.given_up(whose.key, spent)
 
-    def _student(self, loaded: Loaded, encoders: Sequence[Classifier], rule: Rule) -> Student:
-        if encoders:
-            return Encoders(loaded, encoders, rule, self._worked)
-        assert self._writers is not None, "students that write are a deployment"
-        return Writer(
-            self._writers,
+    def _student(self, loaded: Loaded, found: Sequence[Reader], rule: Rule) -> Student:
+        if self._apart is None:
+            return Encoders(loaded, found, rule, self._busy.worked)
+        kind = Writer if isinstance(loaded.bundle, WrittenBundle) else Scored
+        return kind(
+            self._apart,
             loaded,
             rule,
             answers=lambda: self._live.bundle.bundle_id == loaded.bundle.bundle_id,
@@ -239,12 +238,12 @@ class Ingress:
         )
 
     def _served(
-        self, loaded: Loaded, encoders: Sequence[Classifier], watch: Watch | _Unknown | None
+        self, loaded: Loaded, found: Sequence[Reader], watch: Watch | _Unknown | None
     ) -> Served:
         """Everything that answers by one bundle, started."""
         bundle, settings = loaded.bundle, loaded.recipe.cascade
         rule = _rule(loaded, watch)
-        student = self._student(loaded, encoders, rule)
+        student = self._student(loaded, found, rule)
         cascade = Cascade(
             rule.policy, student, self._teacher, settings, student_wait_s=lambda: student.wait_s
         )

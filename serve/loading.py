@@ -129,11 +129,18 @@ def _before(bundle: PolicyBundle | WrittenBundle, bundle_dir: Path) -> list[Path
     return [bundle_dir / bundles.folder_before(i) for i in range(len(stages))]
 
 
+def is_apart(loaded: Loaded) -> bool:
+    """Whether its student has a deployment of its own."""
+    return isinstance(loaded.bundle, WrittenBundle) or loaded.recipe.cascade.scores_apart
+
+
 def student_key(bundle: PolicyBundle | WrittenBundle) -> str:
     """What tells students apart: one that is sampled for its confidence is asked in another way."""
     facts: list[Any] = [bundle.student_digest, bundle.student_tokenizer_digest]
     if isinstance(bundle, WrittenBundle) and bundle.samples:
         facts.append(bundle.samples.model_dump())
+    if isinstance(bundle, PolicyBundle) and bundle.before:
+        facts += [[one.student_digest, one.student_tokenizer_digest] for one in bundle.before]
     return recipe.digest(facts)
 
 
@@ -153,7 +160,8 @@ def check_fits(loaded: Loaded, running: Loaded) -> None:
     both = loaded.recipe.teacher, running.recipe.teacher
     taken = sum(teacher.gpu_memory_utilization for teacher in both)
     another = student_key(bundle) != student_key(running.bundle)
-    if another and running.recipe.cascade.student_gpus and taken > 1:
+    writes = isinstance(bundle, WrittenBundle)  # and so has an engine, which takes its share whole
+    if writes and another and running.recipe.cascade.student_gpus and taken > 1:
         raise BundleMismatch(
             f"bundle {bundle.bundle_id}: its student has no room on a GPU beside the one that "
             f"answers, as teacher.gpu_memory_utilization of both add up to {taken:g}. Deploy it "

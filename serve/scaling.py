@@ -8,6 +8,7 @@ teacher it is the right count, but one that is late by as long as an engine take
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,24 @@ _SEEN = "seen"  # of a policy's state: [time in s, load], the oldest first
 _SEEN_EVERY_S, _SEEN_FOR_S = 1.0, 30.0
 _FEWEST = 10  # points that a trend is read from
 _SURE = 2.0  # standard errors that a trend must be above nothing
+
+
+class Busy:
+    """How busy this replica's student is."""
+
+    def __init__(self) -> None:
+        self._worked_s, self._since = 0.0, time.monotonic()
+
+    def worked(self, seconds: float) -> None:
+        """From any thread."""
+        self._worked_s += seconds
+
+    def share(self) -> float:
+        """Of the time since the last call."""
+        now = time.monotonic()
+        share = self._worked_s / max(now - self._since, 1e-9)
+        self._worked_s, self._since = 0.0, now
+        return min(1.0, share)
 
 
 class BusyStudents:

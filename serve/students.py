@@ -4,10 +4,12 @@ answers are accepted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+import numpy as np
 
 from journeyman.cascade.answering import StudentDecisions
 from journeyman.cascade.batcher import Batcher
@@ -22,6 +24,8 @@ from journeyman.student.inputs import Inputs
 from journeyman.student.models import Classifier
 from serve import loading
 from serve.loading import Loaded
+
+Result = TypeVar("Result")
 
 # Of a replica, for its student, or several that share it, and as many threads. More would be faster
 # beside an idle teacher (378 against 247 rows/s on two cores), but beside a busy one on the same
@@ -60,6 +64,19 @@ class Rule:
     def is_tightened(self) -> bool:
         """Whether audits have found the promise broken, so that what is certified holds no more."""
         return (self._held or self.policy).accept_above > self._certified
+
+    def decided(
+        self, texts: Sequence[str], logits: np.ndarray, stage: int
+    ) -> list[Decision | Escalation]:
+        """What a student that classifies decides of these texts. logits: float32[n, c], its own;
+        stage: its place among those that are asked in turn."""
+        policy = self.policy
+        assert isinstance(policy, Policy)
+        return self.within(texts, policy.decide_batch(logits, stage))
+
+    def goes_on(self, decided: Decision | Escalation, stage: int) -> bool:
+        """See ``Policy.goes_on``."""
+        return isinstance(self.policy, Policy) and self.policy.goes_on(decided, stage)
 
     def within(
         self, texts: Sequence[str], decided: Sequence[Decision | Escalation]
@@ -100,6 +117,51 @@ class Student(StudentDecisions, Protocol):
     async def close(self) -> None: ...
 
 
+class Reader:
+    """One student that classifies, with what it reads of a row. One thread at a time."""
+
+    def __init__(self, inputs: Inputs, classifier: Classifier, columns: Sequence[str]) -> None:
+        self.classifier = classifier
+        self._inputs, self._columns = inputs, columns
+
+    def logits(
+        self, texts: Sequence[str], n_rows: int | None = None, n_tokens: int | None = None
+    ) -> np.ndarray:
+        """float32[n, c]; n_rows, n_tokens: of a forward pass, if not as few as suit one thread."""
+        rows = self._inputs.all(unpacked(text, self._columns) for text in texts)
+        return self.classifier.logits(rows, n_rows or _ROWS_A_PASS, n_tokens or _TOKENS_A_PASS)
+
+
+def readers(loaded: Loaded, threads: int = STUDENT_CPUS) -> list[Reader]:
+    """The students of a bundle in the order in which they are asked; raises ModelError,
+    BundleMismatch. threads: of this process."""
+    bundle, learner = loaded.bundle, loaded.recipe.learner()
+    assert isinstance(bundle, PolicyBundle)
+    reads = [learner.model_copy(update={"text": stage.text, "text_pair": stage.text_pair})
+             for stage in bundle.before]  # fmt: skip
+    folders = loading.students_here(loaded)
+    return [
+        Reader(Inputs(settings), _classifier(folder, bundle, threads), bundle.columns)
+        for settings, folder in zip([*reads, learner], folders, strict=True)
+    ]
+
+
+async def in_turn(
+    stages: Sequence[Callable[[Sequence[str]], Awaitable[list[Decision | Escalation]]]],
+    texts: Sequence[str],
+    rule: Rule,
+) -> list[Decision | Escalation]:
+    """What each of several students decides of the texts that the one before passes on."""
+    decided: dict[int, Decision | Escalation] = {}
+    left = list(range(len(texts)))
+    for stage, decide in enumerate(stages):
+        if left:
+            said = await decide([texts[i] for i in left])
+            decided |= zip(left, said, strict=True)
+            left = [i for i in left if rule.goes_on(decided[i], stage)]
+    return [decided[i] for i in range(len(texts))]
+
+
 class Encoders:
     """One student or several that are asked in turn, in this process, each with batches that grow
     with the load."""
@@ -107,27 +169,15 @@ class Encoders:
     def __init__(
         self,
         loaded: Loaded,
-        classifiers: Sequence[Classifier],
+        readers: Sequence[Reader],
         rule: Rule,
         worked: Callable[[float], None] = lambda _: None,
     ) -> None:
         """worked: told after each batch how many seconds it took."""
-        bundle, cascade = loaded.bundle, loaded.recipe.cascade
-        assert isinstance(bundle, PolicyBundle)
-        self._columns, self._rule = bundle.columns, rule
-        learner = loaded.recipe.learner()
-        reads = [learner.model_copy(update={"text": stage.text, "text_pair": stage.text_pair})
-                 for stage in bundle.before]  # fmt: skip
-        self._asked = list(zip(map(Inputs, [*reads, learner]), classifiers, strict=True))
-        self._batchers = [
-            Batcher(
-                partial(self.decide, stage=stage),
-                cascade.max_batch_size,
-                worked,
-                size_of=partial(_tokens, most=learner.max_length),
-                max_total=cascade.max_batch_tokens,
-            )
-            for stage in range(len(classifiers))
+        self._readers, self._rule = readers, rule
+        self._batchers: list[Batcher[str, Decision | Escalation]] = [
+            batcher_of(partial(self.decide, stage=stage), loaded, worked)
+            for stage in range(len(readers))
         ]
         self.unready = None
 
@@ -144,27 +194,27 @@ class Encoders:
         return sum(batcher.wait_s for batcher in self._batchers)  # which share the CPU
 
     async def submit(self, items: Sequence[str]) -> list[Decision | Escalation]:
-        decided: dict[int, Decision | Escalation] = {}
-        left = list(range(len(items)))
-        for stage, batcher in enumerate(self._batchers):
-            if left:
-                said = await batcher.submit([items[i] for i in left])
-                decided |= zip(left, said, strict=True)
-                left = [i for i in left if self._policy.goes_on(decided[i], stage)]
-        return [decided[i] for i in range(len(items))]
+        return await in_turn([batcher.submit for batcher in self._batchers], items, self._rule)
 
     def decide(self, texts: Sequence[str], stage: int = 0) -> list[Decision | Escalation]:
         """By one of the students, in its batcher's thread."""
-        inputs, classifier = self._asked[stage]
-        rows = inputs.all(unpacked(text, self._columns) for text in texts)
-        logits = classifier.logits(rows, _ROWS_A_PASS, _TOKENS_A_PASS)
-        return self._rule.within(texts, self._policy.decide_batch(logits, stage))
+        return self._rule.decided(texts, self._readers[stage].logits(texts), stage)
 
-    @property
-    def _policy(self) -> Policy:
-        policy = self._rule.policy
-        assert isinstance(policy, Policy)
-        return policy
+
+def batcher_of(
+    work: Callable[[Sequence[str]], Sequence[Result]],
+    loaded: Loaded,
+    worked: Callable[[float], None],
+) -> Batcher[str, Result]:
+    """Of a student that classifies, as large as its recipe says."""
+    cascade = loaded.recipe.cascade
+    return Batcher(
+        work,
+        cascade.max_batch_size,
+        worked,
+        size_of=partial(_tokens, most=loaded.recipe.learner().max_length),
+        max_total=cascade.max_batch_tokens,
+    )
 
 
 def _tokens(text: str, most: int) -> int:
@@ -172,15 +222,8 @@ def _tokens(text: str, most: int) -> int:
     return min(most, len(text) // _CHARACTERS_A_TOKEN + 1)
 
 
-def classifiers(loaded: Loaded) -> list[Classifier]:
-    """The students of this process, none where they write; raises ModelError, BundleMismatch."""
-    if isinstance(loaded.bundle, WrittenBundle):
-        return []
-    return [_classifier(folder, loaded.bundle) for folder in loading.students_here(loaded)]
-
-
-def _classifier(folder: Path, bundle: PolicyBundle) -> Classifier:
-    student = Classifier.load(folder, threads=STUDENT_CPUS)
+def _classifier(folder: Path, bundle: PolicyBundle, threads: int) -> Classifier:
+    student = Classifier.load(folder, threads=threads)
     if student.labels != bundle.label_names:
         raise BundleMismatch(
             f"{folder} answers with the labels {', '.join(student.labels)}, the "

@@ -186,6 +186,7 @@ def test_what_a_cascade_that_writes_kept_is_labeled_and_learned_and_certifies(tm
         "training": {"workers": 1, "epochs": 1, "batch_size": 8},
         "certify": {"alpha": 0.4},
     }
+    del values["cascade"]
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     asked = [str(tmp_path / "recipe.yaml"), "--from-feedback", str(kept)]
     ran = journeyman("run", *asked, timeout=600)

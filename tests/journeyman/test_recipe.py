@@ -274,15 +274,27 @@ def test_a_revision_of_a_teacher_that_is_no_repository_is_refused(
     assert "\n" not in words
 
 
-@pytest.mark.parametrize("setting", ["student_gpus=1", "student_cpus=4"])
-def test_an_engine_for_a_student_that_has_none_is_refused(setting: str):
+def test_cpus_for_a_student_that_is_scored_in_the_ingress_are_refused():
+    words = sentence("cascade.student_cpus=4")
+    assert words.startswith(f"{DEMO}: cascade.student_cpus would change nothing: a student that")
+    assert words.endswith("leave it out.") and "\n" not in words
+    recipe.load(DEMO, ["cascade.student_cpus=1"])
+    recipe.load(DEMO, [GENERATE, "student.kind=causal", "cascade.student_cpus=4"])
+    for apart in ("student_apart=true", "student_gpus=0.5"):
+        recipe.load(DEMO, ["cascade.student_cpus=4", f"cascade.{apart}"])
+
+
+@pytest.mark.parametrize(
+    "setting", ["student_apart=true", "max_batch_size=8", "max_batch_tokens=9"]
+)
+def test_what_an_engine_decides_itself_is_refused_of_a_student_that_writes(setting: str):
     name, _, _ = setting.partition("=")
-    words = sentence(f"cascade.{setting}")
-    assert words.startswith(f"{DEMO}: cascade.{name} would change nothing: it is of the engine of")
+    words = sentence(GENERATE, "student.kind=causal", f"cascade.{setting}")
+    assert words.startswith(f"{DEMO}: cascade.{name} would change nothing: it goes with a student")
     assert words.endswith("leave it out.") and "\n" not in words
     default = recipe.load(DEMO).cascade.model_dump()[name]
-    recipe.load(DEMO, [f"cascade.{name}={default}"])
-    recipe.load(DEMO, [GENERATE, "student.kind=causal", f"cascade.{setting}"])
+    recipe.load(DEMO, [GENERATE, "student.kind=causal", f"cascade.{name}={default}"])
+    recipe.load(DEMO, [f"cascade.{setting}"])
 
 
 def test_the_recipe_of_a_finished_run_is_read_with_settings_that_nothing_reads():

@@ -18,7 +18,7 @@ from journeyman.cascade.refusals import TeacherUnavailable
 from serve.asking import TeacherByHandle
 from serve.failures import Failed
 from serve.http import api
-from serve.writers import Student
+from serve.student_replicas import Student
 from tests.serve import tiny
 from tests.serve.conftest import Running
 from tests.serve.test_openai_written import BUNDLE
@@ -130,8 +130,8 @@ def sick_classes() -> tuple[type, type]:
             raise LookupError(texts)
 
     class SickIngress(Ingress):
-        def _student(self, loaded: Any, encoders: Any, rule: Any) -> Any:
-            return SickEncoders(loaded, encoders, rule)
+        def _student(self, loaded: Any, readers: Any, rule: Any) -> Any:
+            return SickEncoders(loaded, readers, rule)
 
     return SickTeacher, SickIngress
 

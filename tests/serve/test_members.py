@@ -34,7 +34,8 @@ from serve.agreement import Agreed, Agreement, Report
 from serve.ingress import Ingress, _watch
 from serve.live import Served
 from serve.members import Member
-from serve.students import classifiers
+from serve.scaling import Busy
+from serve.students import readers
 from tests.journeyman.cascade.test_auditing import Teacher
 from tests.serve import tiny
 
@@ -670,10 +671,10 @@ def test_audits_of_an_ingress_are_taken_up_by_another_one(
         ingress: Any = Here.__new__(Here)
         ingress._replica = uuid.uuid4().hex
         ingress._agreement = SimpleNamespace(exchange=SimpleNamespace(remote=shared.exchange))
-        ingress._teacher, ingress._writers, ingress._busy_s = teacher, None, 0.0
+        ingress._teacher, ingress._apart, ingress._busy = teacher, None, Busy()
         ingress._measured, ingress._loaded, ingress._purse = {}, {}, Purse({})
         ingress._heard = lambda _: None
-        return ingress._served(loaded, classifiers(loaded), _watch(loaded))
+        return ingress._served(loaded, readers(loaded), _watch(loaded))
 
     async def scenario() -> Labels:
         stops, teacher = served(Labels(away=True)), Labels()

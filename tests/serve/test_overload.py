@@ -121,8 +121,8 @@ def slow_classes() -> tuple[type, type]:
             return super().decide(texts, stage)
 
     class SlowIngress(Ingress):
-        def _student(self, loaded: Any, encoders: Any, rule: Any) -> Any:
-            return SlowEncoders(loaded, encoders, rule)
+        def _student(self, loaded: Any, readers: Any, rule: Any) -> Any:
+            return SlowEncoders(loaded, readers, rule)
 
     return IdleTeacher, SlowIngress
 

@@ -15,7 +15,7 @@ from journeyman.columns import packed
 from journeyman.recipe import Cascade as Settings
 from journeyman.teacher.answers import ClassLabels
 from serve import loading, students
-from serve.students import Encoders, Rule, classifiers
+from serve.students import Encoders, Rule, readers
 from tests.serve import tiny
 
 
@@ -32,7 +32,7 @@ def by_student(decisions: Sequence[Decision | Escalation]) -> list[bool]:
 def test_a_rule_that_is_held_answers_nothing_until_it_is_told(run: tiny.Run):
     loaded = loading.load(run.bundle_dir)
     rule, changes = Rule(loaded), []
-    student = Encoders(loaded, classifiers(loaded), rule)
+    student = Encoders(loaded, readers(loaded), rule)
     rule.when_changed = lambda: changes.append(rule.policy.accept_above)
     accepts = (run.scores > run.bundle.accept_above).tolist()
     assert by_student(student.decide(tiny.TEXTS)) == accepts and any(accepts)
@@ -79,7 +79,7 @@ def test_a_text_longer_than_any_that_was_certified_is_the_teachers_however_sure_
     rule, teacher = Rule(loaded), Teacher()
 
     async def test() -> None:
-        student = Encoders(loaded, classifiers(loaded), rule)
+        student = Encoders(loaded, readers(loaded), rule)
         student.start()
         cascade = Cascade(rule.policy, student, teacher, Settings())
         short, escalated = (await cascade.answer([longest, long])).decisions
@@ -129,15 +129,15 @@ def test_one_long_text_among_many_short_ones_is_read_by_itself(
     loaded = loading.load(run.bundle_dir)
     cascade = loaded.recipe.cascade.model_copy(update={"max_batch_tokens": 16})
     loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"cascade": cascade}))
-    [classifier] = classifiers(loaded)
+    [reader] = readers(loaded)
     shapes: list[tuple[int, ...]] = []
-    classifier.model.register_forward_pre_hook(
+    reader.classifier.model.register_forward_pre_hook(
         lambda _, __, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
     short, long = "book a flight", " ".join(["please"] * 60)
 
     async def test() -> None:
-        student = Encoders(loaded, [classifier], Rule(loaded))
+        student = Encoders(loaded, [reader], Rule(loaded))
         student.start()
         await student.submit([long, *[short] * 31])
         await student.close()

@@ -23,7 +23,7 @@ from journeyman.certify.scores import score
 from journeyman.errors import BundleMismatch
 from journeyman.student.models import Classifier
 from serve import loading
-from serve.students import Encoders, Rule, classifiers
+from serve.students import Encoders, Rule, readers
 from tests.serve import tiny
 from tests.serve.conftest import Running
 
@@ -118,13 +118,16 @@ class Counting:
 def asked(several: Several, tightened: float | None = None):
     """What both students make of all texts, and how many each has read."""
     loaded = loading.load(several.folder)
-    counting = [Counting(one) for one in classifiers(loaded)]
+    found = readers(loaded)
+    counting = [Counting(one.classifier) for one in found]
+    for one, counted in zip(found, counting, strict=True):
+        one.classifier = counted  # type: ignore[assignment]
     rule = Rule(loaded)
     if tightened is not None:
         rule.tighten(tightened)
 
     async def go() -> list[Decision | Escalation]:
-        student = Encoders(loaded, counting, rule)  # type: ignore[arg-type]
+        student = Encoders(loaded, found, rule)
         student.start()
         try:
             one, *many = await asyncio.gather(

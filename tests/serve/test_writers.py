@@ -17,12 +17,13 @@ from journeyman.cascade.policy import Decision, Escalation, Written
 from journeyman.errors import BundleMismatch, ModelError
 from journeyman.models import Model
 from journeyman.recipe import Generate
-from serve import loading, writers
+from serve import apart, loading, student_replicas, writers
+from serve.apart import Standing
 from serve.ingress import Ingress
 from serve.loading import Loaded
+from serve.student_replicas import Student
 from serve.students import Rule
 from serve.teacher import Unavailable
-from serve.writers import Standing, Student
 from tests.serve import tiny
 
 ASKED = Generate(kind="generate", prompt="{{ text }}", max_tokens=8)
@@ -122,7 +123,7 @@ def test_another_student_starts_beside_the_one_that_answers_which_ends_when_forg
             [said] = await student.label(["x"], key(name))  # type: ignore[misc]
             assert said.text == f"{name} says x"
         assert engines.started == ["a", "b"]
-        monkeypatch.setattr(writers, "_KEPT_S", 0.05)
+        monkeypatch.setattr(student_replicas, "_KEPT_S", 0.05)
         await asyncio.sleep(0.06)
         await student.keep(loaded("b"), answers=False)
         await until(lambda: engines.closed == ["a"])
@@ -204,7 +205,7 @@ def test_a_student_that_does_not_start_leaves_the_other_and_may_be_tried_again_l
         told = await student.keep(loaded("broken"), answers=False)
         assert told == Standing(ready=False, failure="broken: no room")
         assert engines.started == ["a", "broken"] and not await student.unready(key("a"))
-        monkeypatch.setattr(writers, "_KEPT_S", 0.0)
+        monkeypatch.setattr(student_replicas, "_KEPT_S", 0.0)
         student._asked_at[key("a")] = float("inf")
         await student.keep(loaded("broken"), answers=False)
         await until(lambda: engines.started == ["a", "broken", "broken"])
@@ -234,17 +235,17 @@ READY, STARTING = Standing(ready=True), Standing(ready=False)
 
 
 def test_a_bundle_waits_for_its_student_in_every_replica(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(writers, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(apart, "_LOOK_EVERY_S", 0.0)
     replicas = Replicas([STARTING, STARTING], [], [READY, STARTING], [READY, READY], [STARTING])
-    asyncio.run(writers.started(replicas, loaded("b")))  # type: ignore[arg-type]
+    asyncio.run(apart.started(replicas, loaded("b")))  # type: ignore[arg-type]
     assert replicas.turns == [[STARTING]]
     failing = Replicas([STARTING, STARTING], [READY, Standing(ready=False, failure="no room")])
     with pytest.raises(ModelError, match=r"does not start beside .*no room.*deploy it anew"):
-        asyncio.run(writers.started(failing, loaded("b")))  # type: ignore[arg-type]
+        asyncio.run(apart.started(failing, loaded("b")))  # type: ignore[arg-type]
     never = loaded("b", teacher={"model": "m", "start_timeout_s": 0.01})
-    monkeypatch.setattr(writers, "_OTHER_WORK_S", 0.0)
+    monkeypatch.setattr(apart, "_OTHER_WORK_S", 0.0)
     with pytest.raises(ModelError, match="not started within"):
-        asyncio.run(writers.started(Replicas(*[[STARTING]] * 10**5), never))  # type: ignore[arg-type]
+        asyncio.run(apart.started(Replicas(*[[STARTING]] * 10**5), never))  # type: ignore[arg-type]
 
 
 def test_two_students_that_a_gpu_has_no_room_for_are_refused_before_one_is_started():

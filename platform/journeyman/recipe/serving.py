@@ -283,8 +283,9 @@ class TeacherReplicas(Range):
 
 class StudentReplicas(Range):
     """How many replicas of the ingress serve, each with the student in it, as Ray Serve scales
-    them; requests that wait for the teacher do not count. Of a student that writes: how many
-    engines of it, scaled to ``teacher.max_num_seqs`` requests each, behind ``min`` ingresses."""
+    them; requests that wait for the teacher do not count. Of a student apart: how many of it,
+    behind ``min`` ingresses; engines of one that writes by ``teacher.max_num_seqs`` requests each.
+    """
 
     min: Count = Field(1, description="Replicas at least.")
     max: Count = Field(1, description="Replicas at most.")
@@ -355,11 +356,16 @@ class Cascade(Section):
     )  # fmt: skip
     student_replicas: StudentReplicas = Field(default_factory=StudentReplicas)
     teacher_replicas: TeacherReplicas = Field(default_factory=TeacherReplicas)
+    student_apart: bool = Field(
+        False,
+        description="A student that classifies has replicas of its own, apart from the ingress, as "
+        "one that writes always has: each of student_cpus, or on a GPU where student_gpus says so.",
+    )
     student_cpus: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="Ray CPUs an engine of a student that writes."
+        1.0, description="Ray CPUs a replica of such a student."
     )
     student_gpus: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Ray GPUs an engine of a student that writes."
+        0.0, description="Ray GPUs a replica of it; one that classifies is apart then."
     )
     teacher_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="Ray CPUs a teacher.")
     teacher_gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="Ray GPUs a teacher.")
@@ -368,3 +374,8 @@ class Cascade(Section):
         description="Ray labels that the nodes of all replicas must have: {journeyman: serve} "
         "keeps the cascade off the spot nodes of cluster.yaml.",
     )
+
+    @property
+    def scores_apart(self) -> bool:
+        """Whether a student that classifies has a deployment of its own."""
+        return self.student_apart or self.student_gpus > 0

@@ -95,7 +95,7 @@ _READ: dict[str, tuple[Callable[[_Lesson], bool], str]] = {
 }
 
 _OF_WRITING = ("match", "samples")  # of ``certify``
-_OF_AN_ENGINE = ("student_cpus", "student_gpus")  # of ``cascade``
+_OF_SCORING = ("student_apart", "max_batch_size", "max_batch_tokens")  # of ``cascade``
 
 
 def names(recipe: Recipe, *, as_text: bool = False) -> tuple[str, ...]:
@@ -140,12 +140,19 @@ def sentences(recipe: Recipe) -> list[str]:
             for name in _OF_WRITING
             if getattr(recipe.certify, name) != fields[name].default
         ]
+        cpus = Cascade.model_fields["student_cpus"].default
+        if recipe.cascade.student_cpus != cpus and not recipe.cascade.scores_apart:
+            said.append(
+                "cascade.student_cpus would change nothing: a student that classifies is scored in "
+                "the ingress, on one CPU; set cascade.student_apart, or leave it out."
+            )
+    elif recipe.student:
         fields = Cascade.model_fields
         said += [
-            f"cascade.{name} would change nothing: it is of the engine of a student that writes "
-            "(student.kind: causal), and one that classifies is scored in the ingress, on its CPU; "
-            "leave it out."
-            for name in _OF_AN_ENGINE
+            f"cascade.{name} would change nothing: it goes with a student that classifies, and the "
+            "engine of one that writes (student.kind: causal) has a deployment and batches of its "
+            "own; leave it out."
+            for name in _OF_SCORING
             if getattr(recipe.cascade, name) != fields[name].default
         ]
     return said

@@ -1,0 +1,194 @@
+"""Students that classify in a deployment of their own: they decide as they would in the ingress."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from journeyman.cascade.policy import Decision, Escalation
+from journeyman.cascade.refusals import StudentUnavailable
+from journeyman.student.models import Classifier
+from serve import loading
+from serve.loading import Loaded
+from serve.scorers import Scored
+from serve.student_replicas import Student
+from serve.students import Encoders, Rule, readers
+from tests.conftest import children
+from tests.ray_head import until
+from tests.serve import tiny
+from tests.serve.asking import asking
+from tests.serve.test_scaling import with_settings
+from tests.serve.test_several import Several, several
+
+__all__ = ["several"]  # a fixture
+
+
+class Handle:
+    """Of a deployment in this process, with one replica."""
+
+    def __init__(self, replica: Student) -> None:
+        self.score, self.unready = self._method(replica.score), self._method(replica.unready)
+        self.batches: Counter[int] = Counter()
+
+    @staticmethod
+    def _method(method: Any) -> Any:
+        return SimpleNamespace(remote=lambda *a, **k: asyncio.ensure_future(method(*a, **k)))
+
+    def broadcast(self, method: str, *_: object) -> Any:
+        async def results_async(**_: object) -> list[Any]:
+            return []
+
+        return SimpleNamespace(results_async=results_async)
+
+
+def apart(loaded: Loaded, **settings: object) -> Loaded:
+    cascade = loaded.recipe.cascade.model_copy(update={"student_apart": True, **settings})
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"cascade": cascade}))
+
+
+async def here(loaded: Loaded, texts: Sequence[str]) -> list[Decision | Escalation]:
+    student = Encoders(loaded, readers(loaded), Rule(loaded))
+    student.start()
+    try:
+        return await student.submit(texts)
+    finally:
+        await student.close()
+
+
+def as_values(decided: Sequence[Decision | Escalation]) -> list[tuple[Any, ...]]:
+    found = []
+    for one in decided:
+        said = one if isinstance(one, Decision) else one.student
+        assert said
+        found.append((type(one), said.label, said.stage, pytest.approx(said.confidence, abs=1e-5)))
+    return found
+
+
+def test_it_decides_as_in_the_ingress(run: tiny.Run):
+    loaded = apart(loading.load(run.bundle_dir))
+
+    async def scenario() -> None:
+        replica = Student(loaded, current=lambda _: None)
+        student = Scored(Handle(replica), loaded, Rule(loaded), lambda: True, is_up=True)  # type: ignore[arg-type]
+        decided = await student.submit(tiny.TEXTS)
+        assert as_values(decided) == as_values(await here(loaded, tiny.TEXTS))
+        assert sum(isinstance(one, Decision) for one in decided) == len(run.accepted)
+
+    asyncio.run(scenario())
+
+
+def test_of_several_each_is_asked_for_what_the_one_before_passes_on(
+    run: tiny.Run, several: Several
+):
+    loaded = apart(loading.load(several.folder))
+    alone = loading.load(run.bundle_dir)  # of the last one
+    assert loading.student_key(loaded.bundle) != loading.student_key(alone.bundle)
+
+    async def scenario() -> None:
+        replica = Student(loaded, current=lambda _: None)
+        student = Scored(Handle(replica), loaded, Rule(loaded), lambda: True, is_up=True)  # type: ignore[arg-type]
+        decided = await student.submit(tiny.TEXTS)
+        by = [one.stage - 1 if isinstance(one, Decision) else 2 for one in decided]  # type: ignore[operator]
+        assert by == several.by
+        assert as_values(decided) == as_values(await here(loaded, tiny.TEXTS))
+
+    asyncio.run(scenario())
+
+
+def test_texts_of_all_ingresses_share_its_batches(run: tiny.Run, monkeypatch: pytest.MonkeyPatch):
+    loaded = apart(loading.load(run.bundle_dir), max_batch_size=64)
+    sizes: list[int] = []
+    logits = Classifier.logits
+
+    def counted(self: Classifier, texts: Sequence[Any], *passes: int) -> np.ndarray:
+        sizes.append(len(texts))
+        return logits(self, texts, *passes)
+
+    monkeypatch.setattr(Classifier, "logits", counted)
+
+    async def scenario() -> None:
+        handle = Handle(Student(loaded, current=lambda _: None))
+        students = [
+            Scored(handle, loaded, Rule(loaded), lambda: True, is_up=True)  # type: ignore[arg-type]
+            for _ in range(4)
+        ]
+        await asyncio.gather(*(one.submit([text]) for one in students for text in tiny.TEXTS[:8]))
+
+    asyncio.run(scenario())
+    assert sum(sizes) == 32 and len(sizes) <= 2, sizes
+
+
+def test_a_device_that_failed_takes_its_replica_along_and_no_text_into_an_error(run: tiny.Run):
+    loaded = apart(loading.load(run.bundle_dir))
+
+    async def scenario() -> None:
+        replica = Student(loaded, current=lambda _: None)
+        [scorer] = replica._engines.values()
+
+        def broken(*_: object, **__: object) -> None:
+            raise torch.AcceleratorError("an illegal memory access was encountered: secret", 700)
+
+        for reader in scorer._readers:
+            reader.classifier.model.forward = broken
+        await replica.check_health()
+        with pytest.raises(Exception, match="AcceleratorError") as raised:
+            await replica.score(["secret"], loading.student_key(loaded.bundle), 0)
+        assert "secret" not in str(raised.value)
+        cannot = await replica.score(["x"], loading.student_key(loaded.bundle), 0)
+        assert cannot.reason == "the student's device failed: AcceleratorError"  # type: ignore[union-attr]
+        with pytest.raises(RuntimeError, match="device failed"):
+            await replica.check_health()
+        student = Scored(Handle(replica), loaded, Rule(loaded), lambda: True, is_up=True)  # type: ignore[arg-type]
+        with pytest.raises(StudentUnavailable):
+            await student.submit(["x"])
+
+    asyncio.run(scenario())
+
+
+@pytest.fixture
+def served(ray_cluster: None, run: tiny.Run, tmp_path: Path) -> Iterator[str]:
+    from serve.running import running
+
+    with running(with_settings(run, tmp_path, student_apart=True, student_cpus=0.5)) as url:
+        yield url
+
+
+@pytest.mark.slow  # starts an engine
+@pytest.mark.timeout(400)
+def test_a_student_apart_answers_and_while_its_replica_is_away_the_teacher_does(
+    served: str, run: tiny.Run
+):
+    def replicas() -> list[psutil.Process]:
+        return children("ServeReplica:cascade:Student")
+
+    def by(texts: Sequence[str]) -> set[str]:
+        body = {"input": list(texts)}
+        answer = httpx.post(f"{served}/v1/classify", json=body, timeout=60).raise_for_status()
+        return {one["answered_by"] for one in answer.json()["results"]}
+
+    [replica] = replicas()
+    assert (by(run.accepted), by(run.escalated)) == ({"student"}, {"teacher"})
+    with asking(served, run.accepted[:2], 3) as asked:
+        until(lambda: asked.answered_by["student"] > 20, 60)
+        replica.kill()
+        until(lambda: asked.answered_by["teacher"] > 0, 60)
+        until(replicas, 60)
+        before = asked.answered_by["student"]
+        until(lambda: asked.answered_by["student"] > before + 20, 120)
+    print(json.dumps(asked.outcomes), json.dumps(asked.answered_by))
+    assert set(asked.outcomes) <= {"200"}, asked.errors
+    time.sleep(1)
+    assert by(run.accepted) == {"student"}

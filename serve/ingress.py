@@ -262,6 +262,7 @@ class Ingress:
             answering = Recording(
                 answering, journal, kept.audit_rate, bundle.bundle_id,
                 auditor=member.auditor, is_outside=rule.is_outside, how_asked=_how_asked(loaded),
+                is_held=lambda: rule.is_held,
             )  # fmt: skip
         health = Health(member, self._purse, Stability(bundle.curve, bundle.served.n), journal)
         measured = Measured(

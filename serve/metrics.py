@@ -167,8 +167,9 @@ class Measured:
         self._unknown = counter(
             "audits_unknown",
             "Audits without an outcome, by why: lost (each counts as an error), left out (the "
-            "teacher can never answer the text), not_drawn (too many waited as it came), or "
-            "stopped (it waited as its replica went, and no other one could take it up).",
+            "teacher can never answer the text), not_drawn (too many waited as it came, or the "
+            "watch could not be read yet), or stopped (it waited as its replica went, and no other "
+            "one could take it up).",
             "why",
         )
         self._said_unknown: Counter[str] = Counter()

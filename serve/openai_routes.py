@@ -163,16 +163,16 @@ def _growing(
 def _note(
     answers: Answers, served: Served, request: ChatRequest | CompletionRequest, *, as_asked: bool
 ) -> Note:
-    bundle = served.bundle
+    bundle, decisions = served.bundle, answers.decisions
     names = bundle.label_names if isinstance(bundle, PolicyBundle) else ()
     return Note(
         bundle=bundle.bundle_id,
         guarantee=promise_of(answers, served, request.model, as_asked=as_asked),
-        answered_by=[decision.answered_by for decision in answers.decisions],
-        confidence=[decision.confidence for decision in answers.decisions],
-        stage=[decision.stage for decision in answers.decisions],
-        probabilities=[probabilities_of(d, names) for d in answers.decisions],
-        ignored=request.ignored(is_label=bool(names)),
+        answered_by=[decision.answered_by for decision in decisions],
+        confidence=[decision.confidence for decision in decisions],
+        stage=[decision.stage for decision in decisions],
+        probabilities=[probabilities_of(decision, names) for decision in decisions],
+        ignored=request.ignored(has_tokens=any(d.written and d.written.tokens for d in decisions)),
     )
 
 

@@ -102,9 +102,10 @@ class _Common(Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
 
-    def ignored(self, *, is_label: bool) -> list[str]:
-        """Parameters that were sent and changed nothing, in our order; is_label: the answer is."""
-        without_effect = _OF_SAMPLING + (_OF_LENGTH if is_label else ())
+    def ignored(self, *, has_tokens: bool) -> list[str]:
+        """Parameters that were sent and changed nothing, in our order; has_tokens: the answer does,
+        so that a limit on its length could cut it."""
+        without_effect = _OF_SAMPLING + (() if has_tokens else _OF_LENGTH)
         return [name for name in without_effect if getattr(self, name, None) is not None]
 
     def cut(self, answer: str) -> str:

@@ -61,6 +61,10 @@ class Rule:
         self.policy = self.policy.tightened(ESCALATE_EVERYTHING)
 
     @property
+    def is_held(self) -> bool:
+        return self._held is not None
+
+    @property
     def is_tightened(self) -> bool:
         """Whether audits have found the promise broken, so that what is certified holds no more."""
         return (self._held or self.policy).accept_above > self._certified

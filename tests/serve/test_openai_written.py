@@ -90,6 +90,8 @@ def test_the_answer_is_what_was_written_and_says_who_wrote_it():
     assert raw.headers["x-journeyman-guarantee"] == "holds"
     assert note["ignored"] == ["temperature", "seed"]
     assert chat(max_tokens=2).parse().journeyman["ignored"] == [], "it cuts what was written"
+    vote = chat(written(tokens=(), text="42"), max_tokens=1).parse()  # of several samples
+    assert vote.choices[0].message.content == "42" and vote.journeyman["ignored"] == ["max_tokens"]
 
 
 def test_a_limit_cuts_between_tokens_and_then_nothing_is_promised():

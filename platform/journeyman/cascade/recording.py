@@ -36,17 +36,19 @@ class Recording:
         auditor: Auditor | None = None,
         is_outside: Callable[[str], bool] = lambda _: False,
         how_asked: str | None = None,
+        is_held: Callable[[], bool] = lambda: False,
     ) -> None:
-        """how_asked: the teacher is, for ``Seen.asked``; is_outside: whether a text is outside of
-        what was certified, which is known of the text alone: the watch over the promise has nothing
-        to learn from it, whoever answers."""
+        """is_outside: whether a text is outside of what was certified, which is known of the text
+        alone: the watch over the promise has nothing to learn from it, whoever answers; how_asked:
+        the teacher is, for ``Seen.asked``; is_held: the student may answer nothing for now, and
+        nobody sees whether it would have been right."""
         self._cascade = cascade
         self._journal = journal
         self._audit_rate = audit_rate
         self._bundle = bundle
         self._auditor = auditor
         self._coin = coin or random.Random()
-        self._is_outside, self._how_asked = is_outside, how_asked
+        self._is_outside, self._how_asked, self._is_held = is_outside, how_asked, is_held
 
     async def answer(self, texts: Sequence[str], asked: Asked = "cascade") -> Answers:
         """Raises Refusal. Only what was asked of the cascade as a whole is traffic."""
@@ -86,9 +88,9 @@ class Recording:
         return answers
 
     def _with_room(self, n_texts: int) -> Auditor | None:
-        """Who learns of so many texts; nobody where too many wait already, which is settled here,
-        before anything is known of these."""
-        if self._auditor is None or self._auditor.has_room:
+        """Who learns of so many texts; nobody where too many wait already, or the student is held,
+        which is settled here, before anything is known of these."""
+        if self._auditor is None or (self._auditor.has_room and not self._is_held()):
             return self._auditor
         self._auditor.not_drawn(n_texts)
         return None

@@ -216,7 +216,7 @@ def _audits(watch: dict[str, Any] | None) -> str:
         )
     of_them = {"lost (errors, for all anyone knows)": watch["lost"],
                "left out (the teacher cannot answer the text)": watch["left_out"],
-               "not drawn (too many waited)": watch["not_drawn"],
+               "not drawn (too many waited, or the watch could not be read)": watch["not_drawn"],
                "left out (nobody could take them up)": watch.get("stopped", 0),
                "judged (worded differently)": watch["judged"]}  # fmt: skip
     said = "".join(f", {n:,} {what}" for what, n in of_them.items() if n)

@@ -477,6 +477,19 @@ def test_of_a_request_that_is_refused_for_one_text_the_watch_sees_the_others(tmp
     assert sorted(row["text"] for row in read(tmp_path)) == ["a", "b", "c", "d"]
 
 
+def test_while_nobody_knows_how_strict_the_rule_is_nothing_is_watched(tmp_path: Path):
+    """The teacher answers all then, which says nothing of how often the student is wrong."""
+    auditor, held = Auditor(None, None, None, busy=lambda: True), [True]  # type: ignore[arg-type]
+    journal = Journal(tmp_path, Folder(tmp_path).put, roll_rows=10, roll_s=600)
+    recording = Recording(Answering(), journal, 1.0, "b", auditor=auditor, is_held=lambda: held[0])
+    asyncio.run(recording.answer(["a", "b"]))
+    assert (auditor.n_unkept, auditor.n_not_drawn) == (0, 2)
+    held[0] = False
+    asyncio.run(recording.answer(["a", "b"]))
+    journal.close()
+    assert (auditor.n_unkept, auditor.n_not_drawn) == (2, 2) and len(read(tmp_path)) == 4
+
+
 def test_where_too_many_audits_wait_a_text_is_kept_and_not_watched_whatever_it_is(tmp_path: Path):
     """That is settled with the coin; one that began while there was room is watched."""
 

@@ -108,8 +108,16 @@ class TeacherByHandle:
 
     async def scores(self, texts: Sequence[str], stage: int) -> np.ndarray:
         """float32[n, c], logits of a student that classifies; stage: its place among those that are
-        asked in turn. Raises TeacherUnavailable."""
-        return await self._asked(lambda avoid: self._scored(texts, stage, avoid))
+        asked in turn. Raises TeacherUnavailable, too, once it is found away: where its last replica
+        was lost, Serve has calls wait for another one."""
+        asked = asyncio.ensure_future(self._asked(lambda avoid: self._scored(texts, stage, avoid)))
+        try:
+            while not (await asyncio.wait({asked}, timeout=_PROBE_INTERVAL_S))[0]:
+                if self.unready:
+                    raise TeacherAway(_words(self.unready), _BACK_IN_S)
+            return await asked
+        finally:
+            asked.cancel()
 
     async def _asked(self, call: Callable[[dict[str, Any]], Awaitable[T | Unavailable]]) -> T:
         if not ((whose := account.get()) and whose.is_audit):

@@ -14,6 +14,7 @@ import numpy as np
 from journeyman.cascade.batcher import Batcher
 from journeyman.cascade.policy import Decision, Escalation
 from journeyman.certify.bundle import PolicyBundle
+from journeyman.recipe import Cascade
 from serve.apart import Apart
 from serve.failures import without_words
 from serve.loading import Loaded
@@ -29,15 +30,14 @@ _ROWS_A_PASS, _TOKENS_A_PASS = 256, 16_384  # on a GPU, which short passes leave
 class Scorer:
     """The students of one bundle in a replica: batches grow with the load of all ingresses."""
 
-    def __init__(self, loaded: Loaded, worked: Callable[[float], None]) -> None:
-        """Loads them; raises ModelError, BundleMismatch. worked: told after each batch how many
-        seconds it took."""
-        cascade = loaded.recipe.cascade
-        threads = max(1, math.ceil(cascade.student_cpus))
+    def __init__(self, loaded: Loaded, place: Cascade, worked: Callable[[float], None]) -> None:
+        """Loads them; raises ModelError, BundleMismatch. place: says what the replica has of CPUs
+        and GPUs; worked: told after each batch how many seconds it took."""
+        threads = max(1, math.ceil(place.student_cpus))
         self._failure: str | None = None
         self._readers = readers(loaded, threads)
         self._passes: tuple[int, ...] = ()
-        if (device := _device(cascade.student_gpus)) is not None:
+        if (device := _device(place.student_gpus)) is not None:
             for reader in self._readers:
                 reader.classifier.model.to(device)
             self._passes = _ROWS_A_PASS, _TOKENS_A_PASS

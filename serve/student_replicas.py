@@ -75,6 +75,7 @@ class Student:
         engine than a StudentEngine or a Scorer; current: another way to learn which bundle answers.
         """
         self._busy = Busy()
+        self._place = loaded.recipe.cascade  # of this replica, whichever bundle answers
         loaded = current(loaded.bundle.bundle_id) or loaded
         first, now = loading.student_key(loaded.bundle), time.monotonic()
         self._start = start or self._own
@@ -127,8 +128,8 @@ class Student:
         return Standing(ready=False)
 
     async def check_health(self) -> None:
-        """For Serve, which replaces a replica that fails this three times: for the
-        student that answers. One that is only tried is closed where it cannot start again."""
+        """For Serve, which replaces a replica that fails this three times: for the student that
+        answers. One that is only tried is closed where it cannot start again."""
         for student, engine in list(self._engines.items()):
             try:
                 await engine.check_health()
@@ -146,7 +147,7 @@ class Student:
     def _own(self, loaded: Loaded) -> StudentEngine | Scorer:
         if isinstance(loaded.bundle, WrittenBundle):
             return StudentEngine(loaded)
-        return Scorer(loaded, self._busy.worked)
+        return Scorer(loaded, self._place, self._busy.worked)
 
     def __del__(self) -> None:
         """Serve calls this when the replica stops."""

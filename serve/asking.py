@@ -27,6 +27,8 @@ from serve.teacher import Unavailable
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+    from serve.scorers import Behind
+
 T = TypeVar("T")
 _log = logging.getLogger("ray.serve")
 
@@ -106,11 +108,13 @@ class TeacherByHandle:
         """For audits; raises TeacherUnavailable. asked: of each row."""
         return await self._asked(lambda avoid: self._verdicts(rows, asked, avoid))
 
-    async def scores(self, texts: Sequence[str], stage: int) -> np.ndarray:
+    async def scores(self, texts: Sequence[str], stage: int) -> np.ndarray | Behind:
         """float32[n, c], logits of a student that classifies; stage: its place among those that are
         asked in turn. Raises TeacherUnavailable, too, once it is found away: where its last replica
         was lost, Serve has calls wait for another one."""
-        asked = asyncio.ensure_future(self._asked(lambda avoid: self._scored(texts, stage, avoid)))
+        asked: asyncio.Future[np.ndarray | Behind] = asyncio.ensure_future(
+            self._asked(lambda avoid: self._scored(texts, stage, avoid))
+        )
         try:
             while not (await asyncio.wait({asked}, timeout=_PROBE_INTERVAL_S))[0]:
                 if self.unready:
@@ -190,10 +194,10 @@ class TeacherByHandle:
 
     async def _scored(
         self, texts: Sequence[str], stage: int, avoid: dict[str, Any]
-    ) -> np.ndarray | Unavailable:
+    ) -> np.ndarray | Behind | Unavailable:
         response = self._handle.score.remote(list(texts), *self._which, stage, **avoid)
         with self._cancelled(response):
-            reply: np.ndarray | Unavailable = await response
+            reply: np.ndarray | Behind | Unavailable = await response
             return reply
 
     async def _written(

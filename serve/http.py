@@ -108,7 +108,8 @@ def api(
     @app.get("/v1/figures")
     async def show_figures() -> dict[str, Any]:
         """What all replicas that run answered: totals since each has the bundle, and the last
-        minute. Failures are those of the replica that answers this."""
+        minute. Failures, the stability of scores and texts that a shadow left out are those of
+        the replica that answers this."""
         return live.figures()
 
     @app.get("/", include_in_schema=False)

@@ -30,8 +30,7 @@ from journeyman.certify import judging
 from journeyman.certify.bundle import PolicyBundle, WrittenBundle
 from journeyman.errors import ClusterError
 from journeyman.folder import Folder
-from journeyman.labels import pipeline
-from journeyman.labels.cache import how_asked
+from journeyman.labels import pipeline, taught
 from journeyman.recipe import Feedback, digest
 from journeyman.teacher.progress import Spent
 from serve import apart, loading
@@ -47,6 +46,7 @@ from serve.metrics import Health, Measured
 from serve.scaling import BUSY, Busy
 from serve.scorers import Scored
 from serve.students import Encoders, Reader, Rule, Student, readers
+from serve.tallies import Tally
 from serve.writers import Writer
 
 if TYPE_CHECKING:
@@ -273,7 +273,10 @@ class Ingress:
             health,
             self._replica,
         )
-        member.tally = measured.tally
+        # While it is the newest by this bundle: what it was tried on before is nothing it answered.
+        member.tally = lambda: (
+            measured.tally() if self._measured.get(bundle.bundle_id) is measured else Tally()
+        )
         self._measured[bundle.bundle_id] = measured
         self._loaded[bundle.bundle_id] = loaded
         student.start()
@@ -314,7 +317,8 @@ def _how_asked(loaded: Loaded) -> str | None:
     """Of classes, what a label dataset must have in common with this teacher to copy from it."""
     if not isinstance(loaded.bundle, PolicyBundle):
         return None
-    return how_asked(pipeline.identity(loaded.recipe, loaded.teacher, corpus_digest=""))
+    identity = pipeline.identity(loaded.recipe, loaded.teacher, corpus_digest="")
+    return taught.how_asked(loaded.recipe, identity)
 
 
 _ROLL_S, _ROLL_TO_STORE_S = 300.0, 60.0  # by default, as the recipe says

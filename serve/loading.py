@@ -157,6 +157,12 @@ def check_fits(loaded: Loaded, running: Loaded) -> None:
             f"bundle {bundle.bundle_id} was certified with another teacher or prompt than what "
             f"runs ({', '.join(differing)}): deploy it anew, it cannot be swapped in."
         )
+    if is_apart(loaded) and not is_apart(running):
+        raise BundleMismatch(
+            f"bundle {bundle.bundle_id}: its student wants replicas of its own "
+            "(cascade.student_apart, cascade.student_gpus), which the cascade that runs has not: "
+            "deploy it anew, it cannot be swapped in."
+        )
     both = loaded.recipe.teacher, running.recipe.teacher
     taken = sum(teacher.gpu_memory_utilization for teacher in both)
     another = student_key(bundle) != student_key(running.bundle)

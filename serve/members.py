@@ -74,6 +74,7 @@ class Member:
     failure: str | None = field(default=None, init=False)  # why it goes on alone
     _stops: bool = field(default=False, init=False)
     _leaves: bool = field(default=False, init=False)  # its next report is the last
+    _has_left: bool = field(default=False, init=False)
     _is_behind: bool = field(default=False, init=False)  # another one has told more by its name
     _audits: tuple[Outcome, ...] = field(default=(), init=False)  # not handed on yet
     _heirs: list[Member] = field(default_factory=list, init=False)  # those that are done included
@@ -115,7 +116,7 @@ class Member:
         self._stops = True
         for task in self._taking_up.values():
             task.cancel()
-        heirs = [heir.leave() for heir in self._heirs if not (heir._leaves or heir._is_behind)]
+        heirs = [heir.leave() for heir in self._heirs if not (heir._has_left or heir._is_behind)]
         await asyncio.gather(self._leave(), *heirs)
 
     def arrived(self) -> None:
@@ -260,6 +261,7 @@ class Member:
             self.spool.drop()
             if self.breaker is None:
                 await self._forget()
+        self._has_left = True
 
     async def _forget(self) -> None:
         """What one that was taken up handed on. Where that cannot be deleted, it stays and says

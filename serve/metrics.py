@@ -24,6 +24,7 @@ from journeyman.recipe import Price
 from journeyman.teacher.progress import Spent
 from serve import tracing
 from serve.accounts import Account, account
+from serve.agreement import Agreed
 from serve.failures import without_words
 from serve.members import Member
 from serve.tallies import Tally, together
@@ -57,15 +58,21 @@ class Health:
 
     @property
     def others(self) -> Tally:
-        """What the other replicas have counted, as they were heard last."""
-        return self.member.last.others if self.member.last else Tally()
+        """What the other replicas have counted, as they were heard last; nothing while they are
+        out of reach."""
+        return self._agreed.others if self._agreed else Tally()
+
+    @property
+    def _agreed(self) -> Agreed | None:
+        return None if self.member.failure else self.member.last
 
     def figures(self, audits: Counter[str]) -> dict[str, Any]:
         """watch: None where none is kept; rung: steps by which the audits have tightened the
-        threshold, None where all is escalated; failures and what is lost: this replica's."""
+        threshold, None where all is escalated; failures, what is lost and the stability of scores:
+        this replica's."""
         agreed = self.member.last
         return {
-            "replicas": agreed.n_replicas if agreed else 1,
+            "replicas": self._agreed.n_replicas if self._agreed else 1,
             "watch": None
             if agreed is None or agreed.accept_above is None or self.member.auditor is None
             else {

@@ -6,14 +6,16 @@ from __future__ import annotations
 import contextvars
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from journeyman.cascade.batcher import Batcher
 from journeyman.cascade.policy import Decision, Escalation
+from journeyman.cascade.refusals import student_behind
 from journeyman.certify.bundle import PolicyBundle
+from journeyman.errors import ModelError
 from journeyman.recipe import Cascade
 from serve.apart import Apart
 from serve.failures import without_words
@@ -21,35 +23,47 @@ from serve.loading import Loaded
 from serve.students import Reader, batcher_of, in_turn, readers
 from serve.teacher import Unavailable, this_replica
 
-if TYPE_CHECKING:
-    import torch
-
 _ROWS_A_PASS, _TOKENS_A_PASS = 256, 16_384  # on a GPU, which short passes leave idle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behind:
+    """What waits takes too long for a further request; a value, as ``Unavailable`` is."""
+
+    wait_s: float
 
 
 class Scorer:
     """The students of one bundle in a replica: batches grow with the load of all ingresses."""
 
     def __init__(self, loaded: Loaded, place: Cascade, worked: Callable[[float], None]) -> None:
-        """Loads them; raises ModelError, BundleMismatch. place: says what the replica has of CPUs
-        and GPUs; worked: told after each batch how many seconds it took."""
+        """Loads them; raises ModelError, BundleMismatch. place: the application's settings, of
+        which it has its CPUs, its GPUs and the size of its batches; worked: told after each batch
+        how many seconds it took."""
+        if place.student_gpus:
+            _check_gpu()
         threads = max(1, math.ceil(place.student_cpus))
         self._failure: str | None = None
         self._readers = readers(loaded, threads)
         self._passes: tuple[int, ...] = ()
-        if (device := _device(place.student_gpus)) is not None:
+        if place.student_gpus:
             for reader in self._readers:
-                reader.classifier.model.to(device)
+                reader.classifier.model.to("cuda")
             self._passes = _ROWS_A_PASS, _TOKENS_A_PASS
+        self._timeout_s = place.request_timeout_s
         self._batchers: list[Batcher[str, np.ndarray]] = [
-            batcher_of(partial(self._logits, reader), loaded, worked) for reader in self._readers
+            batcher_of(partial(self._logits, reader), place, loaded, worked)
+            for reader in self._readers
         ]
         self._begun = False
 
-    async def score(self, texts: Sequence[str], stage: int) -> np.ndarray | Unavailable:
+    async def score(self, texts: Sequence[str], stage: int) -> np.ndarray | Behind | Unavailable:
         """float32[n, c], logits; raises Failed."""
         if self._failure is not None:
             return self._broken(self._failure)
+        wait_s = sum(batcher.wait_s for batcher in self._batchers)  # which share the device
+        if student_behind(wait_s, self._timeout_s):
+            return Behind(wait_s=wait_s)
         self._begin()
         return np.stack(await without_words(self._batchers[stage].submit(texts)))
 
@@ -67,6 +81,8 @@ class Scorer:
     async def close(self) -> None:
         for batcher in self._batchers:
             await batcher.close()
+        for reader in self._readers:
+            reader.close()
 
     def _begin(self) -> None:
         """With the first request, as it is made in a thread without a loop; in a context of its
@@ -101,12 +117,20 @@ class Scored(Apart):
         return await in_turn(stages, items, self._rule)
 
     async def _decided(self, stage: int, texts: Sequence[str]) -> list[Decision | Escalation]:
-        logits = await self._there(self._engine.scores(texts, stage))
-        return self._rule.decided(texts, logits, stage)
+        scored = await self._there(self._engine.scores(texts, stage))
+        if isinstance(scored, Behind):
+            behind = student_behind(scored.wait_s, 0.0)
+            assert behind
+            raise behind
+        return self._rule.decided(texts, scored, stage)
 
 
-def _device(n_gpus: float) -> torch.device | None:
-    """None: the CPU."""
+def _check_gpu() -> None:
+    """Raises ModelError."""
     import torch
 
-    return torch.device("cuda") if n_gpus and torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        raise ModelError(
+            f"cascade.student_gpus: torch {torch.__version__} sees no GPU here; install its CUDA "
+            "build and look at the driver, or have the student on CPUs, by cascade.student_apart."
+        )

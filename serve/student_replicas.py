@@ -23,7 +23,7 @@ from serve import loading
 from serve.apart import Standing
 from serve.loading import Loaded
 from serve.scaling import BUSY, Busy
-from serve.scorers import Scorer
+from serve.scorers import Behind, Scorer
 from serve.teacher import Unavailable, this_replica
 from serve.writers import StudentEngine
 
@@ -96,7 +96,7 @@ class Student:
 
     async def score(
         self, texts: Sequence[str], student: str, stage: int, avoid: Sequence[str] = ()
-    ) -> np.ndarray | Unavailable:
+    ) -> np.ndarray | Behind | Unavailable:
         """float32[n, c], logits of one of a bundle's students in turn, by its place; stops when the
         call is cancelled. avoid: for the router."""
         scorer = self._engines.get(student)

@@ -20,6 +20,7 @@ from journeyman.certify.bundle import PolicyBundle, WrittenBundle
 from journeyman.certify.thresholds import ESCALATE_EVERYTHING
 from journeyman.columns import n_characters, unpacked
 from journeyman.errors import BundleMismatch
+from journeyman.recipe import Cascade
 from journeyman.student.inputs import Inputs
 from journeyman.student.models import Classifier
 from serve import loading
@@ -135,6 +136,10 @@ class Reader:
         rows = self._inputs.all(unpacked(text, self._columns) for text in texts)
         return self.classifier.logits(rows, n_rows or _ROWS_A_PASS, n_tokens or _TOKENS_A_PASS)
 
+    def close(self) -> None:
+        """Give its memory back: Serve freezes what a replica began with, so nothing collects it."""
+        self.classifier.unload()
+
 
 def readers(loaded: Loaded, threads: int = STUDENT_CPUS) -> list[Reader]:
     """The students of a bundle in the order in which they are asked; raises ModelError,
@@ -180,7 +185,7 @@ class Encoders:
         """worked: told after each batch how many seconds it took."""
         self._readers, self._rule = readers, rule
         self._batchers: list[Batcher[str, Decision | Escalation]] = [
-            batcher_of(partial(self.decide, stage=stage), loaded, worked)
+            batcher_of(partial(self.decide, stage=stage), loaded.recipe.cascade, loaded, worked)
             for stage in range(len(readers))
         ]
         self.unready = None
@@ -192,6 +197,8 @@ class Encoders:
     async def close(self) -> None:
         for batcher in self._batchers:
             await batcher.close()
+        for reader in self._readers:
+            reader.close()
 
     @property
     def wait_s(self) -> float:
@@ -207,17 +214,17 @@ class Encoders:
 
 def batcher_of(
     work: Callable[[Sequence[str]], Sequence[Result]],
+    place: Cascade,
     loaded: Loaded,
     worked: Callable[[float], None],
 ) -> Batcher[str, Result]:
-    """Of a student that classifies, as large as its recipe says."""
-    cascade = loaded.recipe.cascade
+    """Of a student that classifies. place: says how large."""
     return Batcher(
         work,
-        cascade.max_batch_size,
+        place.max_batch_size,
         worked,
         size_of=partial(_tokens, most=loaded.recipe.learner().max_length),
-        max_total=cascade.max_batch_tokens,
+        max_total=place.max_batch_tokens,
     )
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from serve.billing import GONE_AFTER_S
+
+_NOW_S = 10.0  # without a word of it, what a replica has in work is nothing to go by
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,10 @@ class Tallies:
         heard.pop(member, None)
         for name in [name for name, (at, _) in heard.items() if now - at > GONE_AFTER_S]:
             del heard[name]
-        found = together(one for _, one in heard.values())
+        found = together(
+            one if now - at <= _NOW_S else replace(one, last_minute=Counter(), waiting=Counter())
+            for at, one in heard.values()
+        )
         if tally is not None:
             heard[member] = now, tally
         if not heard:

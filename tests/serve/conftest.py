@@ -7,12 +7,19 @@ import httpx
 import pytest
 
 from tests.serve import tiny
+from tests.serve.several import Several, write
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tiny.Run:
     """A run's folder with teacher, student and bundle."""
     return tiny.write_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def several(run: tiny.Run) -> Several:
+    """A bundle of two students in turn."""
+    return write(run)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ PRICE = Price(per_million_prompt_tokens=1e6, per_million_output_tokens=2e6)
 
 
 def a_member(counts: Counts = NONE, last: Agreed | None = None) -> MagicMock:
-    return MagicMock(counts=counts, last=last)
+    return MagicMock(counts=counts, last=last, failure=None)
 
 
 def test_a_request_that_was_given_up_is_billed_to_the_key_that_asked():
@@ -160,6 +160,9 @@ def test_figures_are_of_all_replicas_and_gauges_of_each():
     assert (figures["teacher_dollars"], figures["saved_dollars"]) == (2.0, -1.0)
     assert (figures["watch"]["pending"], figures["watch"]["lost"]) == (5, 1)
     gauge.set.assert_called_once_with(2.0, tags={"bundle": "b"})
+    health.member.failure = "away"  # type: ignore[misc]
+    alone = measured.figures()
+    assert (alone["replicas"], alone["totals"]["student"], alone["waiting"]) == (1, 3, 1)
 
 
 def test_of_others_those_that_are_gone_count_no_more():
@@ -176,3 +179,14 @@ def test_of_others_those_that_are_gone_count_no_more():
     assert others("1", 12, at=GONE_AFTER_S + 1) == 1  # 2 was killed
     assert others("3", None, at=GONE_AFTER_S + 1.5) == 12  # it stops in order
     assert others("1", 12, at=GONE_AFTER_S + 2) == 0
+
+
+def test_of_a_replica_that_is_not_heard_what_it_has_in_work_counts_no_more():
+    tallies = Tallies()
+    minute = Counter(teacher=2)
+    busy = Tally(totals=minute, last_minute=minute, waiting=Counter(teacher=4))
+    tallies.others("b", "1", busy, 0.0)
+    assert tallies.others("b", "2", Tally(), 5.0) == busy
+    later = tallies.others("b", "2", Tally(), 30.0)
+    assert later.totals == minute and later.escalation_rate is None
+    assert later.waiting["teacher"] == 0

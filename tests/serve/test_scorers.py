@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +17,12 @@ import psutil
 import pytest
 import torch
 
+from journeyman.cascade.batcher import Batcher
 from journeyman.cascade.policy import Decision, Escalation
-from journeyman.cascade.refusals import StudentUnavailable
+from journeyman.cascade.refusals import StudentOverloaded, StudentUnavailable
+from journeyman.errors import BundleMismatch, ModelError
 from journeyman.student.models import Classifier
-from serve import loading
+from serve import loading, student_replicas
 from serve.loading import Loaded
 from serve.scorers import Scored
 from serve.student_replicas import Student
@@ -30,10 +31,8 @@ from tests.conftest import children
 from tests.ray_head import until
 from tests.serve import tiny
 from tests.serve.asking import asking
+from tests.serve.several import Several
 from tests.serve.test_scaling import with_settings
-from tests.serve.test_several import Several, several
-
-__all__ = ["several"]  # a fixture
 
 
 class Handle:
@@ -41,7 +40,6 @@ class Handle:
 
     def __init__(self, replica: Student) -> None:
         self.score, self.unready = self._method(replica.score), self._method(replica.unready)
-        self.batches: Counter[int] = Counter()
 
     @staticmethod
     def _method(method: Any) -> Any:
@@ -156,6 +154,65 @@ def test_a_device_that_failed_takes_its_replica_along_and_no_text_into_an_error(
             await student.submit(["x"])
 
     asyncio.run(scenario())
+
+
+def test_where_its_queue_takes_too_long_further_texts_are_refused(
+    run: tiny.Run, monkeypatch: pytest.MonkeyPatch
+):
+    loaded = apart(loading.load(run.bundle_dir), request_timeout_s=10.0)
+    monkeypatch.setattr(Batcher, "wait_s", 5.5)
+
+    async def scenario() -> None:
+        replica = Student(loaded, current=lambda _: None)
+        student = Scored(Handle(replica), loaded, Rule(loaded), lambda: True, is_up=True)  # type: ignore[arg-type]
+        with pytest.raises(StudentOverloaded, match="about 6 s") as refused:
+            await student.submit(["x"])
+        assert refused.value.retry_after_s == 5.5
+        monkeypatch.setattr(Batcher, "wait_s", 4.5)
+        assert len(await student.submit(["x"])) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_student_that_is_closed_gives_its_memory_back(
+    run: tiny.Run, several: Several, monkeypatch: pytest.MonkeyPatch
+):
+    """What Serve froze as the replica began is never collected."""
+    monkeypatch.setattr(student_replicas, "_KEPT_S", 0.05)
+    first, second = (apart(loading.load(one)) for one in (run.bundle_dir, several.folder))
+    keys = [loading.student_key(one.bundle) for one in (first, second)]
+
+    async def scenario() -> None:
+        replica = Student(first, current=lambda _: None)
+        await replica.score(["x"], keys[0], 0)
+        [reader] = replica._engines[keys[0]]._readers
+        while not (await replica.keep(second, answers=True)).ready:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        await replica.keep(second, answers=True)
+        assert [*replica._engines] == keys[1:]
+        await asyncio.gather(*replica._closing)
+        assert {one.device.type for one in reader.classifier.model.parameters()} == {"meta"}
+        assert len(await replica.score(["x"], keys[1], 1)) == 1  # type: ignore[arg-type]
+
+    asyncio.run(scenario())
+
+
+def test_a_bundle_that_wants_replicas_of_its_own_is_not_swapped_in_where_there_are_none(
+    run: tiny.Run,
+):
+    here = loading.load(run.bundle_dir)
+    with pytest.raises(BundleMismatch, match=r"replicas of its own.*deploy it anew"):
+        loading.check_fits(apart(here), here)
+    loading.check_fits(here, apart(here))
+    loading.check_fits(apart(here), apart(here))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_to_be_seen_is_told_and_not_done_without(run: tiny.Run):
+    loaded = apart(loading.load(run.bundle_dir), student_gpus=1.0)
+    with pytest.raises(ModelError, match=r"cascade\.student_gpus: torch .* sees no GPU here"):
+        Student(loaded, current=lambda _: None)
 
 
 def test_what_waits_for_a_replica_is_the_teachers_once_the_student_is_found_away(run: tiny.Run):

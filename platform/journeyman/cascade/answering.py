@@ -25,6 +25,7 @@ from journeyman.cascade.refusals import (
     TeacherStarting,
     TeacherUnavailable,
     TextRefused,
+    student_behind,
 )
 from journeyman.cascade.waiting import WaitingRoom
 from journeyman.recipe import Cascade as Settings
@@ -33,7 +34,6 @@ from journeyman.teacher.answers import ClassLabels
 Asked = Literal["cascade", "student", "teacher"]
 
 _ASK_AGAIN_S = 1.0
-_LONGEST_S = 60.0  # that a client is sent away for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +151,8 @@ class Cascade:
         self, texts: Sequence[str], asked: Asked, deadline: float
     ) -> list[Decision | Escalation]:
         """By the student; where it is away, its teacher answers everything."""
-        self._check_student_keeps_up()
+        if behind := student_behind(self._student_wait_s(), self._settings.request_timeout_s):
+            raise behind
         with self.for_student.places(len(texts)):
             try:
                 async with self._before(deadline):
@@ -160,17 +161,6 @@ class Cascade:
                 if asked == "student":
                     raise
                 return [Escalation(student=None) for _ in texts]
-
-    def _check_student_keeps_up(self) -> None:
-        """Raises StudentOverloaded. A queue as long as the deadline would leave no request the
-        time to be answered: all the student's work would be for some that have just passed it."""
-        wait_s, most_s = self._student_wait_s(), self._settings.request_timeout_s / 2
-        if wait_s > most_s:
-            raise StudentOverloaded(
-                f"what waits for the student takes about {wait_s:.0f} s, more than the half of a "
-                "request's deadline; send this request again a little later.",
-                min(wait_s, _LONGEST_S),
-            )
 
     async def _with_teacher(
         self,

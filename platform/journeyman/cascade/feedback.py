@@ -51,7 +51,7 @@ class Seen:
     with which a text like this one gets into its split; answered_by: student, teacher, or nobody
     where the request was refused; received_at: seconds since 1970; labels: what the teacher said
     over classes, by column of a label dataset, and asked: how it was asked, by which that may be
-    copied there (``labels.cache.how_asked``).
+    copied there (``labels.taught.how_asked``).
     """
 
     text: str

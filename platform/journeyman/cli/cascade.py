@@ -14,7 +14,8 @@ from journeyman.errors import ClusterError, RecipeError
 
 _STATUS = """\
 Whether a cascade is ready, what it promises, who answered in the last minute, and whether its
-teacher holds. The figures are those of the replica that answers.
+teacher holds. Who answered is counted over all replicas; what fails, and the stability of scores,
+are those of the replica that answers.
 """
 _STATUS_EXAMPLES = """\
 examples:

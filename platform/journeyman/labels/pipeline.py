@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from journeyman.models import Model
 from journeyman.recipe import Classes, Recipe, Teacher
 from journeyman.teacher import tasks
 
+_log = logging.getLogger(__name__)
 _POLL_S = 0.5
 _JUDGED = 200  # rows after which a run may be stopped for what it quarantines
 _TRIED_SHARDS = 4
@@ -173,12 +175,16 @@ def _spec(
 
 
 def _taught(spec: ReplicaSpec) -> ReplicaSpec:
-    """With what a cascade's teacher has said already, where the recipe names its feedback."""
+    """With what a cascade's teacher has said already, where the recipe names its feedback. What
+    cannot be read is labeled anew."""
     recipe = spec.recipe
     if recipe.corpus.feedback is None or not isinstance(recipe.labels, Classes):
         return spec
     own = f"{spec.labels}/taught"
-    taught.collect(recipe, spec.identity, Cache(recipe.labels.cache or own, spec.identity))
+    try:
+        taught.collect(recipe, spec.identity, Cache(recipe.labels.cache or own, spec.identity))
+    except JourneymanError as error:
+        _log.warning("what the cascade's teacher said is not all copied: %s", error)
     return dataclasses.replace(spec, taught=own)
 
 

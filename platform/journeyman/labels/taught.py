@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from journeyman import sources
 from journeyman.corpus import rows
-from journeyman.labels import schema
-from journeyman.labels.cache import Cache, how_asked
-from journeyman.recipe import Recipe
+from journeyman.labels import cache, schema
+from journeyman.labels.cache import Cache
+from journeyman.recipe import Recipe, digest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -18,12 +18,18 @@ _ROWS_A_FILE = 10_000
 _OF_CORPUS = ("id", "split", "gold")
 
 
-def collect(recipe: Recipe, identity: dict[str, Any], cache: Cache) -> int:
+def how_asked(recipe: Recipe, identity: dict[str, Any]) -> str:
+    """As for a cache, but of teachers that also read as long a text, since one that is too long is
+    left out of a dataset by what it is labeled with."""
+    return digest([cache.how_asked(identity), recipe.teacher.max_model_len])
+
+
+def collect(recipe: Recipe, identity: dict[str, Any], to: Cache) -> int:
     """Put into the cache what is in ``corpus.feedback`` of a teacher that was asked in the way of
     this identity; returns how many texts that is. Raises DataError where a file is unreadable."""
     n_rows = 0
-    for table in _tables(recipe, how_asked(identity)):
-        cache.keep(table)
+    for table in _tables(recipe, how_asked(recipe, identity)):
+        to.keep(table)
         n_rows += len(table)
     return n_rows
 

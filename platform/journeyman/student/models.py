@@ -238,6 +238,15 @@ class Classifier:
                 self.model, rows, pad_id=pad_id, batch_size=batch_size, batch_tokens=batch_tokens
             )
 
+    def unload(self) -> None:
+        """Give back the memory of its weights; it answers nothing more."""
+        import torch
+
+        device = self.model.device
+        self.model.to("meta")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:

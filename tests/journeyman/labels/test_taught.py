@@ -17,9 +17,10 @@ from journeyman.certify.confidence import Confidence
 from journeyman.columns import packed
 from journeyman.folder import Folder
 from journeyman.labels import pipeline, taught
-from journeyman.labels.cache import Cache, how_asked
+from journeyman.labels.cache import Cache
 from journeyman.labels.replica import ReplicaSpec, _cache
 from journeyman.labels.schema import label_schema, record
+from journeyman.labels.taught import how_asked
 from journeyman.models import Model
 from journeyman.recipe import Recipe
 from journeyman.teacher.answers import ClassLabels
@@ -72,6 +73,10 @@ def a_recipe(tmp_path: Path) -> Recipe:
     )
 
 
+def how(tmp_path: Path, identity: dict[str, Any]) -> str:
+    return how_asked(a_recipe(tmp_path), identity)
+
+
 def ids_of(tmp_path: Path, asked: Recipe) -> dict[str, str]:
     """Of what was kept, as `journeyman prepare` tells rows apart, by text."""
     manifest = corpus.prepare(asked, tmp_path / "corpus")
@@ -82,7 +87,7 @@ def ids_of(tmp_path: Path, asked: Recipe) -> dict[str, str]:
 
 def test_rows_are_the_labels_that_were_paid_for_bit_for_bit(tmp_path: Path):
     answers = {text(i): said(i, finish_reason="stop", n_cached_tokens=i) for i in range(5)}
-    keep(tmp_path / "kept", answers, how_asked(IDENTITY | {"corpus": ""}))
+    keep(tmp_path / "kept", answers, how(tmp_path, IDENTITY | {"corpus": ""}))
     asked = a_recipe(tmp_path)
     ids = ids_of(tmp_path, asked)
     cache = Cache(tmp_path / "cache", IDENTITY)
@@ -99,7 +104,7 @@ def test_rows_are_the_labels_that_were_paid_for_bit_for_bit(tmp_path: Path):
 
 def test_a_text_that_came_often_and_a_run_that_is_started_again_add_each_row_once(tmp_path: Path):
     for _ in range(3):
-        keep(tmp_path / "kept", {text(0): said(0), text(1): said(1)}, how_asked(IDENTITY))
+        keep(tmp_path / "kept", {text(0): said(0), text(1): said(1)}, how(tmp_path, IDENTITY))
     asked, where = a_recipe(tmp_path), tmp_path / "cache"
     for _ in range(2):
         taught.collect(asked, IDENTITY, Cache(where, IDENTITY))
@@ -114,8 +119,29 @@ def test_a_text_that_came_often_and_a_run_that_is_started_again_add_each_row_onc
 def test_what_another_teacher_said_or_to_another_question_is_asked_again(
     tmp_path: Path, other: dict[str, Any]
 ):
-    keep(tmp_path / "kept", {text(0): said(0)}, how_asked(IDENTITY | other))
+    keep(tmp_path / "kept", {text(0): said(0)}, how(tmp_path, IDENTITY | other))
     assert taught.collect(a_recipe(tmp_path), IDENTITY, Cache(tmp_path / "c", IDENTITY)) == 0
+
+
+def test_a_teacher_that_read_longer_texts_is_asked_again(tmp_path: Path):
+    """What is too long is left out of a dataset by what it is labeled with."""
+    keep(tmp_path / "kept", {text(0): said(0)}, how(tmp_path, IDENTITY))
+    asked = a_recipe(tmp_path)
+    shorter = asked.teacher.model_copy(update={"max_model_len": 64})
+    asked = asked.model_copy(update={"teacher": shorter})
+    assert taught.collect(asked, IDENTITY, Cache(tmp_path / "c", IDENTITY)) == 0
+
+
+def test_feedback_that_is_gone_or_damaged_stops_no_labeling(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "kept").mkdir()
+    spec = a_spec(tmp_path)
+    with caplog.at_level("WARNING"):
+        assert pipeline._taught(spec).taught
+        (tmp_path / "kept" / "cut.parquet").write_bytes(b"PAR1")
+        assert pipeline._taught(spec).taught
+    assert [word in caplog.text for word in ("no Parquet file there", "cut short")] == [True] * 2
 
 
 def test_feedback_of_before_and_what_the_student_answered_have_no_labels(tmp_path: Path):
@@ -129,10 +155,10 @@ def test_feedback_of_before_and_what_the_student_answered_have_no_labels(tmp_pat
         0.1,
         "b",
         1.0,
-        how_asked(IDENTITY),  # type: ignore[list-item]
+        how(tmp_path, IDENTITY),  # type: ignore[list-item]
     )
     assert [(row.asked, row.labels) for row in rows] == [(None, None)]
-    keep(kept, {text(1): said(1)}, how_asked(IDENTITY))
+    keep(kept, {text(1): said(1)}, how(tmp_path, IDENTITY))
     [path] = kept.glob("*.parquet")
     own = table([]).schema.names[:10]
     assert own[-1] == "received_at"
@@ -140,22 +166,25 @@ def test_feedback_of_before_and_what_the_student_answered_have_no_labels(tmp_pat
     assert taught.collect(a_recipe(tmp_path), IDENTITY, Cache(tmp_path / "c", IDENTITY)) == 0
 
 
-def test_without_a_cache_of_its_own_a_run_copies_them_and_keeps_nothing_else(tmp_path: Path):
+def a_spec(tmp_path: Path) -> ReplicaSpec:
     asked = a_recipe(tmp_path)
     model = Model(
         reference="m", path=tmp_path, weights_digest="w", tokenizer_digest="t", size_bytes=1
     )
-    identity = pipeline.identity(asked, model, "corpus")
-    keep(tmp_path / "kept", {text(0): said(0)}, how_asked(identity))
-    spec = ReplicaSpec(
+    return ReplicaSpec(
         recipe=asked, teacher=asked.teacher, model=model, corpus_dir=tmp_path / "corpus",
-        labels=str(tmp_path / "labels"), identity=identity,
+        labels=str(tmp_path / "labels"), identity=pipeline.identity(asked, model, "corpus"),
     )  # fmt: skip
 
-    cache = _cache(asked.labels.cache, pipeline._taught(spec))
+
+def test_without_a_cache_of_its_own_a_run_copies_them_and_keeps_nothing_else(tmp_path: Path):
+    spec = a_spec(tmp_path)
+    keep(tmp_path / "kept", {text(0): said(0)}, how(tmp_path, spec.identity))
+
+    cache = _cache(None, pipeline._taught(spec))
 
     assert cache is not None
-    [known] = ids_of(tmp_path, asked).values()
+    [known] = ids_of(tmp_path, spec.recipe).values()
     fresh = record({"id": "0" * 32, "split": "train", "label": None}, said(1), None)
     cache.add(commit(ok=1), pa.Table.from_pylist([fresh], label_schema("classes")))
     cache.refresh()

@@ -636,6 +636,55 @@ def test_nothing_is_written_where_no_feedback_is_kept(tmp_path: Path):
     assert list(tmp_path.rglob("*.jsonl")) == [file]
 
 
+class Here(Ingress):
+    """In no deployment."""
+
+    def __del__(self) -> None:  # type: ignore[override]
+        pass
+
+
+def an_ingress(shared: Agreement, teacher: Teacher | None = None) -> Any:
+    ingress: Any = Here.__new__(Here)
+    ingress._replica = uuid.uuid4().hex
+    ingress._agreement = SimpleNamespace(exchange=SimpleNamespace(remote=shared.exchange))
+    ingress._teacher, ingress._apart, ingress._busy = teacher, None, Busy()
+    ingress._measured, ingress._loaded, ingress._purse = {}, {}, Purse({})
+    ingress._heard = lambda _: None
+    return ingress
+
+
+def test_figures_of_ingresses_add_up_and_what_a_shadow_decided_on_is_nothing_it_answered(
+    run: tiny.Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(members, "EVERY_S", 0.01)
+    loaded = loading.load(run.bundle_dir)
+    texts = run.accepted[:3]
+
+    def by_student(served: Served) -> int:
+        return served.figures()["totals"]["student"]
+
+    async def scenario() -> None:
+        shared = Agreement(30.0)
+        one, other = an_ingress(shared), an_ingress(shared)
+        tried = one._served(loaded, readers(loaded), None)
+        elsewhere = other._served(loaded, readers(loaded), None)
+        await tried.decide(texts)
+        await until(lambda: by_student(elsewhere) == 3)  # it stands beside them as a shadow
+        promoted = one._served(loaded, readers(loaded), None)
+        await until(lambda: by_student(elsewhere) == 0)
+        await promoted.answering.answer(texts[:2])
+        assert by_student(promoted) == 2
+        await until(lambda: by_student(elsewhere) == 2 == elsewhere.figures()["replicas"])
+        await elsewhere.answering.answer(texts[:1])
+        await until(lambda: by_student(promoted) == 3 == by_student(elsewhere))
+        await promoted.close()
+        await until(lambda: by_student(elsewhere) == 1)
+        for served in (tried, elsewhere):
+            await served.close()
+
+    asyncio.run(scenario())
+
+
 def test_audits_of_an_ingress_are_taken_up_by_another_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -663,18 +712,8 @@ def test_audits_of_an_ingress_are_taken_up_by_another_one(
                 for _ in texts
             ]  # fmt: skip
 
-    class Here(Ingress):  # in no deployment
-        def __del__(self) -> None:  # type: ignore[override]
-            pass
-
     def served(teacher: Labels) -> Served:
-        ingress: Any = Here.__new__(Here)
-        ingress._replica = uuid.uuid4().hex
-        ingress._agreement = SimpleNamespace(exchange=SimpleNamespace(remote=shared.exchange))
-        ingress._teacher, ingress._apart, ingress._busy = teacher, None, Busy()
-        ingress._measured, ingress._loaded, ingress._purse = {}, {}, Purse({})
-        ingress._heard = lambda _: None
-        return ingress._served(loaded, readers(loaded), _watch(loaded))
+        return an_ingress(shared, teacher)._served(loaded, readers(loaded), _watch(loaded))
 
     async def scenario() -> Labels:
         stops, teacher = served(Labels(away=True)), Labels()

@@ -33,6 +33,9 @@ class Counting:
         self.n += len(texts)
         return self.inner.logits(texts, batch_size, batch_tokens)
 
+    def unload(self) -> None:
+        self.inner.unload()
+
 
 def asked(several: Several, tightened: float | None = None):
     """What both students make of all texts, and how many each has read."""

@@ -22,12 +22,11 @@ from journeyman.teacher.progress import Spent
 from serve.accounts import Account, account
 from serve.failures import Failed
 from serve.growth import More, Whole
+from serve.students import Behind
 from serve.teacher import Unavailable
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
-
-    from serve.scorers import Behind
 
 T = TypeVar("T")
 _log = logging.getLogger("ray.serve")

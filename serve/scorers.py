@@ -6,31 +6,23 @@ from __future__ import annotations
 import contextvars
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from journeyman.cascade.batcher import Batcher
 from journeyman.cascade.policy import Decision, Escalation
-from journeyman.cascade.refusals import student_behind
+from journeyman.cascade.refusals import keeps_up, student_behind
 from journeyman.certify.bundle import PolicyBundle
 from journeyman.errors import ModelError
 from journeyman.recipe import Cascade
 from serve.apart import Apart
 from serve.failures import without_words
 from serve.loading import Loaded
-from serve.students import Reader, batcher_of, in_turn, readers
+from serve.students import Behind, Reader, batcher_of, in_turn, readers
 from serve.teacher import Unavailable, this_replica
 
 _ROWS_A_PASS, _TOKENS_A_PASS = 256, 16_384  # on a GPU, which short passes leave idle
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Behind:
-    """What waits takes too long for a further request; a value, as ``Unavailable`` is."""
-
-    wait_s: float
 
 
 class Scorer:
@@ -62,7 +54,7 @@ class Scorer:
         if self._failure is not None:
             return self._broken(self._failure)
         wait_s = sum(batcher.wait_s for batcher in self._batchers)  # which share the device
-        if student_behind(wait_s, self._timeout_s):
+        if not keeps_up(wait_s, self._timeout_s):
             return Behind(wait_s=wait_s)
         self._begin()
         return np.stack(await without_words(self._batchers[stage].submit(texts)))
@@ -119,9 +111,7 @@ class Scored(Apart):
     async def _decided(self, stage: int, texts: Sequence[str]) -> list[Decision | Escalation]:
         scored = await self._there(self._engine.scores(texts, stage))
         if isinstance(scored, Behind):
-            behind = student_behind(scored.wait_s, 0.0)
-            assert behind
-            raise behind
+            raise student_behind(scored.wait_s)
         return self._rule.decided(texts, scored, stage)
 
 

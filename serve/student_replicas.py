@@ -23,7 +23,8 @@ from serve import loading
 from serve.apart import Standing
 from serve.loading import Loaded
 from serve.scaling import BUSY, Busy
-from serve.scorers import Behind, Scorer
+from serve.scorers import Scorer
+from serve.students import Behind
 from serve.teacher import Unavailable, this_replica
 from serve.writers import StudentEngine
 

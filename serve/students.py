@@ -5,6 +5,7 @@ answers are accepted.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -108,6 +109,14 @@ class Rule:
             changed = True
         if changed:
             self.when_changed()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behind:
+    """Of a student apart: what waits takes too long for a further request; a value, as
+    ``Unavailable`` is."""
+
+    wait_s: float
 
 
 class Student(StudentDecisions, Protocol):

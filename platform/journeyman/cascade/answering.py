@@ -25,6 +25,7 @@ from journeyman.cascade.refusals import (
     TeacherStarting,
     TeacherUnavailable,
     TextRefused,
+    keeps_up,
     student_behind,
 )
 from journeyman.cascade.waiting import WaitingRoom
@@ -151,8 +152,9 @@ class Cascade:
         self, texts: Sequence[str], asked: Asked, deadline: float
     ) -> list[Decision | Escalation]:
         """By the student; where it is away, its teacher answers everything."""
-        if behind := student_behind(self._student_wait_s(), self._settings.request_timeout_s):
-            raise behind
+        wait_s = self._student_wait_s()
+        if not keeps_up(wait_s, self._settings.request_timeout_s):
+            raise student_behind(wait_s)
         with self.for_student.places(len(texts)):
             try:
                 async with self._before(deadline):

@@ -35,12 +35,15 @@ class StudentOverloaded(Overloaded):
 _LONGEST_S = 60.0  # that a client is sent away for
 
 
-def student_behind(wait_s: float, request_timeout_s: float) -> StudentOverloaded | None:
-    """Where what waits for the student takes so long. A queue as long as the deadline would leave
-    no request the time to be answered: all the student's work would be for some that have just
-    passed it."""
-    if wait_s <= request_timeout_s / 2:
-        return None
+def keeps_up(wait_s: float, request_timeout_s: float) -> bool:
+    """Whether a student may be asked for which what waits takes so long. A queue as long as the
+    deadline would leave no request the time to be answered: all the student's work would be for
+    some that have just passed it."""
+    return wait_s <= request_timeout_s / 2
+
+
+def student_behind(wait_s: float) -> StudentOverloaded:
+    """Of one that does not keep up."""
     return StudentOverloaded(
         f"what waits for the student takes about {wait_s:.0f} s, more than the half of a "
         "request's deadline; send this request again a little later.",

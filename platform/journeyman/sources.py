@@ -10,6 +10,7 @@ import csv
 import json
 import lzma
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,8 +124,9 @@ def format_of(url: str) -> str:
         )
     if kind is None:
         raise DataError(
-            f"{url}: the format cannot be told from the name; set corpus.format to one of "
-            "parquet, jsonl, csv, tsv, text, hf."
+            f"{url}: the format cannot be told from the name; let it end in one of "
+            f"{', '.join(_SUFFIXES)} (a .jsonl has an object in each line), or set corpus.format "
+            "in a recipe."
         )
     return kind
 
@@ -218,6 +220,11 @@ def _header(url: str, fields: list[str]) -> list[str]:
         " ".join(fields).encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{url}: the header is not UTF-8; {AS_UTF8}") from error
+    if repeated := next((name for name, n in Counter(fields).items() if name and n > 1), None):
+        raise DataError(
+            f"{url}: two columns are called {repeated!r}; give one of them another name, so that "
+            "it is plain which is meant."
+        )
     return fields
 
 

@@ -40,6 +40,7 @@ def test_wrong_type_says_where_and_what_was_got():
         ("corpus.columns.split=null", "split_map needs columns.split"),
         ("corpus.split_map={val: {test: 0.4}}", "split_map.val must add up to 1, got 0.4"),
         ("cluster.replicas={min: 3, max: 2}", "min (3) must not exceed max (2)"),
+        ("corpus.columns.meta=[label]", "meta: label stands for the words of a label in templates"),
         ("certify={delta: 0.9}", "delta (0.9) must not exceed max_delta (0.5)"),
         (
             "certify={delta: 0.3, besides: [accuracy]}",

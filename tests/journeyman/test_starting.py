@@ -87,6 +87,55 @@ def test_splits_are_those_of_the_whole_file(capsys):
     assert made["without_split"] == 0 and all(made["splits"].values()), made
 
 
+def with_splits(splits: list[str], suffix: str = ".jsonl") -> Path:
+    """Rows of two labels, six to a customer; the splits take turns."""
+    path = Path(f"rows{suffix}")
+    rows = [{"text": f"request {i}", "label": "ab"[i % 2], "who": i // 6,
+             "part": splits[i % len(splits)]} for i in range(120)]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("splits", "flags", "why"),
+    [
+        (["train", "train", "test"], ["--group", "who"], "the group '0' of column who is in sev"),
+        (["validation"], [], "no row is in train"),
+    ],
+)
+def test_splits_that_cannot_be_kept_are_dealt_anew_and_that_is_said(capsys, splits, flags, why):
+    said = init(capsys, with_splits(splits), *flags)
+    assert f"note      the splits of column part are not kept: {why}" in said
+    made = prepared()
+    assert made["rows"] + made["over_limit"] == 120 and all(made["splits"].values()), made
+    Path("recipe.yaml").unlink()
+    said = init(capsys, with_splits(splits), *flags, "--split", "part")
+    assert f"--split part: {why}" in said and not Path("recipe.yaml").exists()
+
+
+def test_splits_are_known_in_any_case_and_others_are_refused(capsys):
+    init(capsys, with_splits(["Train", "VAL", "test "]))
+    made = prepared()
+    assert not made["without_split"] and all(made["splits"].values()), made
+    said = init(capsys, with_splits(["train", "elsewhere"]), "--split", "part")
+    assert "--split part: 'elsewhere' is none of train, training, val" in said
+
+
+def test_labels_in_quotation_marks_of_a_tsv_are_told(capsys):
+    rows = [f"text {i}\t{'a' if i else chr(34) + 'a' + chr(34)}{'b' if i % 2 else ''}\n"
+            for i in range(60)]  # fmt: skip
+    Path("a.tsv").write_text("text\tlabel\n" + "".join(rows))
+    assert 'the label "a" stands in quotation marks' in init(capsys, "a.tsv")
+
+
+def test_a_blank_label_is_none(capsys):
+    rows = [f"text {i},{('a', 'b', '  ')[i % 3]}\n" for i in range(90)]
+    Path("a.csv").write_text("text,label\n" + "".join(rows))
+    init(capsys, "a.csv")
+    assert set(recipe.load("recipe.yaml").classes().classes) == {"a", "b"}
+    prepared()
+
+
 def test_a_file_whose_rows_cannot_be_read_is_no_recipe(capsys):
     broken = "\n".join("a,b,c,d" if i % 3 else f"text {i},x" for i in range(90))
     Path("rows.csv").write_text(f"text,label\n{broken}\n")
@@ -109,6 +158,8 @@ def test_a_hundred_labels(capsys):
     Path("many.csv").write_text("utterance,intent\n" + "".join(rows))
     said = init(capsys, "many.csv")
     assert "intent_0 (intent 0)" in said
+    assert "100 labels are as many prefills a row: some 18 minutes of this teacher" in said
+    assert "for 300 rows, in which a label stands some 3 times" in said
     settings = recipe.load("recipe.yaml")
     assert len(settings.classes().classes) == 100
     assert sum(settings.corpus.limits.values()) <= 300
@@ -194,7 +245,10 @@ def test_columns_of_pictures_are_let_be(capsys):
         ("a.csv", "text,label\na,x\nb,y\n", ["--name", "a b"], "name: string should match"),
         ("a.csv", "text,n\n" + "".join(f"t{i},{i}\n" for i in range(600)), ["--label", "n"],
          "more than 500 different values, and looks like no label"),
-        ("a.xyz", "hello", [], "the format cannot be told from the name"),
+        ("a.json", "[]", [], "the format cannot be told from the name; let it end in one of"),
+        ("a.csv", "text,text,label\na,b,x\nc,d,y\n", [], "two columns are called 'text'"),
+        ("a.csv", "body,text,label\na,b,x\nc,d,y\n", ["--text", "body", "--meta", "text"],
+         "meta: text stands for the row's text in templates"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_made_a_recipe_is_one_sentence(capsys, name, content, flags, sentence):

@@ -15,7 +15,7 @@ from journeyman.errors import DataError, RecipeError
 from journeyman.recipe import Corpus
 from journeyman.starting import draft
 from journeyman.starting.draft import Choices
-from journeyman.starting.look import Look, count, look
+from journeyman.starting.look import Counted, Look, count, look
 
 _WORDS = """\
 Look at a file (CSV, TSV, JSONL, Parquet, text, or a Hugging Face dataset folder) and write a first
@@ -76,8 +76,8 @@ def _init(options: argparse.Namespace) -> int:
     print(f"rows      {chosen.n_rows:,} of {chosen.source}")
     print(f"columns   {', '.join(_columns(chosen))}")
     print(f"labels    {one_line(counts_of(chosen))}")
-    if few := draft.few_rows(chosen):
-        print(f"note      {few}")
+    for note in draft.notes(chosen):
+        print(f"note      {note}")
     print(f"\nnext      journeyman recipe check {to}\n          journeyman run {to}")
     return 0
 
@@ -92,8 +92,35 @@ def choose(options: argparse.Namespace, seen: Look, ask: Ask | None) -> Choices:
     split = (
         seen.known(options.split, "--split") if options.split else _split(seen, text, label, ask)
     )
-    counted = count(seen.url, seen.kind, text, label, split)
+    group = _group(options, seen, ask)
+    counted = count(seen.url, seen.kind, text, label, split, group)
     n_rows, found = counted.n_rows, counted.labels
+    _check_readable(seen, counted, text)
+    if split and (why := _no_splits(counted, group)):
+        if options.split:
+            raise RecipeError(f"--split {split}: {why}; leave it out, and rows are dealt anew.")
+        print(f"note      the splits of column {split} are not kept: {why}")
+        split = None
+    return Choices(
+        name=options.name or draft.run_name(seen.url),
+        source=seen.url,
+        text=text,
+        label=label,
+        group=group,
+        split=split,
+        splits=counted.splits if split else {},
+        meta=tuple(seen.known(name, "--meta") for name in options.meta),
+        classes=_classes(options.classes, found, ask),
+        n_rows=n_rows,
+        teacher=options.teacher,
+        student=options.student,
+        scoring=options.scoring,
+    )
+
+
+def _check_readable(seen: Look, counted: Counted, text: str) -> None:
+    """Raises DataError where too much of the file is not."""
+    n_rows = counted.n_rows
     if not n_rows:
         raise DataError(f"{seen.url}: no row has a text in column {text!r}; name another one with "
                         "--text.")  # fmt: skip
@@ -105,21 +132,19 @@ def choose(options: argparse.Namespace, seen: Look, ask: Ask | None) -> Choices:
             "mend the file (in a .tsv a quotation mark is text, and no field spans lines; all is "
             "UTF-8), or name another column with --text."
         )
-    return Choices(
-        name=options.name or draft.run_name(seen.url),
-        source=seen.url,
-        text=text,
-        label=label,
-        group=_group(options, seen, ask),
-        split=split,
-        splits=counted.splits,
-        meta=tuple(seen.known(name, "--meta") for name in options.meta),
-        classes=_classes(options.classes, found, ask),
-        n_rows=n_rows,
-        teacher=options.teacher,
-        student=options.student,
-        scoring=options.scoring,
-    )
+    quoted = next((label for label in counted.labels if label[0] == label[-1] == '"'), None)
+    if quoted and seen.kind == "tsv":
+        raise DataError(
+            f"{seen.url}: the label {quoted} stands in quotation marks, which are text in a .tsv, "
+            "where no field spans lines: save the file as .csv, or without them."
+        )
+
+
+def _no_splits(counted: Counted, group: str | None) -> str:
+    """Why a recipe cannot keep the file's own splits; empty if it can."""
+    if counted.cut_group:
+        return f"the group {counted.cut_group!r} of column {group} is in several of them"
+    return draft.no_splits(list(counted.splits))
 
 
 def _columns(chosen: Choices) -> list[str]:

@@ -141,7 +141,7 @@ def _source_rows(corpus: Corpus, urls: Sequence[str], named: Sequence[str], tall
             tally.filtered += 1
             continue
         text, meta = row[columns.text], {c: _plain(row.get(c)) for c in columns.meta}
-        values = {"text": text, **meta}
+        values = {**meta, TEXT: text}
         row_id = digest([values[c] for c in named])
         split = _split_of(corpus, row, row_id, where)
         if split is None or (corpus.feedback and split != "train"):

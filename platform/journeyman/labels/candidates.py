@@ -84,16 +84,20 @@ def judge(
     ]
 
 
-def best(judged: Sequence[Judged]) -> Judged | None:
-    """The one with most right answers (of equal ones the better order, then the cheaper); without
-    gold the one that agrees most with the others; rows that one could not answer count against it.
-    None where none could be asked."""
+def best(judged: Sequence[Judged], *, by_order: bool = False) -> Judged | None:
+    """The one with most right answers (of equal ones the better order, then the cheaper), or
+    by_order, for a label that is rare, the one with the largest AUC; without gold the one that
+    agrees most with the others. Rows that one could not answer count against it. None where none
+    could be asked, or where two agree with each other alone, which says nothing of either."""
     able = [one for one in judged if not one.refusal and one.n]
+    if len(able) == 2 and not any(one.accuracy for one in able):
+        return None
 
-    def merit(one: Judged) -> tuple[float, float, float]:
+    def merit(one: Judged) -> tuple[float, ...]:
         right = one.accuracy.rate if one.accuracy else one.agreement or 0.0
         answered = one.n / (one.n + one.unanswered)
-        return right * answered, one.auc or 0.0, -one.tokens_per_row
+        figures = ((one.auc or 0.0) * answered, right * answered)
+        return *(figures if by_order else figures[::-1]), -one.tokens_per_row
 
     return max(able, key=merit, default=None)
 

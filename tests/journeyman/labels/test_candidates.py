@@ -74,6 +74,18 @@ def test_without_gold_they_are_compared_with_one_another_and_it_says_so():
     assert [one.agreement for one in judged] == [0.5, 0.375, 0.125]
     assert best(judged) is judged[0]
     assert "No gold labels" in side_by_side(judged) and judged[0].accuracy is None
+    assert best(judged[:2]) is None  # who is right of two that differ, nobody says
+
+
+def test_where_a_label_is_rare_the_best_order_is_the_best():
+    gold = np.array([1] * 8 + [0] * 2)
+    said = {
+        "never": asked([0.9, 0.9, 0.9, 0.9, 0.6, 0.6, 0.6, 0.6, 0.7, 0.7]),
+        "orders": asked([0.9, 0.9, 0.9, 0.9, 0.9, 0.4, 0.4, 0.4, 0.2, 0.2]),
+    }
+    never, orders = judge(dict.fromkeys(said, labels()), said, gold, Price())
+    assert never.accuracy.rate == 0.8 > orders.accuracy.rate == 0.7 and orders.auc == 1
+    assert best([never, orders]) is never and best([never, orders], by_order=True) is orders
 
 
 def test_each_way_is_asked_of_one_engine_as_labeling_asks_it(replica: Replica):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from journeyman.report.data import TestRows
 from journeyman.report.detection import Detection
 from journeyman.report.ranking import Ranking
-from journeyman.report.slices import Slice, wilson
+from journeyman.report.slices import FEWEST_ROWS, MOST_VALUES, Slice, wilson
 from journeyman.report.tables import NOTHING, Table, interval, rate_and_interval
 
 _LONGEST = 40  # characters shown of a slice's value
@@ -74,9 +74,10 @@ def by_slice(found: Sequence[Slice]) -> Table | None:
     gold = any(one.n_gold for one in found)
     gold_columns = ("cascade right", "interval", "student right", "teacher right") if gold else ()
     return Table(
-        caption="Test rows by label, by length and by further columns of few values, the surely "
-        f"worst first: by the upper end of the interval of {'cascade right' if gold else 'same'}; "
-        "95% intervals (Wilson).",
+        caption="Test rows by label, by length and by further columns (of one of more than "
+        f"{MOST_VALUES} values the worst {MOST_VALUES} of those with {FEWEST_ROWS} rows or more, "
+        "of one of long texts their length), the surely worst first: by the upper end of the "
+        f"interval of {'cascade right' if gold else 'same'}; 95% intervals (Wilson).",
         columns=("by", "rows with", "rows", *gold_columns, "same as teacher", "interval",
                  "student answers"),
         rows=tuple(

@@ -1,16 +1,20 @@
-"""Test rows by label, by length and by each further column of few values: where is it worst?"""
+"""Test rows by label, by length and by each further column: where is it worst?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from journeyman.report.data import BoolArray, TestRows
 
-MOST_VALUES = 30  # a column of more is no slicing
+MOST_VALUES = 30  # of a column that are shown
+FEWEST_ROWS = 5  # of a value, where a column has more values than that
+_LONG = 40  # characters in the mean from which on a column is text, and sliced by its length
 _QUARTERS = 4
+_OF_LABELS = ("gold label", "teacher's label")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +45,23 @@ class Slice:
 
 
 def slices(rows: TestRows, labels: Sequence[str]) -> list[Slice]:
-    """The surely worst first: by the upper end of the Wilson interval of ``good``."""
+    """The surely worst first: by the upper end of the Wilson interval of ``good``.
+
+    Of a column of more than ``MOST_VALUES`` values the worst so many of ``FEWEST_ROWS`` or more.
+    """
     found = [
         _counted(rows, by, value, members)
         for by, value, members in _kinds(rows, labels)
         if members.any() and not members.all()
     ]
-    return sorted(found, key=lambda one: (wilson(*one.good)[1], one.by, one.value))
+    worst_first = sorted(found, key=lambda one: (wilson(*one.good)[1], one.by, one.value))
+    shown: Counter[str] = Counter()
+    kept = []
+    for one in worst_first:
+        shown[one.by] += 1
+        if shown[one.by] <= MOST_VALUES or one.by in _OF_LABELS:
+            kept.append(one)
+    return kept
 
 
 def wilson(k: int, n: int) -> tuple[float, float]:
@@ -62,23 +76,29 @@ def _kinds(rows: TestRows, labels: Sequence[str]) -> Iterator[tuple[str, str, Bo
     by_gold = bool(rows.has_gold.any())
     label_of = rows.gold if by_gold else rows.teacher_answer
     for i, label in enumerate(labels):
-        yield ("gold label" if by_gold else "teacher's label"), label, label_of == i
-    yield from _lengths(np.array([len(text) for text in rows.texts]))
+        yield _OF_LABELS[not by_gold], label, label_of == i
+    yield from _lengths("characters", rows.texts)
     for name in rows.metas[0] if rows.metas else ():
         values = np.array([str(value) for value in rows.column(name)], dtype=object)
-        distinct = sorted(set(values))
-        if len(distinct) <= MOST_VALUES:
-            yield from ((name, value, values == value) for value in distinct)
+        counts = Counter(values)
+        if len(counts) <= MOST_VALUES:
+            yield from ((name, value, values == value) for value in counts)
+        elif np.mean([len(value) for value in values]) >= _LONG:
+            yield from _lengths(f"characters of {name}", values)
+        else:
+            often = [value for value, n in counts.items() if n >= FEWEST_ROWS]
+            yield from ((name, value, values == value) for value in often)
 
 
-def _lengths(characters: np.ndarray) -> Iterator[tuple[str, str, BoolArray]]:
-    """Quarters of the rows, by the length of their texts."""
+def _lengths(by: str, texts: Iterable[str]) -> Iterator[tuple[str, str, BoolArray]]:
+    """Quarters of the rows, by the length of these texts of theirs."""
+    characters = np.array([len(text) for text in texts])
     edges = np.unique(np.quantile(characters, np.linspace(0, 1, _QUARTERS + 1)[1:-1]).round())
     quarter = np.searchsorted(edges, characters, side="left")
     for i in np.unique(quarter):
         members = quarter == i
         low, high = int(characters[members].min()), int(characters[members].max())
-        yield "characters", f"{low:,} to {high:,}", members
+        yield by, f"{low:,} to {high:,}", members
 
 
 def _counted(rows: TestRows, by: str, value: str, members: BoolArray) -> Slice:

@@ -20,7 +20,7 @@ def sliced_rows(gold: bool = True) -> TestRows:
 def test_every_slice_has_the_counts_of_its_rows():
     rows = sliced_rows()
     found = slices(rows, FOUR_LABELS)
-    assert {one.by for one in found} == {"gold label", "characters", "shop"}
+    assert {one.by for one in found} == {"gold label", "characters", "shop"}  # each row is rare
     shop = next(one for one in found if (one.by, one.value) == ("shop", "b"))
     members = range(1, len(rows), 2)
     right = [rows.student_answer[i] == rows.gold[i] for i in members]
@@ -32,6 +32,30 @@ def test_every_slice_has_the_counts_of_its_rows():
     assert shop.answered == sum(accepted)
     lengths = {one.value: one.n for one in found if one.by == "characters"}
     assert lengths == {"3 to 3": 100, "30 to 30": 100, "300 to 300": 100, "3,000 to 3,000": 100}
+
+
+def test_of_a_column_of_many_values_the_worst_of_those_with_rows_are_shown():
+    test = sliced_rows()
+    metas = [
+        # 320 intents of one row and 16 of five
+        {"intent": f"rare {i}" if i % 5 else f"intent {i % 80}", "passage": f"{i:060}" + "." * i}
+        for i in range(len(test))
+    ]
+    rows = TestRows(**{name: getattr(test, name) for name in test.__slots__} | {"metas": metas})
+    found = slices(rows, FOUR_LABELS)
+    by_intent = [one for one in found if one.by == "intent"]
+    assert len(by_intent) == 16 and {one.n for one in by_intent} == {5}
+    passages = [one for one in found if one.by == "characters of passage"]
+    assert [one.n for one in passages] == pytest.approx([len(test) / 4] * 4, abs=1)
+    many = [{"intent": f"intent {i % 40}"} for i in range(len(test))]
+    rows = TestRows(**{name: getattr(test, name) for name in test.__slots__} | {"metas": many})
+    shown = [one for one in slices(rows, FOUR_LABELS) if one.by == "intent"]
+    assert len(shown) == 30  # of 40, the surely worst
+    right = np.where(
+        rows.accepted, rows.student_answer == rows.gold, rows.escalated_answer == rows.gold
+    )
+    upper = sorted(wilson(int(right[i::40].sum()), len(right[i::40]))[1] for i in range(40))
+    assert [wilson(*one.good)[1] for one in shown] == pytest.approx(upper[:30])
 
 
 def test_the_surely_worst_come_first():

@@ -55,7 +55,7 @@ def test_every_recipe_is_whole_and_names_files_that_are_there():
 def test_every_recipe_has_a_page_for_its_job(name: str):
     page = (ROOT / "docs" / "jobs" / f"{name}.md").read_text()
     assert f"jobs/recipes/{name}.yaml" in page and "results.md" in page
-    for part in ("What to label", "Which scoring", "How many rows", "How to read the",
+    for part in ("What to label", "Which scoring", "How many rows", "How to read the curve",
                  "What it costs on a GPU", "When the teacher is an API"):  # fmt: skip
         assert f"**{part}" in page
     assert f"docs/jobs/{name}.md" in (ROOT / "README.md").read_text()

@@ -42,8 +42,6 @@ recipes: $(INSTALLED)  ## run every recipe, two of them in both ways, and write 
 	done
 	.venv/bin/journeyman run jobs/recipes/policy.yaml $(BALANCED) $(ARGS)
 	.venv/bin/journeyman run jobs/recipes/rationales.yaml $(ANSWERS) $(ARGS)
-	.venv/bin/journeyman certify jobs/recipes/logits.yaml $(ARGS)
-	.venv/bin/journeyman report jobs/recipes/logits.yaml $(ARGS)
 	.venv/bin/journeyman results $(RUNS:%=runs/%) --to docs/results.md --into README.md
 
 test: $(INSTALLED)  ## run the tests but those marked slow (ARGS= goes to pytest)

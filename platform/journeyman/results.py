@@ -5,8 +5,9 @@ Above ``summary``, which shows one run.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from journeyman.certify import bundle as bundles
 from journeyman.certify.bundle import Bundle, Guarantee
 from journeyman.certify.bundle_recipe import RECIPE_FILE
 from journeyman.errors import DataError
+from journeyman.labels import dataset
 from journeyman.labels.store import LabelStore
 from journeyman.progress import duration
 from journeyman.report import comparison
@@ -26,9 +28,11 @@ from journeyman.report.ranking import rankings
 from journeyman.report.tables import interval
 from journeyman.report.verdict import beside_teacher, percent, realised_of_each, share
 from journeyman.run_folder import RunFolder
+from journeyman.summary.written import writing_rates
 
 BEGIN, END = "<!-- results: written by `make recipes` -->", "<!-- end of results -->"
 _NOTHING = "–"
+_STEPS = ("prepare", "label", "train", "certify", "serve and measure")
 _PAGE = """\
 # What the recipes gain
 
@@ -43,19 +47,20 @@ On `test` rows, which nothing was fitted, chosen or certified on. Right: share o
 answer is the gold label. *Beside the teacher*: the student alone. How many times as often it is \
 right; its share less its teacher's, with a 95% interval for answers that are paired row by row \
 (Tango 1998); and better or worse only where an exact two-sided sign test at 0.05 says so, on the \
-rows that just one of the two gets right. Realised: what the promise bounds, as it came out.
+rows that just one of the two gets right. Realised: what the promise bounds, as it came out. \
+Requests a second over HTTP: student and teacher alone, the same requests in batches of 32.
 
 {promises}
 
 {jobs}
-
+{written}
 ## What it took
 
 {costs}
 
-Steps with their models' starts; `label` includes rows that an earlier start of the run labeled. \
-Requests a second over HTTP: student and teacher alone, the same requests in batches of 32.
-{written}"""
+Steps with their models' starts; `label` includes rows that an earlier start of the run labeled; \
+of students that write, `certify` includes what both write on the held-out rows.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,12 +91,18 @@ class Written:
         test: what came of the promise, as the certify step has it; None where it has nothing.
         has_no_test_rows: its corpus is known to have none. Where it has, and the step nothing, it
             did not ask them, as it once did not, or they are all in quarantine.
+        rates: rows a second of each replica of who wrote on the held-out rows, as far as known.
+        seconds: by step, as far as known.
+        nobody_asked: the teacher's answers stood in the corpus.
     """
 
     student: ComparedStudent
     bundle: Bundle | None = None
     test: Mapping[str, int] | None = None
     has_no_test_rows: bool = False
+    rates: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    nobody_asked: bool = False
 
     @property
     def name(self) -> str:
@@ -109,15 +120,7 @@ def read(run_dir: Path) -> Finished | Written:
         student = comparison.read(run_dir)
         if student.perplexity is None:  # it classifies
             raise DataError(f"{run_dir}: not certified yet; run journeyman run first.")
-        if not settings.is_file():
-            return Written(student=student)
-        test = files.read_json(settings.with_name("manifest.json")).get("test")
-        return Written(
-            student=student,
-            bundle=bundles.load_any(settings.parent),
-            test=test,
-            has_no_test_rows=_has_no_test_rows(run_dir / "corpus"),
-        )
+        return _read_written(run_dir, student)
     recorded = recipe.parse(files.read_json(settings), str(settings))
     if recorded.run_url is None and recorded.run_dir.resolve() != run_dir.resolve():  # it was moved
         where = {"output": str(run_dir.resolve().parent), "name": run_dir.resolve().name}
@@ -130,7 +133,25 @@ def read(run_dir: Path) -> Finished | Written:
         data=data,
         measured=measure(data.test),
         serving=files.read_json(run.path("measure") / "manifest.json"),
-        seconds=_seconds(run),
+        seconds=_seconds(run.directory, run.corpus, run.labels),
+    )
+
+
+def _read_written(run_dir: Path, student: ComparedStudent) -> Written:
+    labels = dataset.totals(run_dir / "labels")
+    known: dict[str, Any] = {
+        "student": student,
+        "seconds": _seconds(run_dir, run_dir / "corpus", run_dir / "labels"),
+        "nobody_asked": bool(labels) and not labels["prompt_tokens"],
+    }
+    if not (run_dir / "bundle" / RECIPE_FILE).is_file():
+        return Written(**known)
+    return Written(
+        **known,
+        bundle=bundles.load_any(run_dir / "bundle"),
+        test=files.read_json(run_dir / "bundle" / "manifest.json").get("test"),
+        has_no_test_rows=_has_no_test_rows(run_dir / "corpus"),
+        rates=writing_rates(run_dir),
     )
 
 
@@ -143,7 +164,7 @@ def page(runs: Sequence[Finished | Written]) -> str:
         quality=quality(finished),
         promises=_promises(finished),
         jobs=_jobs(finished),
-        costs=_costs(finished),
+        costs=_costs(runs),
         written=_written(written),
     )
 
@@ -153,6 +174,14 @@ def quality(finished: Sequence[Finished]) -> str:
     heads = ("recipe", "teacher right", "student right", "beside the teacher", "cascade right",
              "student answers", "promised", "realised", "student/s", "teacher/s")  # fmt: skip
     return _table(heads, [_quality(run) for run in finished])
+
+
+def for_readme(runs: Sequence[Finished | Written]) -> str:
+    """The tables of both kinds of students, as far as there are some."""
+    finished = [run for run in runs if isinstance(run, Finished)]
+    written = [run for run in runs if isinstance(run, Written)]
+    tables = [quality(finished)] * bool(finished) + [writing(written)] * bool(written)
+    return "\n\n".join(tables)
 
 
 def between_marks(text: str, table: str) -> str:
@@ -182,7 +211,7 @@ def _quality(run: Finished) -> tuple[str, ...]:
         run.name,
         *right,
         percent_of(measured.n_accepted, measured.n),
-        f"≤ {percent(guarantee.alpha)}" if guarantee.feasible else "escalates everything",
+        _promised(guarantee),
         summary.realised(measured, guarantee),
         f"{serving['student_rows_per_s']:,.0f} ({ratio:,.0f}×)",
         f"{serving['teacher_rows_per_s']:,.1f}",
@@ -250,15 +279,17 @@ def _jobs(finished: Sequence[Finished]) -> str:
     return _table(heads, rows)
 
 
-def _costs(finished: Sequence[Finished]) -> str:
-    steps = list(dict.fromkeys(step for run in finished for step in run.seconds))
+def _costs(runs: Sequence[Finished | Written]) -> str:
+    known = {step for run in runs for step in run.seconds}
+    steps = [step for step in _STEPS if step in known]
     rows = [
         (
             run.name,
-            *(duration(run.seconds[step]) for step in steps),
+            *(duration(run.seconds[s]) if s in run.seconds else _NOTHING for s in steps),
             duration(sum(run.seconds.values())),
         )
-        for run in finished
+        for run in runs
+        if run.seconds
     ]
     return _table(("recipe", *steps, "all"), rows)
 
@@ -267,29 +298,45 @@ def _written(runs: Sequence[Written]) -> str:
     if not runs:
         return ""
     students = [run.student for run in runs]
-    heads = ("recipe", "agreement", "perplexity", "to the letter", "interval",
-             "train rows", "training")  # fmt: skip
-    rows = [
-        (
-            one.name,
-            f"{one.agreement:.3f}",
-            _NOTHING if one.perplexity is None else f"{one.perplexity:,.1f}",
-            *_to_the_letter(one),
-            f"{one.n_rows:,}",
-            duration(one.seconds),
-        )
-        for one in students
-    ]
     return (
-        "\n## Students that write\n\n"
-        + _table(heads, rows)
-        + "\n\nOn `calibrate` rows: agreement with the teacher's first choice, token by token; "
-        "perplexity of the text's own tokens; answers that the student writes to the letter, "
-        "with an exact 95% interval.\n"
+        f"\n## Students that write\n\n{writing(runs)}\n\n"
+        "Agreement, perplexity and answers to the letter (with an exact 95% interval) are on "
+        "`calibrate` rows: agreement with the teacher's first choice, token by token; perplexity "
+        "of the text's own tokens. Realised and what the student answers are on `test` rows. Rows "
+        "a second are what each wrote on the held-out rows, a replica each, batched.\n"
         + "".join(f"{note}\n" for note in comparison.agreement_notes(students))
         + "\n"
         + "".join(f"- {_certified(run)}\n" for run in runs)
     )
+
+
+def writing(runs: Sequence[Written]) -> str:
+    """The table of students that write, which the README shows too."""
+    heads = ("recipe", "agreement", "perplexity", "to the letter", "interval", "student answers",
+             "promised", "realised", "student rows/s", "teacher rows/s", "train rows")  # fmt: skip
+    return _table(heads, [_writes(run) for run in runs])
+
+
+def _writes(run: Written) -> tuple[str, ...]:
+    student, rates = run.student, run.rates
+    ratio = rates["student"] / rates["teacher"] if len(rates) == 2 else None
+    times = "" if ratio is None else f" ({ratio:,.1f}×)"
+    return (
+        run.name,
+        f"{student.agreement:.3f}",
+        _NOTHING if student.perplexity is None else f"{student.perplexity:,.1f}",
+        *_to_the_letter(student),
+        percent_of(run.test["n_accepted"], run.test["n"]) if run.test else _NOTHING,
+        _promised(run.bundle.served) if run.bundle else "nothing",
+        _realised(run.bundle.served, run.test) if run.bundle and run.test else _NOTHING,
+        f"{rates['student']:,.1f}{times}" if "student" in rates else _NOTHING,
+        f"{rates['teacher']:,.1f}" if "teacher" in rates else _NOTHING,
+        f"{student.n_rows:,}",
+    )
+
+
+def _promised(guarantee: Guarantee) -> str:
+    return f"≤ {percent(guarantee.alpha)}" if guarantee.feasible else "escalates everything"
 
 
 def _to_the_letter(student: ComparedStudent) -> tuple[str, str]:
@@ -302,6 +349,11 @@ def _to_the_letter(student: ComparedStudent) -> tuple[str, str]:
 
 def _certified(run: Written) -> str:
     """What a student that writes may answer, and what came of it on test rows."""
+    if run.nobody_asked:
+        return (
+            f"`{run.name}`: nothing is promised: the answers that it learned stood in its corpus, "
+            "so that there is no teacher to escalate to."
+        )
     if run.bundle is None:
         return f"`{run.name}`: not certified; its run ends with the student."
     guarantee, test = run.bundle.served, run.test
@@ -309,16 +361,19 @@ def _certified(run: Written) -> str:
     if test is None:
         why = "no test rows" if run.has_no_test_rows else "not measured on test rows"
         return f"{words}; {why}. {run.bundle.recommendation}"
-    if guarantee.kind == "accuracy":
-        drop = (test["teacher"] - test["cascade"]) / test["n"] if "teacher" in test else None
-        came = "no gold" if drop is None else f"{drop:+.1%}"
-    else:
-        system = guarantee.kind == "system_agreement"
-        came = share(test["n_accepted_differs"], test["n" if system else "n_accepted"])
     return (
-        f"{words}; realised on test {came}, where the student answers "
+        f"{words}; realised on test {_realised(guarantee, test)}, where the student answers "
         f"{share(test['n_accepted'], test['n'])}. {run.bundle.recommendation}"
     )
+
+
+def _realised(guarantee: Guarantee, test: Mapping[str, int]) -> str:
+    """What it bounds, as it came out."""
+    if guarantee.kind == "accuracy":
+        drop = (test["teacher"] - test["cascade"]) / test["n"] if "teacher" in test else None
+        return "no gold" if drop is None else f"{drop:+.1%}"
+    system = guarantee.kind == "system_agreement"
+    return share(test["n_accepted_differs"], test["n" if system else "n_accepted"])
 
 
 def _has_no_test_rows(corpus_dir: Path) -> bool:
@@ -334,18 +389,20 @@ def _proved(guarantee: Guarantee) -> str:
     return f"{said}, confidence {percent(1 - guarantee.delta)}; {reason}"
 
 
-def _seconds(run: RunFolder) -> dict[str, float]:
-    """Of each step, as its manifest says."""
-
-    def of(step: str, name: str = "manifest.json") -> float:
-        return float(files.read_json(run.path(step) / name)["seconds"])
-
-    return {
-        "prepare": float(corpus.read_manifest(run.corpus)["seconds"]),
-        "label": float(LabelStore(run.labels).manifest()["seconds"]),
-        "train": of("train", "journeyman.json"),
-        "certify": of("certify"),
-        "serve and measure": of("measure"),
+def _seconds(run_dir: Path, corpus_dir: str | Path, labels: str | Path) -> dict[str, float]:
+    """Of each step whose folder is there, as its manifest says."""
+    found: dict[str, float] = {}
+    with contextlib.suppress(DataError):
+        found["prepare"] = corpus.read_manifest(corpus_dir)["seconds"]
+    if dataset.is_finished(labels):
+        found["label"] = LabelStore(labels).manifest()["seconds"]
+    later = {
+        "train": run_dir / "student" / "journeyman.json",
+        "certify": run_dir / "bundle" / "manifest.json",
+        "serve and measure": run_dir / "serving" / "manifest.json",
+    }
+    return found | {
+        step: files.read_json(path)["seconds"] for step, path in later.items() if path.is_file()
     }
 
 

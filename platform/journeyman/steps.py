@@ -370,11 +370,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def names(recipe: Recipe) -> tuple[str, ...]:
     """The steps of a recipe. Labeling alone needs no student, and one that writes is certified when
-    it is asked for: both models write on the held-out rows then."""
+    it is asked for, by the command or with ``certify.complete``: the held-out rows have to be
+    written for it. What a cascade kept is certified by the command."""
     if recipe.student is None:
         return NAMES[: NAMES.index("train")]
     if recipe.learner().kind == "causal":
-        return ("prepare", "label", "train", "report")
+        certifies = recipe.certify.complete is not None and recipe.corpus.feedback is None
+        return ("prepare", "label", "train", *(["certify"] if certifies else []), "report")
     return NAMES
 
 

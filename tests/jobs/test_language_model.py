@@ -44,16 +44,15 @@ def test_run_ends_with_a_student_that_learned(run: tuple[Path, str]) -> None:
     assert f"{last['kl']:.3f} nats" in printed and str(folder / "student") in printed
     model = AutoModelForCausalLM.from_pretrained(folder / "student")
     assert model.config.num_hidden_layers == 3
-    assert not (folder / "bundle").exists()
     page = (folder / "report" / "index.html").read_text()
-    assert f"{last['agreement']:.1%}" in page and "Nothing is promised of it yet" in page
+    assert f"{last['agreement']:.1%}" in page and '<section id="promise">' in page
 
 
 @pytest.mark.slow
 def test_it_is_skipped_when_nothing_has_changed(run: tuple[Path, str]) -> None:
     output = run[0].parent
     current = steps.Run(recipe.load(RECIPE, [*SMALL, f"output={output}"]))
-    assert current.execute("train").seconds is None
+    assert [current.execute(step).seconds for step in ("train", "certify")] == [None, None]
 
 
 @pytest.mark.slow
@@ -72,17 +71,13 @@ def test_students_stand_side_by_side(run: tuple[Path, str], tmp_path: Path) -> N
 def test_it_is_certified_for_writing_on_and_what_came_of_it_is_shown(
     run: tuple[Path, str],
 ) -> None:
-    folder, _ = run
-    overrides = [part for one in (*SMALL, f"output={folder.parent}") for part in ("--set", one)]
-    certified = journeyman("certify", str(RECIPE), *overrides)
-    assert certified.returncode == 0, certified.stderr
+    folder, printed = run
     manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
     assert manifest["test"]["n"] == 12
     listed = journeyman("results", str(folder))
     assert listed.returncode == 0 and "- `logits`: system agreement at 20%" in listed.stdout
     assert "realised on test" in listed.stdout and "of 12)" in listed.stdout
-    written = journeyman("report", str(RECIPE), *overrides)
-    assert written.returncode == 0, written.stderr
+    assert f"({manifest['test']['n_accepted']} of 12)" in printed and "rows/s" in printed
     page = (folder / "report" / "index.html").read_text()
     assert '<section id="promise">' in page and "Rows to read" in page
     assert f"({manifest['test']['n_accepted']} of 12)" in page

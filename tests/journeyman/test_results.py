@@ -87,23 +87,24 @@ def test_students_that_write_have_a_table_of_their_own():
     )  # fmt: skip
     exact = binomtest(50, 200).proportion_ci()
     alone = results.page([finished(report_data()), Written(student=student)])
-    assert cells(alone, "rationales") == [
-        [
-            "rationales",
-            "0.500",
-            "9.0",
-            "50 of 200",
-            f"{exact.low:.1%} to {exact.high:.1%}",
-            "480",
-            "1:00",
-        ]
-    ]
+    own = ["rationales", "0.500", "9.0", "50 of 200", f"{exact.low:.1%} to {exact.high:.1%}"]
+    assert cells(alone, "rationales") == [[*own, "–", "nothing", "–", "–", "–", "480"]]
     assert "`rationales`: not certified; its run ends with the student." in alone
     bundle, test = report_data().bundle, {"n": 200, "n_accepted": 120, "n_accepted_differs": 9}
     page = results.page([Written(student=student, bundle=bundle, test=test)])
     proved = f"proved {bundle.served.upper_bound:.1%} on 500 certify rows"
     assert f"`rationales`: system agreement at 10%, confidence 90%; {proved}; realised" in page
     assert "realised on test 4.5% (9 of 200), where the student answers 60.0% (120 of 200)" in page
+    took = {"prepare": 1.0, "label": 40.0, "train": 60.0, "certify": 90.0}
+    rates = {"student": 30.0, "teacher": 12.0}
+    whole = Written(student=student, bundle=bundle, test=test, seconds=took, rates=rates)
+    writes, costs = cells(results.page([whole, finished(report_data())]), "rationales")
+    assert writes == [*own, "60.0%", "≤ 10%", "4.5% (9 of 200)", "30.0 (2.5×)", "12.0", "480"]
+    assert costs == ["rationales", "0:01", "0:40", "1:00", "1:30", "3:11"]
+    both = results.for_readme([whole, finished(report_data())])
+    assert len(cells(both, "rationales")) == len(cells(both, "demo")) == 1
+    none = results.page([Written(student=student, nobody_asked=True)])
+    assert "`rationales`: nothing is promised: the answers that it learned stood in its" in none
     page = results.page([Written(student=student, bundle=bundle)])
     assert "on 500 certify rows; not measured on test rows." in page  # once they were not asked
     page = results.page([Written(student=student, bundle=bundle, has_no_test_rows=True)])

@@ -1,7 +1,7 @@
 """Which steps a recipe has."""
 
 from journeyman import recipe, steps
-from tests.conftest import DEMO
+from tests.conftest import DEMO, ROOT
 
 CLASSES = recipe.load(DEMO)
 GENERATE = {"kind": "generate", "prompt": "{{ text }}"}
@@ -20,3 +20,5 @@ def test_students_end_with_a_page_and_one_that_writes_is_certified_when_asked():
     }
     writes = CLASSES.model_copy(update=changes)
     assert steps.names(writes) == ("prepare", "label", "train", "report")
+    completes = recipe.load(ROOT / "jobs" / "recipes" / "logits.yaml")
+    assert steps.names(completes) == ("prepare", "label", "train", "certify", "report")

@@ -31,7 +31,7 @@ def add_command(commands: Any) -> None:
         "--into",
         metavar="FILE",
         type=Path,
-        help="put the first table between this file's marks",
+        help="put the tables of quality between this file's marks",
     )
 
 
@@ -46,7 +46,7 @@ def _results(options: argparse.Namespace) -> int:
         files.write_bytes(options.to, page.encode())
         print(f"results   {options.to}")
     if options.into:
-        table = results.quality([run for run in runs if isinstance(run, results.Finished)])
+        table = results.for_readme(runs)
         text = results.between_marks(options.into.read_text("utf-8"), table)
         files.write_bytes(options.into, text.encode())
         print(f"table     {options.into}")

@@ -94,6 +94,11 @@ def is_finished(where: str | Path) -> bool:
         return False
 
 
+def totals(where: str | Path) -> dict[str, Any]:
+    """Counts and seconds over a finished dataset; empty where there is none."""
+    return dict(LabelStore(where).manifest()["totals"]) if is_finished(where) else {}
+
+
 def labeled_manifest(store: LabelStore) -> dict[str, Any]:
     """Of a dataset whose rows are all labeled."""
     manifest = store.manifest()

@@ -21,6 +21,29 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CountedRows:
+    """n test rows, whatever kind of answer they have.
+
+    Attributes:
+        texts: n requests.
+        metas: n mappings of further columns; empty where there are none.
+        same: bool[n], on which student and teacher agree.
+        answered: bool[n], by the student.
+        has_gold: bool[n].
+        teacher, student, cascade: bool[n] each, answered right; False without gold.
+    """
+
+    texts: Sequence[str]
+    metas: Sequence[Mapping[str, Any]]
+    same: BoolArray
+    answered: BoolArray
+    has_gold: BoolArray
+    teacher: BoolArray
+    student: BoolArray
+    cascade: BoolArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TestRows:
     """The `test` split as teacher and student see it: n rows, c labels.
 
@@ -98,6 +121,20 @@ class TestRows:
     def has_gold(self) -> BoolArray:
         """bool[n]."""
         return self.gold >= 0
+
+    @property
+    def counted(self) -> CountedRows:
+        student, escalated = self.student_answer, self.escalated_answer
+        return CountedRows(
+            texts=self.texts,
+            metas=self.metas,
+            same=~self.differs,
+            answered=self.accepted,
+            has_gold=self.has_gold,
+            teacher=self.teacher_answer == self.gold,
+            student=student == self.gold,
+            cascade=np.where(self.accepted, student, escalated) == self.gold,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from journeyman.report.data import TestRows
+from journeyman.report.data import CountedRows
 from journeyman.report.detection import Detection
 from journeyman.report.ranking import Ranking
 from journeyman.report.slices import FEWEST_ROWS, MOST_VALUES, Slice, wilson
@@ -96,13 +96,13 @@ def by_slice(found: Sequence[Slice]) -> Table | None:
     )  # fmt: skip
 
 
-def escalations(rows: TestRows) -> Table | None:
+def escalations(rows: CountedRows) -> Table | None:
     """What became of the escalated rows with gold; None where there are none."""
-    sent = ~rows.accepted & rows.has_gold
+    sent = ~rows.answered & rows.has_gold
     n = int(sent.sum())
     if not n:
         return None
-    escalated, student = rows.escalated_answer == rows.gold, rows.student_answer == rows.gold
+    escalated, student = rows.cascade, rows.student
     kinds = (
         ("it helped: its answer is right, the student's was not", escalated & ~student),
         ("it harmed: the student was right, its answer is not", ~escalated & student),

@@ -20,7 +20,7 @@ from journeyman.report.detection import Detection, detections
 from journeyman.report.figures import Figure
 from journeyman.report.measure import measure
 from journeyman.report.ranking import Ranking, rankings
-from journeyman.report.slices import slices
+from journeyman.report.slices import by_label, slices
 from journeyman.report.verdict import verdict
 
 _TEMPLATES = jinja2.Environment(
@@ -101,8 +101,8 @@ def _words_and_tables(data: ReportData) -> dict[str, Any]:
         "differences": [
             tables.commonest_differences(counts[name], data.labels, name) for name in against
         ],
-        "slices": job_tables.by_slice(slices(data.test, data.labels)),
-        "escalations": job_tables.escalations(data.test),
+        "slices": job_tables.by_slice(slices(data.test.counted, by_label(data.test, data.labels))),
+        "escalations": job_tables.escalations(data.test.counted),
         "example_groups": examples.pick(data.test, data.labels),
     }
 

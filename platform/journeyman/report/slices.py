@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from journeyman.report.data import BoolArray, TestRows
+from journeyman.report.data import BoolArray, CountedRows, TestRows
 
 MOST_VALUES = 30  # of a column that are shown
 FEWEST_ROWS = 5  # of a value, where a column has more values than that
 _LONG = 40  # characters in the mean from which on a column is text, and sliced by its length
 _QUARTERS = 4
-_OF_LABELS = ("gold label", "teacher's label")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,24 +43,36 @@ class Slice:
         return (self.cascade, self.n_gold) if self.n_gold else (self.same, self.n)
 
 
-def slices(rows: TestRows, labels: Sequence[str]) -> list[Slice]:
+def slices(rows: CountedRows, labels: Sequence[tuple[str, str, BoolArray]] = ()) -> list[Slice]:
     """The surely worst first: by the upper end of the Wilson interval of ``good``.
 
     Of a column of more than ``MOST_VALUES`` values the worst so many of ``FEWEST_ROWS`` or more.
+    labels: what else rows have in common, of which all are kept.
     """
     found = [
         _counted(rows, by, value, members)
-        for by, value, members in _kinds(rows, labels)
+        for by, value, members in (*labels, *_kinds(rows))
         if members.any() and not members.all()
     ]
     worst_first = sorted(found, key=lambda one: (wilson(*one.good)[1], one.by, one.value))
     shown: Counter[str] = Counter()
+    of_labels = {by for by, _, _ in labels}
     kept = []
     for one in worst_first:
         shown[one.by] += 1
-        if shown[one.by] <= MOST_VALUES or one.by in _OF_LABELS:
+        if shown[one.by] <= MOST_VALUES or one.by in of_labels:
             kept.append(one)
     return kept
+
+
+def by_label(rows: TestRows, labels: Sequence[str]) -> list[tuple[str, str, BoolArray]]:
+    """Members of each label: the gold one, without gold the teacher's."""
+    gold = bool(rows.has_gold.any())
+    label_of = rows.gold if gold else rows.teacher_answer
+    return [
+        ("gold label" if gold else "teacher's label", label, label_of == i)
+        for i, label in enumerate(labels)
+    ]
 
 
 def wilson(k: int, n: int) -> tuple[float, float]:
@@ -72,14 +83,10 @@ def wilson(k: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def _kinds(rows: TestRows, labels: Sequence[str]) -> Iterator[tuple[str, str, BoolArray]]:
-    by_gold = bool(rows.has_gold.any())
-    label_of = rows.gold if by_gold else rows.teacher_answer
-    for i, label in enumerate(labels):
-        yield _OF_LABELS[not by_gold], label, label_of == i
+def _kinds(rows: CountedRows) -> Iterator[tuple[str, str, BoolArray]]:
     yield from _lengths("characters", rows.texts)
     for name in rows.metas[0] if rows.metas else ():
-        values = np.array([str(value) for value in rows.column(name)], dtype=object)
+        values = np.array([str(meta.get(name)) for meta in rows.metas], dtype=object)
         counts = Counter(values)
         if len(counts) <= MOST_VALUES:
             yield from ((name, value, values == value) for value in counts)
@@ -101,18 +108,15 @@ def _lengths(by: str, texts: Iterable[str]) -> Iterator[tuple[str, str, BoolArra
         yield by, f"{low:,} to {high:,}", members
 
 
-def _counted(rows: TestRows, by: str, value: str, members: BoolArray) -> Slice:
-    known = members & rows.has_gold
-    teacher, student = rows.teacher_answer == rows.gold, rows.student_answer == rows.gold
-    cascade = np.where(rows.accepted, student, rows.escalated_answer == rows.gold)
+def _counted(rows: CountedRows, by: str, value: str, members: BoolArray) -> Slice:
     return Slice(
         by=by,
         value=value,
         n=int(members.sum()),
-        same=int((members & ~rows.differs).sum()),
-        answered=int((members & rows.accepted).sum()),
-        n_gold=int(known.sum()),
-        teacher=int((known & teacher).sum()),
-        student=int((known & student).sum()),
-        cascade=int((known & cascade).sum()),
+        same=int((members & rows.same).sum()),
+        answered=int((members & rows.answered).sum()),
+        n_gold=int((members & rows.has_gold).sum()),
+        teacher=int((members & rows.teacher).sum()),
+        student=int((members & rows.student).sum()),
+        cascade=int((members & rows.cascade).sum()),
     )

@@ -3,18 +3,22 @@ and what both wrote."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from journeyman.certify.bundle import WrittenBundle
 from journeyman.certify.curve import CostQualityCurve, cost_quality_curve
 from journeyman.probabilities import FloatArray
-from journeyman.report import figures, page, tables
-from journeyman.report.data import BoolArray, TrainedData
+from journeyman.report import figures, job_tables, page, tables
+from journeyman.report.data import BoolArray, CountedRows, TrainedData
 from journeyman.report.examples import ROWS_PER_GROUP, cut, ordered
 from journeyman.report.figures import Figure
 from journeyman.report.measure import Measured, against_gold
+from journeyman.report.slices import slices
 from journeyman.report.verdict import verdict
 
 
@@ -32,6 +36,9 @@ class WrittenTest:
             gold.
         confidence: float64[n], the score that the threshold is compared with.
         accepted: bool[n], answered by the student at the bundle's threshold.
+        logprobs: n pairs, of the teacher's and of the student's answer by whoever gave it, in nats;
+            None where that is not known.
+        metas: n mappings of further columns; empty where there are none.
     """
 
     ids: Sequence[str]
@@ -43,6 +50,23 @@ class WrittenTest:
     right: tuple[BoolArray, BoolArray] | None
     confidence: FloatArray
     accepted: BoolArray
+    logprobs: Sequence[tuple[float | None, float | None]] = ()
+    metas: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def counted(self) -> CountedRows:
+        nothing = np.zeros(len(self.ids), dtype=np.bool_)
+        student, teacher = self.right or (nothing, nothing)
+        return CountedRows(
+            texts=self.texts,
+            metas=self.metas,
+            same=~self.differs,
+            answered=self.accepted,
+            has_gold=nothing if self.right is None else ~nothing,
+            teacher=teacher,
+            student=student,
+            cascade=np.where(self.accepted, student, teacher),
+        )
 
     @property
     def curve(self) -> CostQualityCurve:
@@ -92,6 +116,9 @@ class WrittenExample:
     gold: str | None
     teacher: str
     student: str
+    teacher_probability: str
+    student_probability: str
+    columns: tuple[tuple[str, str], ...]
     confidence: float
     answered_by: str
 
@@ -135,6 +162,8 @@ def render(data: WrittenData) -> tuple[str, list[Figure]]:
         evaluations=tables.evaluations(data.evaluations, of="tokens"),
         students=tables.students(data.compared),
         example_groups=pick(test) if test is not None else (),
+        slices=job_tables.by_slice(slices(test.counted)) if test is not None else None,
+        escalations=job_tables.escalations(test.counted) if test is not None else None,
         figures={"training": training, "comparison": comparison, "cost_quality": cost_quality},
     )
     return html, [figure for figure in (cost_quality, training, comparison) if figure]
@@ -155,7 +184,11 @@ def pick(rows: WrittenTest) -> tuple[WrittenGroup, ...]:
         groups += [
             ("The teacher is wrong", sure, ~teacher),
             ("The student is wrong, though the teacher is right", sure, teacher & ~student),
-        ]
+            ("Escalated, and it helped: only the teacher is right", unsure,
+             ~accepted & teacher & ~student),
+            ("Escalated, and it harmed: only the student was right", unsure,
+             ~accepted & student & ~teacher),
+        ]  # fmt: skip
     return tuple(_group(rows, title, rule, chosen, rule == sure) for title, rule, chosen in groups)
 
 
@@ -173,12 +206,22 @@ def _group(
 
 def _example(rows: WrittenTest, i: int) -> WrittenExample:
     student, gold = rows.student[i], rows.gold[i]
+    meta = rows.metas[i] if rows.metas else {}
     return WrittenExample(
         id=rows.ids[i],
         text=cut(rows.texts[i]),
         gold=None if gold is None else cut(gold),
         teacher=cut(rows.teacher[i]),
         student="(nothing)" if student is None else cut(student),
+        teacher_probability=_probability(rows, i, 0),
+        student_probability=_probability(rows, i, 1),
+        columns=tuple((name, cut(str(value))) for name, value in meta.items()),
         confidence=float(rows.confidence[i]),
         answered_by="student" if rows.accepted[i] else "teacher",
     )
+
+
+def _probability(rows: WrittenTest, i: int, who: int) -> str:
+    """Of a whole answer; empty where it is not known."""
+    logprob = rows.logprobs[i][who] if rows.logprobs else None
+    return "" if logprob is None else f"{np.exp(logprob):.2g}"

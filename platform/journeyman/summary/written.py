@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,8 +13,8 @@ from journeyman.certify import bundle as bundles
 from journeyman.certify import written
 from journeyman.certify.bundle import WrittenBundle
 from journeyman.certify.row_answers import row_answers
-from journeyman.certify.written_answers import OF_STUDENT, PROMPTS
-from journeyman.labels import dataset
+from journeyman.certify.written_answers import OF_STUDENT, OF_TEACHER, PROMPTS
+from journeyman.labels import cost, dataset
 from journeyman.labels.store import LabelStore
 from journeyman.report.data import SummaryRow
 from journeyman.report.verdict import percent, share
@@ -31,7 +33,13 @@ def written_data(run: RunFolder) -> WrittenData:
     best = _best(run)
     return WrittenData(
         **page_facts(run),
-        summary=[*_learned(best, run), *_promise(bundle, test), *sizes(run), *costs(run)],
+        summary=[
+            *_learned(best, run),
+            *_promise(bundle, test),
+            *_speed(run),
+            *sizes(run),
+            *costs(run),
+        ],
         learned=f"The student's first choice is {AGREES_WITH[best.against]} at "
         f"{best.agreement:.1%} of the tokens of {best.n_rows:,} calibrate rows; "
         f"{LOSS[best.against]} is {best.loss:.3f} nats a token.",
@@ -76,6 +84,26 @@ def _promise(bundle: WrittenBundle | None, test: WrittenTest | None) -> list[Sum
     return [SummaryRow(group="the promise", name=n, value=v, note=note) for n, v, note in rows]
 
 
+def writing_rates(run_dir: Path) -> dict[str, float]:
+    """Rows a second of a replica of each that wrote on the held-out rows for the certificate:
+    ``student``, and ``teacher`` where its labels are no answers."""
+    wrote = {"student": OF_STUDENT, "teacher": OF_TEACHER}
+    found = {who: dataset.totals(run_dir / "answers" / name) for who, name in wrote.items()}
+    took = {who: cost.seconds_a_row(totals) for who, totals in found.items() if totals}
+    return {who: 1 / seconds for who, seconds in took.items() if seconds}
+
+
+def _speed(run: RunFolder) -> list[SummaryRow]:
+    rates = writing_rates(run.directory)
+    ratio = rates["student"] / rates["teacher"] if len(rates) == 2 else None
+    notes = {"student": f"{ratio:.1f} times the teacher" if ratio else "",
+             "teacher": "both on the held-out rows, batched"}  # fmt: skip
+    return [
+        SummaryRow(group="speed", name=who, value=f"{rate:,.1f} rows/s", note=notes[who])
+        for who, rate in rates.items()
+    ]
+
+
 def _bundle(run: RunFolder) -> WrittenBundle | None:
     """None where there is none of this student, and of this recipe."""
     folder = run.path("certify")
@@ -105,10 +133,12 @@ def _test(run: RunFolder, bundle: WrittenBundle) -> WrittenTest:
         folder / OF_STUDENT,
         "test",
     )
-    texts, confidence = _texts(folder / PROMPTS), rows.scores(bundle.confidence)
+    asked, confidence = _asked(folder / PROMPTS), rows.scores(bundle.confidence)
     return WrittenTest(
         ids=rows.ids,
-        texts=[texts[row.id] for row in said],
+        texts=[asked[row.id][0] for row in said],
+        metas=[asked[row.id][1] for row in said],
+        logprobs=[(row.teacher_logprob, row.student_logprob) for row in said],
         gold=[row.gold for row in said],
         teacher=[row.teacher for row in said],
         student=[row.student for row in said],
@@ -119,10 +149,11 @@ def _test(run: RunFolder, bundle: WrittenBundle) -> WrittenTest:
     )
 
 
-def _texts(corpus_dir: Path) -> dict[str, str]:
-    """By id."""
-    texts: dict[str, str] = {}
+def _asked(corpus_dir: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Text and further columns by id."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
     for shard in corpus.read_manifest(corpus_dir)["shards"]:
-        table = corpus.read_shard(corpus_dir, shard["name"])
-        texts.update(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
-    return texts
+        table = corpus.read_shard(corpus_dir, shard["name"]).select(["id", "text", "meta"])
+        for row in table.to_pylist():
+            found[row["id"]] = row["text"], json.loads(row["meta"] or "{}")
+    return found

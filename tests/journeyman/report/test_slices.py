@@ -6,7 +6,7 @@ import pytest
 from journeyman.report.data import TestRows
 from journeyman.report.job_tables import by_slice, escalations
 from journeyman.report.page import render
-from journeyman.report.slices import slices, wilson
+from journeyman.report.slices import Slice, by_label, slices, wilson
 from tests.journeyman.report.synthetic import FOUR_LABELS, report_data
 
 
@@ -17,9 +17,13 @@ def sliced_rows(gold: bool = True) -> TestRows:
     return TestRows(**{name: getattr(test, name) for name in test.__slots__} | {"metas": metas})
 
 
+def slices_of(rows: TestRows) -> list[Slice]:
+    return slices(rows.counted, by_label(rows, FOUR_LABELS))
+
+
 def test_every_slice_has_the_counts_of_its_rows():
     rows = sliced_rows()
-    found = slices(rows, FOUR_LABELS)
+    found = slices_of(rows)
     assert {one.by for one in found} == {"gold label", "characters", "shop"}  # each row is rare
     shop = next(one for one in found if (one.by, one.value) == ("shop", "b"))
     members = range(1, len(rows), 2)
@@ -42,14 +46,14 @@ def test_of_a_column_of_many_values_the_worst_of_those_with_rows_are_shown():
         for i in range(len(test))
     ]
     rows = TestRows(**{name: getattr(test, name) for name in test.__slots__} | {"metas": metas})
-    found = slices(rows, FOUR_LABELS)
+    found = slices_of(rows)
     by_intent = [one for one in found if one.by == "intent"]
     assert len(by_intent) == 16 and {one.n for one in by_intent} == {5}
     passages = [one for one in found if one.by == "characters of passage"]
     assert [one.n for one in passages] == pytest.approx([len(test) / 4] * 4, abs=1)
     many = [{"intent": f"intent {i % 40}"} for i in range(len(test))]
     rows = TestRows(**{name: getattr(test, name) for name in test.__slots__} | {"metas": many})
-    shown = [one for one in slices(rows, FOUR_LABELS) if one.by == "intent"]
+    shown = [one for one in slices_of(rows) if one.by == "intent"]
     assert len(shown) == 30  # of 40, the surely worst
     right = np.where(
         rows.accepted, rows.student_answer == rows.gold, rows.escalated_answer == rows.gold
@@ -59,10 +63,10 @@ def test_of_a_column_of_many_values_the_worst_of_those_with_rows_are_shown():
 
 
 def test_the_surely_worst_come_first():
-    found = slices(sliced_rows(), FOUR_LABELS)
+    found = slices_of(sliced_rows())
     upper = [wilson(one.cascade, one.n_gold)[1] for one in found]
     assert upper == sorted(upper)
-    without = slices(sliced_rows(gold=False), FOUR_LABELS)
+    without = slices_of(sliced_rows(gold=False))
     assert {one.by for one in without} == {"teacher's label", "characters", "shop"}
     upper = [wilson(one.same, one.n)[1] for one in without]
     assert upper == sorted(upper)
@@ -79,7 +83,7 @@ def test_intervals_are_wilsons(k: int, n: int):
 
 def test_what_escalating_was_worth_adds_up():
     rows = sliced_rows()
-    table = escalations(rows)
+    table = escalations(rows.counted)
     assert sum(int(row[1]) for row in table.rows) == int((~rows.accepted).sum())
     helped = sum(
         not rows.accepted[i]
@@ -88,7 +92,7 @@ def test_what_escalating_was_worth_adds_up():
         for i in range(len(rows))
     )
     assert table.rows[0][1] == str(helped)
-    assert escalations(sliced_rows(gold=False)) is None
+    assert escalations(sliced_rows(gold=False).counted) is None
 
 
 def test_the_page_shows_slices_and_the_rows_of_each_kind():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from journeyman.certify.certificate import certify_system_agreement
 from journeyman.certify.curve import cost_quality_curve
 from journeyman.report import written
 from journeyman.report.comparison import ComparedStudent
+from journeyman.report.slices import slices
 from journeyman.report.written import WrittenData, WrittenTest
 from tests.journeyman.report.synthetic import summary
 from tests.journeyman.report.test_page import Page
@@ -121,6 +123,25 @@ def test_a_certified_one_shows_its_promise_and_rows_to_read_as_text() -> None:
     assert "b" not in page.tags and BETTER in page.text
     assert "75.0%" in page.text  # the teacher's agreement with itself
     assert "The teacher is wrong" in page.text and "(nothing)" in page.text
+
+
+def test_slices_are_of_its_rows_and_what_escalating_was_worth_is_said() -> None:
+    shown = certified(gold=True)
+    assert shown.test is not None
+    metas = [{"shop": "ab"[i % 2]} for i in range(40)]
+    logprobs = [(None if i else -0.5, -1.5) for i in range(40)]
+    test = replace(shown.test, metas=metas, logprobs=logprobs)
+    page = Page(written.render(replace(shown, test=test))[0])
+    assert {"slices", "rows"} <= set(page.ids) and "shop" in page.text
+    assert "What escalating was worth" in page.text and "it helped" in page.text
+    assert f"probability {np.exp(-1.5):.2g}" in page.text
+    (of_b,) = [one for one in slices(test.counted) if (one.by, one.value) == ("shop", "b")]
+    members = np.arange(1, 40, 2)
+    right = np.where(test.accepted, np.arange(40) < 39, ~test.differs)[members]
+    assert (of_b.n, of_b.n_gold, of_b.cascade) == (20, 20, right.sum())
+    assert of_b.same == (~test.differs[members]).sum()
+    helped = next(group for group in written.pick(test) if "it helped" in group.title)
+    assert helped.n == (~test.accepted & ~test.differs & (np.arange(40) >= 39)).sum()
 
 
 def test_counts_are_of_the_rows() -> None:

@@ -29,7 +29,7 @@ from tests.journeyman.labels.synthetic import write_dataset
 
 RECIPES = ROOT / "jobs" / "recipes"
 SLICES = {
-    "policy": ("corpus.limits={train: 60, calibrate: 2, certify: 2, test: 2}",),
+    "policy": ("corpus.limits={train: 60, calibrate: 10, certify: 15, test: 2}",),
     "retrieval": (
         "corpus.limits={train: 24, calibrate: 10, certify: 15, test: 10}",
         "student.max_length=64",
@@ -79,8 +79,14 @@ def test_make_recipes_runs_each_and_shows_what_came_of_each():
 
 
 def labeled(name: str, replica: Replica, output: Path) -> tuple[Recipe, steps.Run]:
-    """A slice of a recipe, labeled by the session's engine as a replica of its own would."""
-    settings = recipe.load(RECIPES / f"{name}.yaml", [*SLICES[name], *QUICK, f"output={output}"])
+    """A slice of a shipped recipe."""
+    overrides = [*SLICES[name], *QUICK, f"output={output}"]
+    return labeled_run(recipe.load(RECIPES / f"{name}.yaml", overrides), replica)
+
+
+def labeled_run(settings: Recipe, replica: Replica) -> tuple[Recipe, steps.Run]:
+    """Labeled by the session's engine as a replica of its own would."""
+    output = Path(settings.output)
     manifest = corpus.prepare(settings, output / "prepared")
     task = tasks.local(settings.labels, replica._backend)
 
@@ -125,7 +131,9 @@ def mean_probabilities(settings: Recipe, run: steps.Run) -> dict[str, float]:
     return dict(zip(rows.labels, np.exp(rows.logprobs).mean(axis=0), strict=True))
 
 
-def test_policy_has_the_prior_that_its_recipe_knows(replica: Replica, tmp_path: Path):
+def test_policy_has_the_prior_that_its_recipe_knows_and_ends_with_a_bundle(
+    replica: Replica, ray_cluster: None, tmp_path: Path
+):
     settings, run = labeled("policy", replica, tmp_path)
     assert mean_probabilities(settings, run) == pytest.approx(
         {"answer": 0.8, "refuse": 0.2}, abs=1e-4
@@ -134,6 +142,32 @@ def test_policy_has_the_prior_that_its_recipe_knows(replica: Replica, tmp_path: 
     answers, known = rows.logprobs.argmax(axis=1), rows.gold >= 0
     assert known.all()
     assert (answers == rows.gold).mean() > 0.7  # .90 of 1,000 train rows
+    for step in ("train", "certify"):
+        run.execute(step)
+    bundle = bundles.load(run.path("certify"))
+    assert bundle.columns == ("text",) and bundle.served.n == 15
+    assert bundle.served.feasible or bundle.served.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "flags"),
+    [
+        ("sms_spam/messages.tsv.gz", []),
+        ("xquad/pairs.jsonl.gz", ["--group", "article", "--meta", "passage"]),
+    ],
+)
+def test_what_init_drafts_runs_to_its_bundle(
+    replica: Replica, ray_cluster: None, tmp_path: Path, file: str, flags: list[str]
+):
+    drafted = journeyman("init", str(RECIPES / file), *flags, "--to", str(tmp_path / "mine.yaml"))
+    assert drafted.returncode == 0, drafted.stderr
+    limits = "corpus.limits={train: 40, calibrate: 10, certify: 15, test: 5}"
+    settings = recipe.load(tmp_path / "mine.yaml", [limits, *QUICK, f"output={tmp_path}"])
+    _, run = labeled_run(settings, replica)
+    for step in ("train", "certify"):
+        run.execute(step)
+    assert set(bundles.load(run.path("certify")).label_names) == set(settings.classes().classes)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from journeyman.errors import DataError
 from journeyman.labels import dataset
 from journeyman.labels.store import LabelStore
 from journeyman.progress import duration
+from journeyman.recipe import Recipe
 from journeyman.report import comparison
 from journeyman.report.comparison import ComparedStudent
 from journeyman.report.data import ReportData
@@ -27,12 +28,18 @@ from journeyman.report.measure import AgainstGold, Measured, measure
 from journeyman.report.ranking import rankings
 from journeyman.report.tables import interval
 from journeyman.report.verdict import beside_teacher, percent, realised_of_each, share
-from journeyman.run_folder import RunFolder
-from journeyman.summary.written import writing_rates
+from journeyman.run_folder import RunFolder, folder_of
+from journeyman.summary.written import times_the_teacher, writing_rates
 
 BEGIN, END = "<!-- results: written by `make recipes` -->", "<!-- end of results -->"
 _NOTHING = "–"
 _STEPS = ("prepare", "label", "train", "certify", "serve and measure")
+_OF_WRITING = (
+    "Agreement, perplexity and answers to the letter (with an exact 95% interval) are on "
+    "`calibrate` rows: agreement with the teacher's first choice, token by token; perplexity of "
+    "the text's own tokens. Realised and what the student answers are on `test` rows. Rows a "
+    "second are what each wrote on the held-out rows, a replica each, batched."
+)
 _PAGE = """\
 # What the recipes gain
 
@@ -121,11 +128,7 @@ def read(run_dir: Path) -> Finished | Written:
         if student.perplexity is None:  # it classifies
             raise DataError(f"{run_dir}: not certified yet; run journeyman run first.")
         return _read_written(run_dir, student)
-    recorded = recipe.parse(files.read_json(settings), str(settings))
-    if recorded.run_url is None and recorded.run_dir.resolve() != run_dir.resolve():  # it was moved
-        where = {"output": str(run_dir.resolve().parent), "name": run_dir.resolve().name}
-        recorded = recorded.model_copy(update=where)
-    run = RunFolder(recorded, run_dir)
+    run = _run_folder(recipe.parse(files.read_json(settings), str(settings)), run_dir)
     if not (run.path("measure") / "manifest.json").is_file():
         raise DataError(f"{run_dir}: not measured yet; run journeyman run first.")
     data = summary.report_data(run)
@@ -138,21 +141,32 @@ def read(run_dir: Path) -> Finished | Written:
 
 
 def _read_written(run_dir: Path, student: ComparedStudent) -> Written:
-    labels = dataset.totals(run_dir / "labels")
-    known: dict[str, Any] = {
-        "student": student,
-        "seconds": _seconds(run_dir, run_dir / "corpus", run_dir / "labels"),
-        "nobody_asked": bool(labels) and not labels["prompt_tokens"],
-    }
-    if not (run_dir / "bundle" / RECIPE_FILE).is_file():
-        return Written(**known)
+    settings = folder_of(run_dir, "certify") / RECIPE_FILE
+    if not settings.is_file():
+        labels = folder_of(run_dir, "label")
+        there = LabelStore(labels).manifest() if dataset.is_finished(labels) else {}
+        return Written(
+            student=student,
+            seconds=_seconds(run_dir, folder_of(run_dir, "prepare"), labels),
+            nobody_asked=bool(there.get("teacher_column")),
+        )
+    run = _run_folder(recipe.parse(files.read_json(settings), str(settings)), run_dir)
     return Written(
-        **known,
-        bundle=bundles.load_any(run_dir / "bundle"),
-        test=files.read_json(run_dir / "bundle" / "manifest.json").get("test"),
-        has_no_test_rows=_has_no_test_rows(run_dir / "corpus"),
+        student=student,
+        bundle=bundles.load_any(run.path("certify")),
+        test=files.read_json(run.path("certify") / "manifest.json").get("test"),
+        has_no_test_rows=_has_no_test_rows(run.path("prepare")),
         rates=writing_rates(run_dir),
+        seconds=_seconds(run_dir, run.corpus, run.labels),
     )
+
+
+def _run_folder(recorded: Recipe, run_dir: Path) -> RunFolder:
+    """Of a run that may have been moved."""
+    if recorded.run_url is None and recorded.run_dir.resolve() != run_dir.resolve():
+        where = {"output": str(run_dir.resolve().parent), "name": run_dir.resolve().name}
+        recorded = recorded.model_copy(update=where)
+    return RunFolder(recorded, run_dir)
 
 
 def page(runs: Sequence[Finished | Written]) -> str:
@@ -180,7 +194,9 @@ def for_readme(runs: Sequence[Finished | Written]) -> str:
     """The tables of both kinds of students, as far as there are some."""
     finished = [run for run in runs if isinstance(run, Finished)]
     written = [run for run in runs if isinstance(run, Written)]
-    tables = [quality(finished)] * bool(finished) + [writing(written)] * bool(written)
+    tables = [quality(finished)] if finished else []
+    if written:
+        tables.append(f"{writing(written)}\n\n{_OF_WRITING}")
     return "\n\n".join(tables)
 
 
@@ -286,7 +302,7 @@ def _costs(runs: Sequence[Finished | Written]) -> str:
         (
             run.name,
             *(duration(run.seconds[s]) if s in run.seconds else _NOTHING for s in steps),
-            duration(sum(run.seconds.values())),
+            duration(sum(run.seconds.values())) if _is_whole(run) else _NOTHING,
         )
         for run in runs
         if run.seconds
@@ -294,16 +310,17 @@ def _costs(runs: Sequence[Finished | Written]) -> str:
     return _table(("recipe", *steps, "all"), rows)
 
 
+def _is_whole(run: Finished | Written) -> bool:
+    """Whether what its labels took is known: they may be kept elsewhere."""
+    return {"prepare", "label", "train"} <= set(run.seconds)
+
+
 def _written(runs: Sequence[Written]) -> str:
     if not runs:
         return ""
     students = [run.student for run in runs]
     return (
-        f"\n## Students that write\n\n{writing(runs)}\n\n"
-        "Agreement, perplexity and answers to the letter (with an exact 95% interval) are on "
-        "`calibrate` rows: agreement with the teacher's first choice, token by token; perplexity "
-        "of the text's own tokens. Realised and what the student answers are on `test` rows. Rows "
-        "a second are what each wrote on the held-out rows, a replica each, batched.\n"
+        f"\n## Students that write\n\n{writing(runs)}\n\n{_OF_WRITING}\n"
         + "".join(f"{note}\n" for note in comparison.agreement_notes(students))
         + "\n"
         + "".join(f"- {_certified(run)}\n" for run in runs)
@@ -319,7 +336,7 @@ def writing(runs: Sequence[Written]) -> str:
 
 def _writes(run: Written) -> tuple[str, ...]:
     student, rates = run.student, run.rates
-    ratio = rates["student"] / rates["teacher"] if len(rates) == 2 else None
+    ratio = times_the_teacher(rates)
     times = "" if ratio is None else f" ({ratio:,.1f}×)"
     return (
         run.name,
@@ -396,14 +413,12 @@ def _seconds(run_dir: Path, corpus_dir: str | Path, labels: str | Path) -> dict[
         found["prepare"] = corpus.read_manifest(corpus_dir)["seconds"]
     if dataset.is_finished(labels):
         found["label"] = LabelStore(labels).manifest()["seconds"]
-    later = {
-        "train": run_dir / "student" / "journeyman.json",
-        "certify": run_dir / "bundle" / "manifest.json",
-        "serve and measure": run_dir / "serving" / "manifest.json",
-    }
-    return found | {
-        step: files.read_json(path)["seconds"] for step, path in later.items() if path.is_file()
-    }
+    later = (("train", "train", "journeyman.json"), ("certify", "certify", "manifest.json"),
+             ("serve and measure", "measure", "manifest.json"))  # fmt: skip
+    for name, step, manifest in later:
+        if (path := folder_of(run_dir, step) / manifest).is_file():
+            found[name] = files.read_json(path)["seconds"]
+    return found
 
 
 def _machine(runs: Sequence[Finished | Written]) -> str:

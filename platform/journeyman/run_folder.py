@@ -43,6 +43,11 @@ def here(where: str) -> Path:
     return run.local
 
 
+def folder_of(run_dir: Path, step: str) -> Path:
+    """The folder that a step of the run in this one writes."""
+    return run_dir / _FOLDERS[step]
+
+
 class RunFolder:
     """The folder of one recipe's run."""
 
@@ -58,7 +63,7 @@ class RunFolder:
 
     def path(self, step: str) -> Path:
         """The folder that a step writes; the copy on this machine where the run is in a store."""
-        return self.directory / _FOLDERS[step]
+        return folder_of(self.directory, step)
 
     def mirror(self, step: str) -> Mirror:
         """The same, and where it lies."""

@@ -375,12 +375,23 @@ def names(recipe: Recipe) -> tuple[str, ...]:
     if recipe.student is None:
         return NAMES[: NAMES.index("train")]
     if recipe.learner().kind == "causal":
-        certifies = recipe.certify.complete is not None and recipe.corpus.feedback is None
+        elsewhere = recipe.corpus.feedback or recipe.run_url  # a command, or not there yet
+        certifies = recipe.certify.complete is not None and not elsewhere
         return ("prepare", "label", "train", *(["certify"] if certifies else []), "report")
     return NAMES
 
 
 Reporter = Callable[[StepResult], None]
+
+
+def check(recipe: Recipe) -> None:
+    """Raises RecipeError where the student cannot learn, or not be certified, as it says."""
+    from journeyman.certify import written
+    from journeyman.student import step
+
+    step.check(recipe)
+    if recipe.learner().kind == "causal" and "certify" in names(recipe):
+        written.check(recipe)
 
 
 def run(recipe: Recipe, report: Reporter, *, new_labels: bool = False) -> list[StepResult]:
@@ -390,7 +401,7 @@ def run(recipe: Recipe, report: Reporter, *, new_labels: bool = False) -> list[S
     results = []
     current = Run(recipe)
     if recipe.student is not None:  # before labels are paid for
-        step.check(recipe)
+        check(recipe)
         step.check_vocabulary(recipe, current.base_student, current.teacher)
     with current.locked():
         for name in names(recipe):

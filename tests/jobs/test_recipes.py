@@ -146,7 +146,8 @@ def test_policy_has_the_prior_that_its_recipe_knows_and_ends_with_a_bundle(
         run.execute(step)
     bundle = bundles.load(run.path("certify"))
     assert bundle.columns == ("text",) and bundle.served.n == 15
-    assert bundle.served.feasible or bundle.served.reason
+    served = bundle.served
+    assert served.upper_bound <= served.alpha if served.feasible else served.threshold is None
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def test_wrong_type_says_where_and_what_was_got():
         ("corpus.columns.split=null", "split_map needs columns.split"),
         ("corpus.split_map={val: {test: 0.4}}", "split_map.val must add up to 1, got 0.4"),
         ("cluster.replicas={min: 3, max: 2}", "min (3) must not exceed max (2)"),
-        ("corpus.columns.meta=[label]", "meta: label stands for the words of a label in templates"),
+        ("corpus.columns.meta=[label]", "columns.meta: label stands for the words of a label"),
         ("certify={delta: 0.9}", "delta (0.9) must not exceed max_delta (0.5)"),
         (
             "certify={delta: 0.3, besides: [accuracy]}",
@@ -302,6 +302,7 @@ def test_the_recipe_of_a_finished_run_is_read_with_settings_that_nothing_reads()
     finished = recipe.load(DEMO).model_dump(mode="json")
     finished["training"]["divergence"] = "reverse_kl"
     finished["cascade"]["student_gpus"] = 1
+    finished["corpus"]["columns"]["meta"] = ["label"]
     finished["teacher"] |= {"url": "http://api/v1", "revision": "v2"}
     assert recipe.parse(finished).training.divergence == "reverse_kl"
 

@@ -1,14 +1,25 @@
 """The page of finished runs: its figures are those of the runs' own folders."""
 
+from pathlib import Path
+
 import pytest
 from scipy.stats import binomtest
 
-from journeyman import results
+from journeyman import files, results
 from journeyman.errors import DataError
+from journeyman.labels.store import LabelStore
 from journeyman.report.comparison import ComparedStudent
 from journeyman.report.data import ReportData
 from journeyman.report.measure import measure
 from journeyman.results import BEGIN, END, Finished, Written
+from tests.journeyman.labels.synthetic import (
+    TOP3,
+    distributions,
+    generated,
+    row,
+    settings,
+    write_dataset,
+)
 from tests.journeyman.report.synthetic import report_data
 
 TWO_CORES = {"nodes": 1, "cpus": 2, "gpus": 0, "accelerators": [], "architecture": "x86_64"}
@@ -146,3 +157,32 @@ def test_the_table_goes_between_the_marks_and_nowhere_else():
 def test_a_run_that_is_not_finished_is_refused(tmp_path):
     with pytest.raises(DataError, match="no finished student here"):
         results.read(tmp_path)
+
+
+def learned(run: Path) -> LabelStore:
+    """A run that ended with a student that writes; its labels."""
+    rows = [(row("Capital of France?"), generated("Paris.", [1, 2], distributions(2)))]
+    labels = write_dataset(run, settings("generate"), [rows], codec=TOP3)
+    labels.finish({"seconds": 40.0})
+    prepared = files.read_json(run / "corpus" / "manifest.json")
+    files.write_json(run / "corpus" / "manifest.json", prepared | {"seconds": 2.0})
+    best = {"step": 3, "n_rows": 20, "agreement": 0.5, "perplexity": 9.0, "against": "text"}
+    record = {"kind": "student", "best": best, "rows": 480, "steps": 3, "seconds": 60.0,
+              "labels": "d"}  # fmt: skip
+    (run / "student").mkdir()
+    files.write_json(run / "student" / "journeyman.json", record)
+    (run / "student" / "training.jsonl").write_text("")
+    return labels
+
+
+def test_what_steps_took_is_read_where_they_left_it(tmp_path: Path):
+    labels = learned(tmp_path / "r")
+    found = results.read(tmp_path / "r")
+    assert isinstance(found, Written) and not found.nobody_asked and not found.rates
+    assert found.seconds == {"prepare": 2.0, "label": 40.0, "train": 60.0}
+    assert "`r`: not certified; its run ends with the student." in results.page([found])
+    labels.finish({"teacher_column": "solution"})
+    (tmp_path / "r" / "corpus" / "manifest.json").unlink()  # of a corpus that is gone
+    found = results.read(tmp_path / "r")
+    assert isinstance(found, Written) and found.nobody_asked
+    assert cells(results.page([found]), "r")[-1] == ["r", "0:40", "1:00", "–"]

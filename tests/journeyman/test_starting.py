@@ -14,7 +14,7 @@ from journeyman import cli, corpus, recipe
 from journeyman.cli.init import choose
 from journeyman.errors import JourneymanError
 from journeyman.labels.trying import ways
-from journeyman.starting.draft import DEMO_TEACHER, draft, parsed, words_of
+from journeyman.starting.draft import DEMO_TEACHER, draft, parsed, split_map, words_of
 from journeyman.starting.look import look
 from tests.conftest import ROOT
 
@@ -121,6 +121,21 @@ def test_splits_are_known_in_any_case_and_others_are_refused(capsys):
     assert "--split part: 'elsewhere' is none of train, training, val" in said
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["train", "test"], {"train": 0.65, "calibrate": 0.1, "certify": 0.25}),
+        (["train", "dev"], "train"),
+        (["train", "calibrate", "certify", "test"], "train"),
+        (["train", "calibrate", "certify"], {"train": 0.85, "test": 0.15}),
+    ],
+)
+def test_what_no_split_of_the_file_is_for_is_taken_from_train(names, expected):
+    mapped = split_map(names)
+    assert mapped["train"] == expected
+    assert all(mapped[name] == name for name in names if name not in ("train", "dev"))
+
+
 def test_labels_in_quotation_marks_of_a_tsv_are_told(capsys):
     rows = [f"text {i}\t{'a' if i else chr(34) + 'a' + chr(34)}{'b' if i % 2 else ''}\n"
             for i in range(60)]  # fmt: skip
@@ -159,7 +174,7 @@ def test_a_hundred_labels(capsys):
     said = init(capsys, "many.csv")
     assert "intent_0 (intent 0)" in said
     assert "100 labels are as many prefills a row: some 18 minutes of this teacher" in said
-    assert "for 300 rows, in which a label stands some 3 times" in said
+    assert "for 300 rows, in which a label stands some 3.0 times" in said
     settings = recipe.load("recipe.yaml")
     assert len(settings.classes().classes) == 100
     assert sum(settings.corpus.limits.values()) <= 300
@@ -248,7 +263,7 @@ def test_columns_of_pictures_are_let_be(capsys):
         ("a.json", "[]", [], "the format cannot be told from the name; let it end in one of"),
         ("a.csv", "text,text,label\na,b,x\nc,d,y\n", [], "two columns are called 'text'"),
         ("a.csv", "body,text,label\na,b,x\nc,d,y\n", ["--text", "body", "--meta", "text"],
-         "meta: text stands for the row's text in templates"),
+         "columns.meta: text stands for the row's text in templates"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_made_a_recipe_is_one_sentence(capsys, name, content, flags, sentence):

@@ -68,9 +68,13 @@ def test_where_there_is_no_other_way_nothing_can_be_taken(capsys) -> None:
 def test_what_the_file_does_not_say_is_not_written_as_its_evidence(tmp_path, capsys) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(before := (RECIPES / "policy.yaml").read_text())
-    for other in ("labels.classes.answer=money", "teacher.max_model_len=256"):
+    for other in (
+        "labels.classes.answer=money",
+        "teacher.max_model_len=256",
+        "report.positive=answer",
+    ):
         assert main(["label", str(path), "--try", "--take", "best", "--set", other]) == 1
-        assert "put these settings into the file first" in capsys.readouterr().err
+        assert "put these settings of labels" in capsys.readouterr().err
     assert path.read_text() == before
 
 
@@ -81,3 +85,4 @@ def test_what_each_reached_is_written_beside_it(tmp_path: Path) -> None:
     (line,) = [one for one in path.read_text().split("\n") if "longer: 0.500 right of 2" in one]
     assert "balanced 0.500, AUC 1.000, ECE 0." in line and "tokens a row" in line
     assert "SmolLM2-135M-Instruct.Q4_1.gguf:" in path.read_text()
+    assert "Taken by the AUC of refuse." in path.read_text()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -126,7 +126,7 @@ def corpus_rows(
 ) -> list[dict[str, Any]]:
     """Both orders of each pair as rows of a corpus, with the columns ``request``, ``first`` and
     ``second`` beside those of its own row in ``prompts``; what is known of it is its gold label."""
-    asked, sources = prompting(question), _sources(prompts)
+    asked, sources = prompting(question), corpus.by_id(prompts)
     rows = {}
     for pair in pairs:
         text, meta = sources[pair.row]
@@ -255,12 +255,3 @@ def _rate(count: int, n: int) -> Rate:
 
 def _id(row: str, first: str, second: str) -> str:
     return digest([row, first, second])
-
-
-def _sources(prompts: Path) -> dict[str, tuple[str, dict[str, Any]]]:
-    return {row["id"]: (row["text"], json.loads(row["meta"] or "{}")) for row in _rows(prompts)}
-
-
-def _rows(prompts: Path) -> Iterator[dict[str, Any]]:
-    for shard in corpus.read_manifest(prompts)["shards"]:
-        yield from corpus.read_shard(prompts, shard["name"]).to_pylist()

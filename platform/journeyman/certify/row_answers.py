@@ -23,7 +23,6 @@ class RowAnswers:
     Attributes:
         student: None where it has no answer.
         logprobs: float[t], of the tokens of that; none then.
-        student_logprob: sum over these; None without an answer.
         teacher: its answer; teacher_logprob: of that, None where it is not known.
         samples: the answers of the teacher's samples, None where one could not be parsed; empty
             where it gave one answer.
@@ -34,7 +33,6 @@ class RowAnswers:
     gold: str | None
     student: str | None
     logprobs: npt.NDArray[np.floating[Any]]
-    student_logprob: float | None
     teacher: str
     teacher_logprob: float | None
     samples: tuple[str | None, ...]
@@ -63,7 +61,6 @@ def row_answers(
                 gold=row["gold"],
                 student=own["output"] if own else None,
                 logprobs=logprobs[:, 0],
-                student_logprob=own["output_logprob"] if own else None,
                 teacher=row[said],
                 teacher_logprob=row.get("output_logprob"),
                 samples=samples if len(samples) > 1 else (),

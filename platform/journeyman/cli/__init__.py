@@ -266,13 +266,13 @@ def _recipe_show(options: argparse.Namespace) -> int:
 
 
 def _recipe_check(options: argparse.Namespace) -> int:
-    from journeyman import corpus, models
+    from journeyman import corpus, models, steps
     from journeyman.labels import quality
     from journeyman.student import step
 
     loaded = load(options)
     if loaded.student:
-        step.check(loaded)
+        steps.check(loaded)
     corpus.id_columns(loaded)
     quality.check(loaded.labels, has_gold=bool(loaded.corpus.columns.label))
     urls = corpus.source_urls(loaded.corpus)

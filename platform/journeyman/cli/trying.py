@@ -23,9 +23,10 @@ _WEAKER = (
     "weaker: what most of them get wrong counts as right. Label some hundred rows by hand."
 )
 
-_TWO = (
-    "Two ways agree with each other alike, which chooses neither: add a third to\n"
-    "labels.candidates, or gold labels."
+_TOO_FEW = (
+    "{} of the ways could be asked, and without gold labels it takes three to choose, as two agree "
+    "with each other alike: mend those that could not be asked, add to labels.candidates, or give "
+    "some rows gold labels."
 )
 _ALONE = (
     "labels.candidates names no other way to ask, so that there is nothing to choose from; add "
@@ -57,11 +58,12 @@ def run(options: argparse.Namespace) -> int:
         print(f"\n{_ALONE}")
         return 0
     chosen = best(judged, by_order=loaded.report.positive is not None)
-    if chosen is None and any(one.n for one in judged):
-        print(f"\n{_TWO}")
-        return 1 if options.take else 0
     if chosen is None:
-        raise RecipeError("none of the candidates could be asked; mend the recipe's own first.")
+        n_asked = sum(bool(one.n) for one in judged)
+        if options.take or not n_asked:
+            raise RecipeError(_TOO_FEW.format(n_asked))
+        print(f"\n{_TOO_FEW.format(n_asked)}")
+        return 0
     if options.take != "best":
         print(f"\nnext      journeyman label {options.recipe} --try --take best   "
               f"writes {chosen.name} into the recipe")  # fmt: skip
@@ -72,13 +74,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_is_the_files(path: Path, tried: Recipe) -> None:
-    """That what the command line sets besides candidates does not make it another question."""
-    in_file = recipe.load(path)
-    same = in_file.classes().asked() == tried.classes().asked()
-    if not same or in_file.teacher != tried.teacher:
+    """That what the command line sets besides candidates does not make it another question, or
+    another way to choose."""
+
+    def decides(one: Recipe) -> tuple[Any, ...]:
+        teacher = one.teacher
+        model = (teacher.model, teacher.revision, teacher.lora, teacher.url)
+        asked = (one.classes().asked(), *model, teacher.decisive("truncate"))
+        return (*asked, one.corpus, one.report.positive)
+
+    if decides(recipe.load(path)) != decides(tried):
         raise RecipeError(
-            f"--take writes into {path}, which asks in another way than --set labels... or "
-            "--set teacher... says; put these settings into the file first."
+            f"--take writes into {path}, and --set makes another question of it than the file: put "
+            "these settings of labels, teacher, corpus or report into the file first."
         )
 
 
@@ -129,6 +137,8 @@ def _take(path: Path, tried: Recipe, chosen: Judged, judged: Sequence[Judged], o
         f"{tried.teacher.model}:",
         *(f"  {line}" for line in figures),
     ]
+    if tried.report.positive and chosen.auc is not None:
+        comments.append(f"Taken by the AUC of {tried.report.positive}.")
     if chosen.accuracy is None:
         comments += ["Without gold labels, which is weaker: what most of them get wrong counts as "
                      "right."]  # fmt: skip

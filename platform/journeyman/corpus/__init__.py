@@ -149,6 +149,16 @@ def read_manifest(corpus_dir: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def by_id(corpus_dir: str | Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Text and further columns of every row."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for shard in read_manifest(corpus_dir)["shards"]:
+        table = read_shard(corpus_dir, shard["name"]).select(["id", "text", "meta"])
+        for row in table.to_pylist():
+            found[row["id"]] = row["text"], json.loads(row["meta"] or "{}")
+    return found
+
+
 def read_shard(corpus_dir: str | Path, name: str) -> pa.Table:
     """One corpus shard; raises DataError if the file is missing, damaged or of another schema."""
     import pyarrow as pa

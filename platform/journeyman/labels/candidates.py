@@ -46,7 +46,8 @@ class Judged:
     """One candidate in figures; those against gold are None without gold.
 
     accuracy and auc: after prior correction, which saw the same rows without their gold. auc: of
-    the first label against the second, or the mean over labels of each against the others.
+    ``report.positive``, without one of the first label against the second, or the mean over labels
+    of each against the others.
     agreement: mean share of rows with the answer of another candidate.
     """
 
@@ -71,15 +72,17 @@ def judge(
     asked: Mapping[str, Asked],
     gold: IntArray,
     price: Price,
+    positive: str | None = None,
 ) -> list[Judged]:
-    """In the order of ``labels``; gold: int64[n] of the rows tried, -1 without."""
+    """In the order of ``labels``; gold: int64[n] of the rows tried, -1 without; positive: label
+    that AUC is of."""
     answers = {
         name: _answers(labels[name], said, len(gold))
         for name, said in asked.items()
         if not said.refusal
     }
     return [
-        _judged(name, labels[name], asked[name], gold, price, _agreement(name, answers))
+        _judged(name, labels[name], asked[name], gold, price, _agreement(name, answers), positive)
         for name in labels
     ]
 
@@ -88,9 +91,10 @@ def best(judged: Sequence[Judged], *, by_order: bool = False) -> Judged | None:
     """The one with most right answers (of equal ones the better order, then the cheaper), or
     by_order, for a label that is rare, the one with the largest AUC; without gold the one that
     agrees most with the others. Rows that one could not answer count against it. None where none
-    could be asked, or where two agree with each other alone, which says nothing of either."""
+    could be asked, and without gold where fewer than three could, as two agree with each other
+    alike."""
     able = [one for one in judged if not one.refusal and one.n]
-    if len(able) == 2 and not any(one.accuracy for one in able):
+    if len(able) < 3 and not any(one.accuracy for one in able):
         return None
 
     def merit(one: Judged) -> tuple[float, ...]:
@@ -137,6 +141,7 @@ def _judged(
     gold: IntArray,
     price: Price,
     agreement: float | None,
+    positive: str | None,
 ) -> Judged:
     n = len(said.place)
     probabilities = np.exp(_corrected(labels, said.logprobs)) if n else said.logprobs
@@ -152,7 +157,7 @@ def _judged(
         unanswered=len(gold) - n,
         accuracy=Share.of(int(right.sum()), len(g)) if len(g) else None,
         balanced_accuracy=balanced_accuracy(p.argmax(axis=1), g) if len(g) else None,
-        auc=_auc(p, g) if len(g) else None,
+        auc=_auc(p, g, list(labels.classes), positive) if len(g) else None,
         calibration_error=expected_calibration_error(p, g) if len(g) else None,
         agreement=agreement,
         label_mass=said.label_mass,
@@ -163,9 +168,13 @@ def _judged(
     )
 
 
-def _auc(probabilities: FloatArray, gold: IntArray) -> float | None:
+def _auc(
+    probabilities: FloatArray, gold: IntArray, labels: Sequence[str], positive: str | None
+) -> float | None:
     n_classes = probabilities.shape[1]
     columns = [0] if n_classes == 2 else range(n_classes)
+    if positive is not None:
+        columns = [labels.index(positive)]
     areas = [area_under_roc(probabilities[:, c], gold == c) for c in columns]
     known = [area for area in areas if area is not None]
     return float(np.mean(known)) if known else None

@@ -43,6 +43,7 @@ def finish(
         {
             "complete": True,
             "recipe": recipe.hash,
+            "teacher_column": teacher.column,  # of the corpus, where nobody was asked
             "versions": {"vllm": None if teacher.gives_text_alone else engine.version()},
             "shards": [s["name"] for s in corpus_manifest["shards"]],
             "splits": corpus_manifest["splits"],

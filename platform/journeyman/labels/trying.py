@@ -69,7 +69,7 @@ def tried(recipe: Recipe, model: Model, corpus_dir: str | Path, n_rows: int) -> 
         raise reason_of(error, "the trial") from error
     finally:
         ray.kill(actor)
-    return judge(asked_ways, said, gold, recipe.teacher.price)
+    return judge(asked_ways, said, gold, recipe.teacher.price, recipe.report.positive)
 
 
 def _rows(

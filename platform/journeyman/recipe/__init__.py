@@ -17,7 +17,7 @@ from journeyman.recipe.labels import (
     Rationales,
     TokenLabels,
 )
-from journeyman.recipe.loading import Recipe, load, parse
+from journeyman.recipe.loading import Recipe, load, parse, parse_new
 from journeyman.recipe.report import Report
 from journeyman.recipe.serving import Breaker, Cascade, Certify, Feedback, Judge
 from journeyman.recipe.student import Lora, OnPolicy, RowWeight, Student, Training
@@ -56,4 +56,5 @@ __all__ = [
     "digest",
     "load",
     "parse",
+    "parse_new",
 ]

@@ -24,16 +24,6 @@ class Columns(Section):
         (), description="Further columns to carry along, for templates and for reading."
     )
 
-    @model_validator(mode="after")
-    def _names_of_templates_stand_for_one_thing(self) -> Columns:
-        for name, what in (("text", "the row's text"), ("label", "the words of a label")):
-            if name in self.meta and name not in (self.text, self.label):
-                raise ValueError(
-                    f"meta: {name} stands for {what} in templates; leave that column out, or give "
-                    "it another name in the file"
-                )
-        return self
-
 
 class NearDuplicates(Section):
     """Rows that nearly repeat another one: MinHash (Broder 1997), before any is labeled."""

@@ -331,9 +331,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: the recipe must be a mapping of sections, got {_kind(data)}.")
     for override in overrides:
         _apply(data, override)
-    loaded = parse(data, str(path))
+    return parse_new(data, str(path))
+
+
+def parse_new(data: dict[str, Any], where: str) -> Recipe:
+    """Validate a mapping that nothing was made by yet: settings that nothing would read are refused
+    too. Raises RecipeError with one sentence a mistake."""
+    loaded = parse(data, where)
     if said := unread.sentences(loaded):
-        raise RecipeError("\n".join(f"{path}: {one}" for one in said))
+        raise RecipeError("\n".join(f"{where}: {one}" for one in said))
     return loaded
 
 

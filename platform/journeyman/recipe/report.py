@@ -1,4 +1,4 @@
-"""What the closing table and the report's page look at beside accuracy."""
+"""What the closing table, the report's page and trials look at beside accuracy."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from journeyman.recipe.base import Section
 
 
 class Report(Section):
-    """What the closing table and the report's page look at beside accuracy; none of it decides
-    anything."""
+    """What the closing table and the report's page look at beside accuracy; no step goes by it."""
 
     positive: str | None = Field(
         None,
         description="Label that the job is about finding (spam, say): its precision and recall "
-        "stand beside accuracy.",
+        "stand beside accuracy, and label --try --take best goes by its AUC.",
     )
     rank_by: str | None = Field(
         None,

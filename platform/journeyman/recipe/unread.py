@@ -132,6 +132,13 @@ def sentences(recipe: Recipe) -> list[str]:
         for where, teacher in _teachers(recipe)
         if teacher.revision is not None and teacher.gives_text_alone
     ]
+    columns = recipe.corpus.columns
+    said += [
+        f"corpus.columns.meta: {name} stands for {what} in templates, which could not name that "
+        "column; leave it out, or give it another name in the file."
+        for name, what in (("text", "the row's text"), ("label", "the words of a label"))
+        if name in columns.meta and name not in (columns.text, columns.label)
+    ]
     if recipe.student and recipe.student.kind != "causal":
         fields = Certify.model_fields
         said += [

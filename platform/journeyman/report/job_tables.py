@@ -72,9 +72,11 @@ def by_slice(found: Sequence[Slice]) -> Table | None:
     if not found:
         return None
     gold = any(one.n_gold for one in found)
+    labeled = any(one.by.endswith(" label") for one in found)
     gold_columns = ("cascade right", "interval", "student right", "teacher right") if gold else ()
     return Table(
-        caption="Test rows by label, by length and by further columns (of one of more than "
+        caption=f"Test rows by {'label, by ' * labeled}length and by further columns (of one of "
+        "more than "
         f"{MOST_VALUES} values the worst {MOST_VALUES} of those with {FEWEST_ROWS} rows or more, "
         "of one of long texts their length), the surely worst first: by the upper end of the "
         f"interval of {'cascade right' if gold else 'same'}; 95% intervals (Wilson).",

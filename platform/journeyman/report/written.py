@@ -36,8 +36,8 @@ class WrittenTest:
             gold.
         confidence: float64[n], the score that the threshold is compared with.
         accepted: bool[n], answered by the student at the bundle's threshold.
-        logprobs: n pairs, of the teacher's and of the student's answer by whoever gave it, in nats;
-            None where that is not known.
+        teacher_logprobs, student_logprobs: n each, of an answer by whoever gave it, in nats; None
+            where that is not known.
         metas: n mappings of further columns; empty where there are none.
     """
 
@@ -50,7 +50,8 @@ class WrittenTest:
     right: tuple[BoolArray, BoolArray] | None
     confidence: FloatArray
     accepted: BoolArray
-    logprobs: Sequence[tuple[float | None, float | None]] = ()
+    teacher_logprobs: Sequence[float | None] = ()
+    student_logprobs: Sequence[float | None] = ()
     metas: Sequence[Mapping[str, Any]] = ()
 
     @property
@@ -213,15 +214,15 @@ def _example(rows: WrittenTest, i: int) -> WrittenExample:
         gold=None if gold is None else cut(gold),
         teacher=cut(rows.teacher[i]),
         student="(nothing)" if student is None else cut(student),
-        teacher_probability=_probability(rows, i, 0),
-        student_probability=_probability(rows, i, 1),
+        teacher_probability=_probability(rows.teacher_logprobs, i),
+        student_probability=_probability(rows.student_logprobs, i),
         columns=tuple((name, cut(str(value))) for name, value in meta.items()),
         confidence=float(rows.confidence[i]),
         answered_by="student" if rows.accepted[i] else "teacher",
     )
 
 
-def _probability(rows: WrittenTest, i: int, who: int) -> str:
+def _probability(logprobs: Sequence[float | None], i: int) -> str:
     """Of a whole answer; empty where it is not known."""
-    logprob = rows.logprobs[i][who] if rows.logprobs else None
+    logprob = logprobs[i] if logprobs else None
     return "" if logprob is None else f"{np.exp(logprob):.2g}"

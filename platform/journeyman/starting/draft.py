@@ -30,7 +30,6 @@ _FEWEST, _MOST = 300, 2100  # rows of a first run
 # Pearson).
 _LEAST_CERTIFY = 22
 _SHARES = {"train": 0.5, "calibrate": 0.1, "certify": 0.25, "test": 0.15}
-_HELD_OUT = {"calibrate": 0.3, "certify": 0.7}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,18 +119,18 @@ def _few_rows(choices: Choices) -> str:
 
 def _many_labels(choices: Choices) -> str:
     n, n_rows = len(choices.classes), sum(_expected(choices).values())
-    if choices.scored == "direct" or not choices.is_small or n * n_rows <= _PREFILLS:
+    if choices.scored == "direct" or not choices.is_small or n * _FEWEST <= _PREFILLS:
         return ""
     minutes = round(_PREFILLS_MINUTES * n * n_rows / _PREFILLS)
     return (
         f"{n} labels are as many prefills a row: some {minutes} minutes of this teacher on two "
-        f"cores for {n_rows:,} rows, in which a label stands some {n_rows / n:.0f} times. Group "
-        "the labels, or take a larger teacher with --scoring direct or verbalizer and more rows."
+        f"cores for {n_rows:,} rows, in which a label stands some {n_rows / n:.1f} times. Group "
+        "the labels, or take a larger teacher with --scoring direct, and more rows."
     )
 
 
 def parsed(text: str) -> Recipe:
-    return recipe.parse(yaml.safe_load(text), "the new recipe")
+    return recipe.parse_new(yaml.safe_load(text), "the new recipe")
 
 
 def _check(choices: Choices) -> None:
@@ -198,20 +197,17 @@ def _splits(choices: Choices) -> list[str]:
 
 def split_map(names: Sequence[str]) -> dict[str, str | dict[str, float]]:
     """The source's split names, of which ``no_splits`` has nothing to say, to ours; what has no
-    counterpart is taken from train."""
+    counterpart is taken from those that are held out, where there are none from train."""
     roles = {name: _role(name) for name in names}
-    has_held_out, has_test = "held out" in roles.values(), "test" in roles.values()
-    mapped: dict[str, str | dict[str, float]] = {}
-    for name, role in roles.items():
-        if role == "held out":
-            mapped[name] = (
-                _HELD_OUT if has_test else {"calibrate": 0.2, "certify": 0.5, "test": 0.3}
-            )
-        elif role == "train" and not has_held_out:
-            mapped[name] = {"train": 0.7, "calibrate": 0.1, "certify": 0.2} if has_test else _SHARES
-        else:
-            mapped[name] = role
-    return mapped
+    missing = [split for split in _SHARES if split not in roles.values()]
+    missing = missing or ["calibrate", "certify"]
+    n_held_out = sum(_SHARES[split] for split in missing)
+    held_out = {split: round(_SHARES[split] / n_held_out, 1) for split in missing}
+    of_train: str | dict[str, float] = "train"
+    if set(roles.values()) < {"train", "calibrate", "certify", "test"}:
+        of_train = {"train": 1 - n_held_out} | {split: _SHARES[split] for split in missing}
+    targets = {"train": of_train, "held out": held_out}
+    return {name: targets.get(role, role) for name, role in roles.items()}
 
 
 def _role(name: str) -> str:

@@ -152,7 +152,8 @@ def count(
         if split and (name := _said(row, split)):
             counted.splits[name] += 1
             of_group = _said(row, group) if group else ""
-            if of_group and group_splits.setdefault(of_group, name) != name:
+            role = SPLIT_ROLES.get(name.strip().lower(), name)
+            if of_group and group_splits.setdefault(of_group, role) != role:
                 counted.cut_group = counted.cut_group or of_group
         if label and (name := _said(row, label)):
             found[name] += 1

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -36,7 +35,7 @@ def written_data(run: RunFolder) -> WrittenData:
         summary=[
             *_learned(best, run),
             *_promise(bundle, test),
-            *_speed(run),
+            *(_speed(run) if bundle is not None else []),
             *sizes(run),
             *costs(run),
         ],
@@ -93,9 +92,14 @@ def writing_rates(run_dir: Path) -> dict[str, float]:
     return {who: 1 / seconds for who, seconds in took.items() if seconds}
 
 
+def times_the_teacher(rates: Mapping[str, float]) -> float | None:
+    """None where only one of them wrote."""
+    return rates["student"] / rates["teacher"] if len(rates) == 2 else None
+
+
 def _speed(run: RunFolder) -> list[SummaryRow]:
     rates = writing_rates(run.directory)
-    ratio = rates["student"] / rates["teacher"] if len(rates) == 2 else None
+    ratio = times_the_teacher(rates)
     notes = {"student": f"{ratio:.1f} times the teacher" if ratio else "",
              "teacher": "both on the held-out rows, batched"}  # fmt: skip
     return [
@@ -133,12 +137,16 @@ def _test(run: RunFolder, bundle: WrittenBundle) -> WrittenTest:
         folder / OF_STUDENT,
         "test",
     )
-    asked, confidence = _asked(folder / PROMPTS), rows.scores(bundle.confidence)
+    asked, confidence = corpus.by_id(folder / PROMPTS), rows.scores(bundle.confidence)
     return WrittenTest(
         ids=rows.ids,
         texts=[asked[row.id][0] for row in said],
         metas=[asked[row.id][1] for row in said],
-        logprobs=[(row.teacher_logprob, row.student_logprob) for row in said],
+        teacher_logprobs=[row.teacher_logprob for row in said],
+        student_logprobs=[
+            None if row.student is None else float(row.logprobs.sum(dtype=np.float64))
+            for row in said
+        ],
         gold=[row.gold for row in said],
         teacher=[row.teacher for row in said],
         student=[row.student for row in said],
@@ -147,13 +155,3 @@ def _test(run: RunFolder, bundle: WrittenBundle) -> WrittenTest:
         confidence=confidence,
         accepted=np.asarray(confidence > bundle.accept_above),
     )
-
-
-def _asked(corpus_dir: Path) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Text and further columns by id."""
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for shard in corpus.read_manifest(corpus_dir)["shards"]:
-        table = corpus.read_shard(corpus_dir, shard["name"]).select(["id", "text", "meta"])
-        for row in table.to_pylist():
-            found[row["id"]] = row["text"], json.loads(row["meta"] or "{}")
-    return found

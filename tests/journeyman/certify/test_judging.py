@@ -167,7 +167,7 @@ def test_its_errors_are_counted_on_pairs_that_are_known_with_exact_intervals(run
 def test_controls_are_of_different_requests_or_of_one_answer_in_another_form():
     def row(name: str, student: str | None, teacher: str) -> RowAnswers:
         return RowAnswers(id=name, gold=None, student=student, logprobs=np.empty(0),
-                          student_logprob=None, teacher_logprob=None,
+                          teacher_logprob=None,
                           teacher=teacher, samples=(), agreement=None)  # fmt: skip
 
     rows = [row("a", "Rome", "Rome."), row("b", "Rome", "Paris"), row("c", None, "Oslo"),

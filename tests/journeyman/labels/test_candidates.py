@@ -85,6 +85,12 @@ def test_where_a_label_is_rare_the_best_order_is_the_best():
     }
     never, orders = judge(dict.fromkeys(said, labels()), said, gold, Price())
     assert never.accuracy.rate == 0.8 > orders.accuracy.rate == 0.7 and orders.auc == 1
+    three = labels(classes={"a": " a", "b": " b", "c": " c"})
+    p = np.array([[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.3, 0.3, 0.4], [0.6, 0.3, 0.1]])
+    of_three = {"x": Asked(place=np.arange(4), logprobs=np.log(p), label_mass=0.5,
+                           counts=Counts(rows=4))}  # fmt: skip
+    (by_c,) = judge({"x": three}, of_three, np.array([0, 1, 2, 2]), Price(), "c")
+    assert by_c.auc == area_under_roc(p[:, 2], np.array([0, 0, 1, 1]) == 1) == 0.5
     assert best([never, orders]) is never and best([never, orders], by_order=True) is orders
 
 

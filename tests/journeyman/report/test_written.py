@@ -129,19 +129,26 @@ def test_slices_are_of_its_rows_and_what_escalating_was_worth_is_said() -> None:
     shown = certified(gold=True)
     assert shown.test is not None
     metas = [{"shop": "ab"[i % 2]} for i in range(40)]
-    logprobs = [(None if i else -0.5, -1.5) for i in range(40)]
-    test = replace(shown.test, metas=metas, logprobs=logprobs)
+    place = np.arange(40)
+    student, teacher = place < 36, place % 5 != 4  # of the last four the teacher has three right
+    test = replace(
+        shown.test,
+        metas=metas,
+        student_logprobs=[-1.5] * 40,
+        differs=~teacher | ~student,
+        right=(student, teacher),
+    )
     page = Page(written.render(replace(shown, test=test))[0])
     assert {"slices", "rows"} <= set(page.ids) and "shop" in page.text
     assert "What escalating was worth" in page.text and "it helped" in page.text
     assert f"probability {np.exp(-1.5):.2g}" in page.text
     (of_b,) = [one for one in slices(test.counted) if (one.by, one.value) == ("shop", "b")]
     members = np.arange(1, 40, 2)
-    right = np.where(test.accepted, np.arange(40) < 39, ~test.differs)[members]
+    right = np.where(test.accepted, student, teacher)[members]
     assert (of_b.n, of_b.n_gold, of_b.cascade) == (20, 20, right.sum())
     assert of_b.same == (~test.differs[members]).sum()
     helped = next(group for group in written.pick(test) if "it helped" in group.title)
-    assert helped.n == (~test.accepted & ~test.differs & (np.arange(40) >= 39)).sum()
+    assert helped.n == 3 and not test.accepted[36:].any()
 
 
 def test_counts_are_of_the_rows() -> None:

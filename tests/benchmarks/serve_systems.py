@@ -44,6 +44,7 @@ class Student:
     def __init__(self, loaded: Loaded) -> None:
         policy = Policy.from_bundle(loaded.bundle)
         student = Classifier.load(loaded.student.path, threads=STUDENT_CPUS)
+        student.pack()
         self._batcher = Batcher(
             lambda texts: student_answers(policy.decide_batch(student.logits(texts, 8))),
             loaded.recipe.cascade.max_batch_size,

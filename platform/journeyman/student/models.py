@@ -238,11 +238,20 @@ class Classifier:
                 self.model, rows, pad_id=pad_id, batch_size=batch_size, batch_tokens=batch_tokens
             )
 
+    def pack(self) -> None:
+        """Answer faster on the CPU from now on; neither trains nor moves any more."""
+        from journeyman.student import packed
+
+        packed.pack(self.model)
+
     def unload(self) -> None:
         """Give back the memory of its weights; it answers nothing more."""
         import torch
 
+        from journeyman.student import packed
+
         device = self.model.device
+        packed.release(self.model)
         self.model.to("meta")
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, BertConfig, GPT2Config, RobertaConfig, T
 
 from journeyman.errors import ModelError
 from journeyman.models import Model
+from journeyman.student import packed
 from journeyman.student.classifying import Classifying
 from journeyman.student.models import Classifier, check_positions
 
@@ -95,3 +96,29 @@ def test_a_decoder_without_a_padding_token_answers(tiny_llama: Model, tmp_path: 
     texts = ["w1", "w2 w3 w4 w5", "w6 w7"]
     alone = np.concatenate([student.logits([text]) for text in texts])
     np.testing.assert_allclose(student.logits(texts), alone, atol=1e-5)
+
+
+def test_packed_layers_compute_what_the_plain_ones_do() -> None:
+    for n_in, n_out, bias in ((48, 64, True), (64, 7, False)):
+        linear = torch.nn.Linear(n_in, n_out, bias=bias)
+        x = torch.randn(3, 5, n_in)
+        exact = x.double() @ linear.weight.double().T
+        exact = exact + linear.bias.double() if bias else exact
+        found = packed.PackedLinear(linear)(x)
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+
+
+def test_a_packed_student_answers_the_same_and_gives_its_memory_back(
+    tiny_encoder: Model, tmp_path: Path
+) -> None:
+    student = exported(tiny_encoder.path, tmp_path / "student")
+    texts = ["pay my bill", "a flight to rome, and one back", "eggs"]
+    before = student.logits(texts)
+    student.pack()
+    layers = [m for m in student.model.modules() if isinstance(m, packed.PackedLinear)]
+    assert layers and not any(type(m) is torch.nn.Linear for m in student.model.modules())
+    np.testing.assert_allclose(student.logits(texts), before, atol=1e-5)
+    np.testing.assert_allclose(student.logits(texts[1:2]), before[1:2], atol=1e-5)
+    student.unload()
+    assert all(layer._packed is None for layer in layers)
+    assert all(p.device.type == "meta" for p in student.model.parameters())

@@ -49,7 +49,7 @@ BARE, ALONE, HOP = "student, bare FastAPI", "student in Serve", "student, one ho
 CASCADE_0, CASCADE_10, CASCADE_100 = "cascade, 0%", "cascade, 10%", "cascade, 100%"
 TEACHER, LLM = "teacher, one hop", "teacher, ray.serve.llm"
 # Goals on the ratio of mean latencies of a round. Not of medians: 32 clients that ask in turns come
-# back in waves, whose median was a quarter higher where the same number was answered in a second.
+# back in waves, whose median was a quarter higher where nearly as many were answered.
 GOALS = (
     ("accepted", CASCADE_0, HOP, 1.0),
     ("escalated", CASCADE_100, TEACHER, 1.05),

@@ -60,7 +60,9 @@ def run(options: argparse.Namespace) -> int:
     chosen = best(judged, by_order=loaded.report.positive is not None)
     if chosen is None:
         n_asked = sum(bool(one.n) for one in judged)
-        if options.take or not n_asked:
+        if not n_asked:
+            raise RecipeError("none of the candidates could be asked; mend the recipe's own first.")
+        if options.take:
             raise RecipeError(_TOO_FEW.format(n_asked))
         print(f"\n{_TOO_FEW.format(n_asked)}")
         return 0

@@ -346,7 +346,7 @@ def test_it_learns_and_its_exported_folder_answers_by_transformers_alone(
         optimizer.step()
         optimizer.zero_grad()
     measured = ours.evaluate()
-    assert measured.agreement > 0.8  # a third before
+    assert measured.agreement > 0.9
     ours.module.eval()
     rows = ROWS.split("calibrate")
     logits = models.logits_of(ours.module, ours._held_out_tokens, pad_id=0, batch_size=7)

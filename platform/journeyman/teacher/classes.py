@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +12,18 @@ import numpy as np
 from journeyman.errors import RecipeError
 from journeyman.recipe import Classes, Logits
 from journeyman.teacher.answers import ClassLabels, EmptyTarget, NotFinite
+from journeyman.teacher.progress import at_once
 from journeyman.teacher.prompting import Encoder, Prompting
 from journeyman.teacher.scorer import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from journeyman.teacher.engine import Scored
     from journeyman.teacher.remote import RemoteTeacher
 
 _ROW_REQUESTS_PER_LABELS = 128  # vLLM's bound on the ids of one request
+_rows = itertools.count()  # of all tasks of this process, which has one engine
 
 
 class ClassTask:
@@ -97,9 +101,7 @@ class ClassTask:
         prompts = await asyncio.gather(
             *(self._channel_prompt(row, *one, room) for one in zip(words, contexts, strict=True))
         )
-        scores = await asyncio.gather(
-            *(self._engine.score_target(ids, start) for ids, start, _ in prompts)
-        )
+        scores = await _scored(self._engine, [(ids, start) for ids, start, _ in prompts])
         loglik = np.array([score.logprobs.sum(dtype=np.float64) for score in scores])
         loglik = mixtures(loglik, [len(own) for own in self._wordings])
         return ClassLabels(
@@ -175,11 +177,19 @@ async def score_phrases(
     engine: Scorer, prompt: list[int], phrases: Sequence[list[int]]
 ) -> tuple[np.ndarray, int]:
     """float64[c]: log P(phrase | prompt), summed over its tokens; and tokens read from cache."""
-    scores = await asyncio.gather(
-        *(engine.score_target([*prompt, *phrase], len(prompt)) for phrase in phrases)
-    )
+    scores = await _scored(engine, [([*prompt, *phrase], len(prompt)) for phrase in phrases])
     loglik = np.array([score.logprobs.sum(dtype=np.float64) for score in scores])
     return loglik, sum(score.n_cached_tokens for score in scores)
+
+
+async def _scored(engine: Scorer, prompts: Sequence[tuple[list[int], int]]) -> list[Scored]:
+    """Of token ids, and where the target starts in them: all of a row, which is answered with the
+    last of them."""
+    before = at_once.set((next(_rows), len(prompts)) if len(prompts) > 1 else None)
+    try:
+        return await asyncio.gather(*(engine.score_target(ids, start) for ids, start in prompts))
+    finally:
+        at_once.reset(before)
 
 
 def mixtures(loglik: np.ndarray, sizes: Sequence[int]) -> np.ndarray:

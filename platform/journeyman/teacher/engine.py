@@ -7,6 +7,7 @@ both use it, so their scores are the same.
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import importlib.metadata
 import importlib.util
@@ -26,8 +27,17 @@ from journeyman.models import Model
 from journeyman.recipe import Teacher
 from journeyman.teacher import adapter, capture, lifeline, plugins, worker
 from journeyman.teacher.answers import Completion, InvalidRequest, Recorded, Spoken
-from journeyman.teacher.progress import Begun, Counting, counting, hearing, priority, spending
+from journeyman.teacher.progress import (
+    Begun,
+    Counting,
+    at_once,
+    counting,
+    hearing,
+    priority,
+    spending,
+)
 from journeyman.teacher.prompting import Sampling
+from journeyman.teacher.siblings import SIBLINGS
 from journeyman.teacher.spread import Spread
 from journeyman.teacher.worker import SEED
 
@@ -306,8 +316,9 @@ class Engine:
     def _sampling(self, marks: dict[str, Any], params: dict[str, Any]) -> SamplingParams:
         """By default one greedy token. The last one is kept: most requests are alike, and vLLM
         takes longer to check it than to do anything else in its front end."""
+        row = at_once.get()
         if self._last_sampling and self._last_sampling[:2] == (marks, params):
-            return self._last_sampling[2]
+            return _of_row(row, self._last_sampling[2])
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -320,7 +331,7 @@ class Engine:
             skip_clone=True,
         )
         self._last_sampling = (marks, params, sampling)
-        return sampling
+        return _of_row(row, sampling)
 
     @functools.cached_property
     def _lora_request(self) -> Any:
@@ -339,6 +350,14 @@ class Engine:
         for deadline in tuple(self._deadlines):
             if not deadline.expired():
                 deadline.reschedule(died.get_loop().time())
+
+
+def _of_row(row: tuple[int, int] | None, sampling: SamplingParams) -> SamplingParams:
+    if row is None:
+        return sampling
+    marked = copy.copy(sampling)
+    marked.extra_args = {**(sampling.extra_args or {}), SIBLINGS: row}
+    return marked
 
 
 def _reason(error: Exception) -> str:

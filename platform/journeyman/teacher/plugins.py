@@ -19,6 +19,7 @@ from journeyman import files
 GROUP = "vllm.general_plugins"
 PLUGINS = {  # as in pyproject.toml
     "journeyman_lifeline": "journeyman.teacher.lifeline:follow",
+    "journeyman_siblings": "journeyman.teacher.siblings:begin_together",
     "journeyman_waiting": "journeyman.teacher.waiting:sleep_while_waiting",
 }
 

@@ -1,5 +1,6 @@
 """What a caller may learn of its requests before they end: how an answer begins, and the tokens
-that they have taken; and what else it may say of all that it asks: that it can wait.
+that they have taken; and what else it may say of all that it asks: that it can wait, and that it
+belongs together.
 
 Set in the task that asks the engine; the engine tells as it works.
 """
@@ -48,4 +49,6 @@ hearing: ContextVar[Callable[[Begun], None] | None] = ContextVar("hearing", defa
 spending: ContextVar[Spent | None] = ContextVar("spending", default=None)
 # As vLLM's: those with more wait for all with less, and make room for them.
 priority: ContextVar[int] = ContextVar("priority", default=0)
+# A number of its own of the row that asks several prompts at once, and how many: see ``siblings``.
+at_once: ContextVar[tuple[int, int] | None] = ContextVar("at_once", default=None)
 counting: ContextVar[Counting | None] = ContextVar("counting", default=None)  # of one request

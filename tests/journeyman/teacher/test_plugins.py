@@ -55,4 +55,5 @@ def test_an_engines_processes_find_them_without_an_installation(tmp_path: Path):
     assert before == "[]"
     names = sorted(plugins.PLUGINS)
     assert after == str(names)
-    assert child.startswith(str(names)) and "follow" in child and "sleep_while_waiting" in child
+    assert child.startswith(str(names))
+    assert all(f in child for f in ("follow", "begin_together", "sleep_while_waiting"))

@@ -1,5 +1,6 @@
 """The page of finished runs: its figures are those of the runs' own folders."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from journeyman.report.comparison import ComparedStudent
 from journeyman.report.data import ReportData
 from journeyman.report.measure import measure
 from journeyman.results import BEGIN, END, Finished, Written
+from journeyman.summary.written import writing_rates
 from tests.journeyman.labels.synthetic import (
     TOP3,
     distributions,
@@ -186,3 +188,16 @@ def test_what_steps_took_is_read_where_they_left_it(tmp_path: Path):
     found = results.read(tmp_path / "r")
     assert isinstance(found, Written) and found.nobody_asked
     assert cells(results.page([found]), "r")[-1] == ["r", "0:40", "1:00", "–"]
+
+
+def test_rates_are_of_the_rows_that_were_written_for_the_certificate(tmp_path: Path):
+    for name, seconds, copied in (("labels", 2.0, 0), ("teacher", 50.0, 1)):
+        rows = [(row(f"Capital number {i}?"), generated("Paris.", [1, 2], distributions(2)))
+                for i in range(6)]  # fmt: skip
+        written = write_dataset(tmp_path / name, settings("generate"), [rows], codec=TOP3)
+        totals = written.manifest()["totals"] | {"replica_seconds": seconds, "copied": copied}
+        written.finish({"totals": totals})
+        shutil.copytree(tmp_path / name / "labels", tmp_path / "r" / "answers" / name)
+    found = writing_rates(tmp_path / "r")
+    assert found == {"student": 6 / 2, "teacher": 5 / 50}  # a copied row took nobody's time
+    assert writing_rates(tmp_path) == {}

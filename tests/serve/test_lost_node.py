@@ -28,7 +28,8 @@ def test_a_node_that_is_lost_takes_along_what_was_in_work_there_which_ends_with_
     run: tiny.Run, tmp_path: Path
 ):
     """Two ingresses on two nodes, the teacher on the one that stays. Two minutes."""
-    bundle = with_settings(run, tmp_path, student_replicas={"min": 2, "max": 2})
+    # So many CPUs has only the node that stays.
+    bundle = with_settings(run, tmp_path, student_replicas={"min": 2, "max": 2}, teacher_cpus=2)
     port, port_of_workers = free_ports(2)
     variables = {
         # By default a proxy asks the replica beside it, and no other.
@@ -36,7 +37,7 @@ def test_a_node_that_is_lost_takes_along_what_was_in_work_there_which_ends_with_
         "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port_of_workers),
     }
     url = f"http://127.0.0.1:{port}"
-    with ray_head.cluster(2, [{}], cwd=ROOT, **variables) as head:
+    with ray_head.cluster(3, [{}], cwd=ROOT, **variables) as head:
         head.deploy(tmp_path, port, bundle, options={"max_replicas_per_node": 1})
         [node] = head.workers
         until(lambda: is_up(f"{url}/readyz", 200) and len(ingresses()) == 2, 300)

@@ -13,8 +13,6 @@ import httpx
 import numpy as np
 import pytest
 
-from journeyman.certify.calibration import Calibrator
-from journeyman.certify.scores import score
 from journeyman.student.models import Classifier
 from tests.conftest import children
 from tests.ray_head import until
@@ -90,8 +88,11 @@ def long_and_escalated(run: tiny.Run) -> list[str]:
     teacher's queue is the one that fills."""
     texts = [" ".join((tiny.TEXTS * 2)[i : i + _LONG]) for i in range(len(tiny.TEXTS))]
     logits = Classifier.load(run.folder / "student").logits(texts)
-    scores = score(Calibrator(temperature=tiny.TEMPERATURE).probabilities(logits), "margin")
-    found = [t for t, of in zip(texts, scores, strict=True) if of <= run.bundle.accept_above]
+    found = [
+        t
+        for t, of in zip(texts, tiny.scores_of(logits), strict=True)
+        if of <= run.bundle.accept_above
+    ]
     return (found * _TEXTS)[:_TEXTS]
 
 

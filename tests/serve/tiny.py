@@ -95,14 +95,18 @@ def write_run(folder: Path) -> Run:
     write_teacher(folder / "teacher")
     write_student(folder / "student")
     logits = Classifier.load(folder / "student").logits(TEXTS)
-    probabilities = Calibrator(temperature=TEMPERATURE).probabilities(logits)
-    scores = score(probabilities, "margin")
+    scores = scores_of(logits)
     threshold = float(np.sort(scores)[len(scores) // 2 - 1 :][:2].mean())
     settings = a_recipe(folder)
     bundle = a_bundle(folder, settings, threshold)
     save(bundle, folder / "bundle")
     (folder / "bundle" / "recipe.json").write_text(json.dumps(settings.model_dump(mode="json")))
     return Run(folder, bundle, scores, logits)
+
+
+def scores_of(logits: np.ndarray) -> np.ndarray:
+    """float64[n], as the bundle has them."""
+    return score(Calibrator(temperature=TEMPERATURE).probabilities(logits), "margin")
 
 
 def a_recipe(folder: Path) -> recipe.Recipe:

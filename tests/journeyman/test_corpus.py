@@ -403,6 +403,46 @@ def test_of_a_held_out_text_of_feedback_its_audits_alone_are_counted(tmp_path: P
     assert corpus.read_manifest(tmp_path / "corpus")["duplicates"] > 0
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["named by a template", "not named"])
+def test_no_group_of_feedback_is_both_trained_on_and_held_out(tmp_path: Path, named: bool):
+    """An article's audited rows are held out together, and none of its others is trained on; where
+    requests bring no article, it is known of the rows alone that a source has too."""
+    source = jsonl(
+        tmp_path / "a.jsonl",
+        [{"text": f"row {i}", "label": "bank", "article": f"a{i % 20}"} for i in range(200)],
+    )
+
+    def asked(text: str, article: str) -> str:
+        return packed({"text": text, "article": article}, ("article", "text")) if named else text
+
+    kept = feedback(
+        tmp_path / "feedback",
+        [(asked(f"escalated {i}", f"b{i % 40}"), "train") for i in range(200)]
+        + [(asked(f"audited {i}", f"b{i % 10}"), "certify") for i in range(100)]
+        + [(asked("row 3", "a3"), "certify")],
+    )
+    prompt = "{{ article }} {{ text }}" if named else "{{ text }}"
+    recipe = made([source], feedback=str(kept), shares={"train": 1.0},
+                  columns={"group": "article", "meta": ["article"]})  # fmt: skip
+    recipe = recipe.model_copy(
+        update={"labels": recipe.labels.model_copy(update={"prompt": prompt})}
+    )
+    corpus.prepare(recipe, tmp_path / "corpus")
+    rows = rows_of(tmp_path / "corpus")
+    assert {"row 3"} < {row["text"] for row in rows if row["split"] != "train"}
+    splits: dict[str, set[str]] = {}
+    for row in rows:
+        article = json.loads(row["meta"]).get("article") if row["meta"] else None
+        if article is not None:
+            splits.setdefault(article, set()).add(row["split"])
+    assert all(len(found) == 1 for found in splits.values())
+    assert splits["a3"] != {"train"} and splits["a4"] == {"train"}
+    n_escalated = sum(row["text"].startswith("escalated") for row in rows)
+    assert n_escalated == (150 if named else 200)  # of 10 articles of 40 some rows were audited
+    left_out = corpus.read_manifest(tmp_path / "corpus")["in_several_groups"]
+    assert left_out == 9 + (200 - n_escalated)
+
+
 def test_feedback_without_files_is_refused_and_of_several_columns_is_taken_apart(tmp_path: Path):
     source = jsonl(tmp_path / "a.jsonl", [{"text": "row", "label": "bank", "title": "t"}] * 3)
     (tmp_path / "none").mkdir()

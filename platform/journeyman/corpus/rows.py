@@ -54,7 +54,7 @@ class Tally:
     filtered: int = 0  # by corpus.where
     unmapped: int = 0  # of a split that corpus.split_map or corpus.feedback leaves out
     duplicates: int = 0
-    straddling: int = 0  # rows that stand in groups of several splits
+    straddling: int = 0  # left out: of groups in several splits, or to train on of audited ones
     conflicts: int = 0  # distinct rows whose duplicates disagree on the gold label
 
 
@@ -99,10 +99,15 @@ def distinct(recipe: Recipe, urls: Sequence[str], tally: Tally) -> dict[str, Row
     A row counts as often as it stands there. In a cascade's feedback a held-out one counts its
     audits alone: what is escalated is kept each time that it comes, and what the student answers
     only by the coin, so that all of them together would make the escalated texts too many.
+
+    No group is in two splits: a row that stands in groups of several is left out, and so are the
+    train rows of a group of which a cascade audited one. Of feedback the group is known where a
+    template names its column.
     """
     corpus = recipe.corpus
     named = id_columns(recipe)
     entries: dict[str, Row] = {}
+    groups: dict[str, set[str]] = {}
     feedback = set(feedback_urls(corpus))
     rows = itertools.chain(
         _source_rows(corpus, [url for url in urls if url not in feedback], named, tally),
@@ -110,9 +115,12 @@ def distinct(recipe: Recipe, urls: Sequence[str], tally: Tally) -> dict[str, Row
     )
     for row_id, fresh, gold in rows:
         entry = entries.setdefault(row_id, fresh)
+        if fresh.group is not None:
+            groups.setdefault(row_id, set()).add(fresh.group)
         if entry is not fresh:
             tally.duplicates += 1
-            entry.elsewhere |= entry.group != fresh.group and entry.split != fresh.split
+            if not corpus.feedback:
+                entry.elsewhere |= entry.group != fresh.group and entry.split != fresh.split
             # A row that stands in two splits is kept out of the one nearer to training.
             split = max(entry.split, fresh.split, key=SPLITS.index)
             if corpus.feedback and split != entry.split:
@@ -122,8 +130,17 @@ def distinct(recipe: Recipe, urls: Sequence[str], tally: Tally) -> dict[str, Row
             entry.count += 1
         if gold is not None and str(gold).strip():  # CSV has no other way to say nothing
             entry.gold[str(gold)] += 1
-    # Neither group may lie in two splits, so that such a row can be in none.
-    whole = {row_id: entry for row_id, entry in entries.items() if not entry.elsewhere}
+    audited: set[str] = set()
+    if corpus.feedback:
+        held_out = (groups.get(i, set()) for i, entry in entries.items() if entry.split != "train")
+        audited = audited.union(*held_out)
+    # Neither group may lie in two splits, so that a row of both can be in none.
+    whole = {
+        row_id: entry
+        for row_id, entry in entries.items()
+        if not entry.elsewhere
+        and (entry.split != "train" or audited.isdisjoint(groups.get(row_id, ())))
+    }
     tally.straddling = len(entries) - len(whole)
     return whole
 
@@ -165,10 +182,11 @@ def _feedback_rows(
     plain = Corpus(sources=corpus.sources, format="parquet")
     for row, _ in _clean_rows(plain, urls, ["text", "split"], tally):
         row_id, values = feedback_row(row["text"], named)
+        group = _group_of(corpus, {corpus.columns.text: values[TEXT]} | values)
         audited = row["split"] != "train"
-        split = _draw(corpus.feedback_shares, row_id) if audited else "train"
+        split = _draw(corpus.feedback_shares, group or row_id) if audited else "train"
         meta = {name: value for name, value in values.items() if name != TEXT}
-        yield row_id, Row(text=values[TEXT], split=split, meta=meta), None
+        yield row_id, Row(text=values[TEXT], split=split, meta=meta, group=group), None
 
 
 def feedback_row(text: str, named: Sequence[str]) -> tuple[str, dict[str, str]]:

@@ -1,5 +1,6 @@
 import bz2
 import gzip
+import itertools
 import json
 from collections import Counter
 from datetime import date, datetime
@@ -229,6 +230,26 @@ def test_a_source_whose_splits_cut_through_a_group_is_refused(tmp_path: Path):
     columns = {"label": "label", "group": "user", "split": "split"}
     with pytest.raises(DataError, match="row 2: the group 'u1' of column user is in the splits"):
         corpus.prepare(made([source], columns=columns), tmp_path / "out")
+
+
+def test_rows_of_one_group_stand_together_in_an_order_of_chance(tmp_path: Path):
+    rows = [{"text": f"row {i}", "label": "bank", "user": f"u{i % 40}"} for i in range(400)]
+    columns = {"label": "label", "group": "user", "meta": ["user"]}
+    limits = dict.fromkeys(("train", "calibrate", "certify", "test"), 150)
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    corpus.prepare(made([source], columns=columns, limits=limits), tmp_path / "out")
+    found = [(row["split"], json.loads(row["meta"])["user"]) for row in rows_of(tmp_path / "out")]
+    blocks = [key for key, _ in itertools.groupby(found)]
+    assert len(blocks) == len(set(blocks)) == 40
+    train = [user for split, user in blocks if split == "train"]
+    assert train != sorted(train) and train != sorted(train, key=lambda user: int(user[1:]))
+    alone = made([source], columns={"label": "label"}, limits={"train": 150}, shares={"train": 1.0})
+    together = made([source], columns=columns, limits={"train": 150}, shares={"train": 1.0})
+    of_each = []
+    for number, settings in enumerate((alone, together)):
+        corpus.prepare(settings, tmp_path / str(number))
+        of_each.append({row["text"] for row in rows_of(tmp_path / str(number))})
+    assert of_each[0] == of_each[1] and len(of_each[0]) == 150  # the choice is by row
 
 
 def test_limits_take_the_same_rows_of_a_larger_corpus(tmp_path: Path):

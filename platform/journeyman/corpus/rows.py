@@ -294,15 +294,17 @@ def _hash01(key: str, purpose: bytes) -> float:
 
 
 def limited(corpus: Corpus, entries: dict[str, Row]) -> list[tuple[str, Row]]:
-    """Rows to keep, split by split, each split in a stable random order.
+    """Rows to keep, split by split: a random choice, in a random order in which groups stay whole.
 
-    Random, so that whatever has been labeled when a run stops is a fair sample.
+    Random, so that whatever has been labeled when a run stops is a fair sample; whole, since rows
+    of one group often begin with the same document, which the teacher then reads once.
     """
     by_split: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for row_id, entry in entries.items():
         by_split[entry.split].append((_hash01(row_id, b"order"), row_id))
-    return [
-        (row_id, entries[row_id])
-        for split in SPLITS
-        for _, row_id in sorted(by_split[split])[: corpus.limits.get(split)]
-    ]
+    kept: list[tuple[str, Row]] = []
+    for split in SPLITS:
+        ids = [row_id for _, row_id in sorted(by_split[split])[: corpus.limits.get(split)]]
+        places = {row_id: _hash01(entries[row_id].group or row_id, b"order") for row_id in ids}
+        kept += [(row_id, entries[row_id]) for row_id in sorted(ids, key=places.__getitem__)]
+    return kept

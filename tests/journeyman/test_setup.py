@@ -25,6 +25,7 @@ RANKS = {
         [
             [
                 "__init__",
+                "allocating",
                 "errors",
                 "files",
                 "folder",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from journeyman import allocating
 from journeyman.cluster import hardware
 from journeyman.errors import ClusterError, JourneymanError
 from journeyman.files import disk_errors, scratch_folder
@@ -164,6 +165,9 @@ def _fit(task: Task, work: Path) -> State:
             name=task.checkpoints.attempt,
             storage_path=str(work / "ray"),
             failure_config=FailureConfig(max_failures=training.max_failures),
+            worker_runtime_env={
+                "env_vars": {} if training.gpus_per_worker else allocating.KEEP_IN_THREADS
+            },
         ),
     )
     try:

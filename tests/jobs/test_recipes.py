@@ -243,6 +243,7 @@ def test_ways_to_ask_are_tried_and_the_best_is_written_into_the_recipe(tmp_path:
     assert tried.returncode == 0, tried.stderr
     for name in ("recipe", *before.classes().candidates):
         assert f"\n{name} " in f"\n{tried.stdout}"
+    assert "trying recipe, 1 of 5 ways" in tried.stderr
     taken = tried.stdout.split("taken     ")[1].split(",")[0]
     after = recipe.load(own)
     expected = before.classes() if taken == "recipe" else before.classes().candidate(taken)

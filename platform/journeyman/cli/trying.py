@@ -51,8 +51,14 @@ def run(options: argparse.Namespace) -> int:
         current.execute("prepare")
         cluster.connect(loaded.cluster)
         with LiveLine() as line:
-            line.show(f"label     trying {len(ways(loaded))} ways on up to {n_rows} train rows")
-            judged = tried(loaded, current.teacher, current.corpus, n_rows)
+            of = f"of {len(ways(loaded))} ways on up to {n_rows} train rows"
+            judged = tried(
+                loaded,
+                current.teacher,
+                current.corpus,
+                n_rows,
+                lambda number, name: line.show(f"label     trying {name}, {number} {of}"),
+            )
     print(side_by_side(judged))
     if not loaded.classes().candidates:
         print(f"\n{_ALONE}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,17 @@ def ways(recipe: Recipe) -> dict[str, Classes]:
     return found
 
 
-def tried(recipe: Recipe, model: Model, corpus_dir: str | Path, n_rows: int) -> list[Judged]:
+def tried(
+    recipe: Recipe,
+    model: Model,
+    corpus_dir: str | Path,
+    n_rows: int,
+    on_way: Callable[[int, str], None] = lambda number, name: None,
+) -> list[Judged]:
     """The ways of a recipe on so many train rows with gold, or without where none has.
 
-    Ray is up. Raises RecipeError, DataError, ModelError, ClusterError.
+    on_way: gets the number, from 1, and the name of a way that begins. Ray is up. Raises
+    RecipeError, DataError, ModelError, ClusterError.
     """
     import ray
 
@@ -60,7 +67,8 @@ def tried(recipe: Recipe, model: Model, corpus_dir: str | Path, n_rows: int) -> 
     actor = ray.remote(_Trying).options(**asked_of).remote(recipe.teacher, model, nodes)
     try:
         said = {}
-        for name, labels in asked_ways.items():
+        for number, (name, labels) in enumerate(asked_ways.items(), start=1):
+            on_way(number, name)
             answer = ray.get(actor.ask.remote(labels, rows))
             if isinstance(answer, JourneymanError):
                 raise answer

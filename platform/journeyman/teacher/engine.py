@@ -51,7 +51,6 @@ MAX_NEXT_TOKENS = 128  # vLLM's bound on logprob_token_ids
 _MAX_LOGPROBS = 1024  # its default refuses more than 20; as many draws as a recipe may ask for
 _BIND = "VLLM_CPU_OMP_THREADS_BIND"
 _WATCH_INTERVAL_S = 0.2
-_SMALLEST_BLOCK = 16  # tokens; the prefix cache holds whole blocks
 _CPU_BLOCK_TOKENS = 32  # vLLM's CPU attention takes multiples of 32; small blocks waste least
 _PRELOADED = ("libiomp5.so", "libtcmalloc_minimal.so.4")  # both ask of vLLM; 17% on prefill
 
@@ -196,7 +195,9 @@ class Engine:
         """Prefill with prompt log-probabilities from ``start`` on; what stands in front of them
         may come from the prefix cache, which vLLM does not read for such requests by itself."""
         marks = capture.marks(start) | (extra or {})
-        nothing_to_read = bool(self.stock_capture) or start <= _SMALLEST_BLOCK
+        # It holds whole blocks; one that ends where the target starts would hide its first token.
+        block = self._llm.vllm_config.cache_config.block_size
+        nothing_to_read = bool(self.stock_capture) or start <= block or start % block == 0
         for skip in (nothing_to_read, True):
             output = await self._generate(
                 token_ids, marks, prompt_logprobs=k, skip_reading_prefix_cache=skip

@@ -155,6 +155,28 @@ def test_words_of_several_tokens_are_scored_whole_and_share_the_prompts_cache(
     assert got.n_cached_tokens > 0
 
 
+def test_a_prompt_that_ends_with_a_block_of_the_cache_is_computed_once(replica: Replica, reference):
+    """Read from the cache to its end, it would leave nothing to tell the target's first token by,
+    and be computed a second time."""
+    tokenizer = reference[1]
+    words = {"a": " money transfers", "b": " kitchen"}
+    block = replica._backend._llm.vllm_config.cache_config.block_size
+    for filler in range(2 * block):
+        template = "Sort it." + " a" * filler + " Request: {{ text }}\nIt is about"
+        prompt = tokenizer.encode(template.replace("{{ text }}", "send money"))
+        if len(prompt) >= 2 * block and len(prompt) % block == 0:
+            break
+    loglik = [
+        sequence_logprob(reference, prompt, tokenizer.encode(w, add_special_tokens=False))
+        for w in words.values()
+    ]
+    labels = classes(replica, scoring="verbalizer", classes=words, prompt=template)
+    for _ in range(2):
+        got = run(replica, labels, "send money")
+        np.testing.assert_allclose(got.class_logprobs, log_softmax(loglik), atol=ATOL)
+        assert got.n_cached_tokens == 0 and len(prompt) % block == 0
+
+
 def test_direct_refuses_words_of_several_tokens(replica: Replica):
     labels = classes(replica, scoring="direct", classes={"a": " money transfers", "b": " cars"})
     with pytest.raises(RecipeError, match=r"labels\.classes\.a: .* is 2 tokens.*verbalizer"):

@@ -70,7 +70,8 @@ async def _send(
     async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=_TIMEOUT_S) as client:
         on_progress("the teacher alone")
         same = texts[:compared]
-        await _teachers_rows_per_s(client, same[:_BATCH_ROWS])  # warms it up
+        # Warms it up, by others where there are some: its cache would know these already.
+        await _teachers_rows_per_s(client, (texts[compared:] or same)[:_BATCH_ROWS])
         await _rows_per_s(client, "student", same)
         teacher, batch = await _teachers_rows_per_s(client, same)
         on_progress("the student alone")

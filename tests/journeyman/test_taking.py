@@ -61,7 +61,8 @@ def test_a_way_that_was_named_on_the_command_line_alone_can_be_taken(tmp_path: P
 
 
 def test_where_there_is_no_other_way_nothing_can_be_taken(capsys) -> None:
-    assert main(["label", str(RECIPES / "routing.yaml"), "--try", "--take", "best"]) == 1
+    alone = ("--set", "labels.candidates={}")
+    assert main(["label", str(RECIPES / "routing.yaml"), "--try", "--take", "best", *alone]) == 1
     assert "labels.candidates names no other way to ask" in capsys.readouterr().err
 
 
@@ -81,8 +82,8 @@ def test_what_the_file_does_not_say_is_not_written_as_its_evidence(tmp_path, cap
 def test_what_each_reached_is_written_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text((RECIPES / "policy.yaml").read_text())
-    take(path, "longer")
-    (line,) = [one for one in path.read_text().split("\n") if "longer: 0.500 right of 2" in one]
+    take(path, "short")
+    (line,) = [one for one in path.read_text().split("\n") if "short: 0.500 right of 2" in one]
     assert "balanced 0.500, AUC 1.000, ECE 0." in line and "tokens a row" in line
     assert "SmolLM2-135M-Instruct.Q4_1.gguf:" in path.read_text()
     assert "Taken by the AUC of refuse." in path.read_text()

@@ -74,8 +74,10 @@ def run(replica: Replica, labels, text: str, seed: int = 0):
 def test_channel_scores_equal_a_float32_forward_pass(replica: Replica, reference, text: str):
     tokenizer = reference[1]
     target, loglik = plain(tokenizer, text), []
-    for words in replica._spec.recipe.classes().classes.values():
-        prompt = f"<|im_start|>system\nThe user asks about {words}.<|im_end|>\n<|im_start|>user\n"
+    labels = replica._spec.recipe.classes()
+    for words in labels.classes.values():
+        prompt = labels.prompt.replace("{{ label }}", str(words))
+        assert prompt.startswith("<|im_start|>system\n") and prompt.endswith("<|im_start|>user\n")
         context = tokenizer.encode(prompt, add_special_tokens=False)
         loglik.append(sequence_logprob(reference, context, target))
     got = run(replica, classes(replica), text)

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     from journeyman.labels.trying import OWN, tried, ways
 
     loaded = load(options)
-    ways(loaded)  # before anything is started
+    n_ways = len(ways(loaded))  # and refused before anything is started
     if options.take and not loaded.classes().candidates:
         raise RecipeError(f"--take: {_ALONE}")
     if options.take:
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         current.execute("prepare")
         cluster.connect(loaded.cluster)
         with LiveLine() as line:
-            of = f"of {len(ways(loaded))} ways on up to {n_rows} train rows"
+            of = f"of {n_ways} ways on up to {n_rows} train rows"
             judged = tried(
                 loaded,
                 current.teacher,

@@ -54,7 +54,7 @@ class Tally:
     filtered: int = 0  # by corpus.where
     unmapped: int = 0  # of a split that corpus.split_map or corpus.feedback leaves out
     duplicates: int = 0
-    straddling: int = 0  # left out: of groups in several splits, or to train on of audited ones
+    straddling: int = 0  # left out, so that no group is in two splits
     conflicts: int = 0  # distinct rows whose duplicates disagree on the gold label
 
 

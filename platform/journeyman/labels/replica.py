@@ -27,6 +27,7 @@ from journeyman.recipe import Generate, Labels, Logits, Recipe, Teacher
 from journeyman.teacher import tasks
 from journeyman.teacher.answers import RowError
 from journeyman.teacher.engine import Engine
+from journeyman.teacher.remembered import Remembered
 from journeyman.teacher.remote import RemoteTeacher
 from journeyman.teacher.tokens import entries
 from journeyman.teacher.written import Written
@@ -161,7 +162,7 @@ class Replica:
             nodes = self._spec.recipe.cluster.node_labels
             engine = Engine(self._spec.teacher, model, _draws(labels), nodes)
             await self._start_engine(engine)
-            self._backend, task = engine, tasks.local(labels, engine)
+            self._backend, task = engine, tasks.local(labels, engine, Remembered())
             max_num_seqs = engine.max_num_seqs
             self._codec = codec_of(labels, self._spec.model)
         self._task = task

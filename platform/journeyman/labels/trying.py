@@ -24,6 +24,7 @@ from journeyman.recipe import Classes, Recipe, Teacher
 from journeyman.teacher import tasks
 from journeyman.teacher.answers import ClassLabels, RowError
 from journeyman.teacher.engine import Engine
+from journeyman.teacher.remembered import Remembered
 from journeyman.teacher.remote import RemoteTeacher
 
 OWN = "recipe"  # the name of the way that the recipe goes as it is
@@ -120,7 +121,7 @@ class _Trying:
         backend = await self._started()
         try:
             if isinstance(backend, Engine):
-                task = tasks.local(labels, backend)
+                task = tasks.local(labels, backend, Remembered())
             else:
                 task = tasks.remote(labels, backend)
         except RecipeError as error:  # of this way alone: it is told in the table

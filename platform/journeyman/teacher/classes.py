@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from journeyman.recipe import Classes, Logits
 from journeyman.teacher.answers import ClassLabels, EmptyTarget, NotFinite
 from journeyman.teacher.progress import at_once
 from journeyman.teacher.prompting import Encoder, Prompting
+from journeyman.teacher.remembered import Prompt, Remembered
 from journeyman.teacher.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -29,11 +31,17 @@ _rows = itertools.count()  # of all tasks of this process, which has one engine
 class ClassTask:
     """Scoring ``direct``, ``verbalizer`` or ``channel`` on an engine of ours."""
 
-    def __init__(self, labels: Classes, engine: Scorer) -> None:
-        """Raises RecipeError where label words do not fit the scoring."""
+    def __init__(
+        self, labels: Classes, engine: Scorer, remembered: Remembered | None = None
+    ) -> None:
+        """remembered: of this engine, where equal targets are to be scored once.
+
+        Raises RecipeError where label words do not fit the scoring.
+        """
         self.labels = tuple(labels.classes)
         self._wordings = labels.wordings()
         self._engine = engine
+        self._remembered = remembered
         self._prompting = prompting(labels)
         self._target = Prompting(labels.target, where="labels.target")
         # vLLM generates one token behind the prompt.
@@ -101,7 +109,7 @@ class ClassTask:
         prompts = await asyncio.gather(
             *(self._channel_prompt(row, *one, room) for one in zip(words, contexts, strict=True))
         )
-        scores = await _scored(self._engine, [(ids, start) for ids, start, _ in prompts])
+        scores = await self._targets([(ids, start) for ids, start, _ in prompts])
         loglik = np.array([score.logprobs.sum(dtype=np.float64) for score in scores])
         loglik = mixtures(loglik, [len(own) for own in self._wordings])
         return ClassLabels(
@@ -112,6 +120,10 @@ class ClassTask:
             n_output_tokens=len(prompts),
             truncated=any(truncated for _, _, truncated in prompts),
         )
+
+    async def _targets(self, asked: Sequence[Prompt]) -> Sequence[Scored]:
+        ask = functools.partial(_scored, self._engine)
+        return await (self._remembered.scored(asked, ask) if self._remembered else ask(asked))
 
     def _channel_context(self, row: Mapping[str, Any], words: str) -> list[int]:
         context = self._encoder.raw(self._prompting.render(row, words).segments, begin=True)
@@ -182,9 +194,8 @@ async def score_phrases(
     return loglik, sum(score.n_cached_tokens for score in scores)
 
 
-async def _scored(engine: Scorer, prompts: Sequence[tuple[list[int], int]]) -> list[Scored]:
-    """Of token ids, and where the target starts in them: all of a row, which is answered with the
-    last of them."""
+async def _scored(engine: Scorer, prompts: Sequence[Prompt]) -> list[Scored]:
+    """All of a row, which is answered with the last of them."""
     before = at_once.set((next(_rows), len(prompts)) if len(prompts) > 1 else None)
     try:
         return await asyncio.gather(*(engine.score_target(ids, start) for ids, start in prompts))

@@ -13,6 +13,7 @@ from journeyman.recipe import Classes, Generate, Labels, Logits, Rationales, dig
 from journeyman.teacher.answers import Labeled
 
 if TYPE_CHECKING:
+    from journeyman.teacher.remembered import Remembered
     from journeyman.teacher.remote import RemoteTeacher
     from journeyman.teacher.scorer import Scorer
 
@@ -35,12 +36,15 @@ class Task(Protocol):
         ...
 
 
-def local(labels: Labels, engine: Scorer) -> Task:
-    """The task of a recipe's labels section, on an engine of ours; raises RecipeError."""
+def local(labels: Labels, engine: Scorer, remembered: Remembered | None = None) -> Task:
+    """The task of a recipe's labels section, on an engine of ours; raises RecipeError.
+
+    remembered: of this engine, where equal targets are to be scored once.
+    """
     from journeyman.teacher import classes, rationales, tokens
 
     if isinstance(labels, Classes):
-        return classes.ClassTask(labels, engine)
+        return classes.ClassTask(labels, engine, remembered)
     if isinstance(labels, Logits):
         return tokens.LogitTask(labels, engine)
     if isinstance(labels, Generate):
